@@ -1,0 +1,188 @@
+"""From lines to one stream of ids, from it to B columns, from these to the windows of truncated BPTT.
+
+The targets of all windows together are the stream, each token once: the ragged end is padded
+and masked, never cut.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm.errors import UserError
+from lm.tokenizers import Tokenizer, words
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A text as ids: for each line in order its pieces, then `<eos>` (a blank line is one `<eos>`).
+
+    Attributes:
+        ids: [N] int64.
+        words: words in the text, end of lines not counted.
+        eos: lines, that is tokens equal to the tokenizer's `eos`.
+        unk: tokens equal to the tokenizer's `unk`.
+        bytes: UTF-8 bytes of `" ".join(words) + "\\n"` over all lines.
+    """
+
+    ids: np.ndarray
+    words: int
+    eos: int
+    unk: int
+    bytes: int
+
+
+def encode(lines: Iterable[str], tokenizer: Tokenizer) -> Stream:
+    """Returns the stream of a text. Every tokenizer sees a line as its words with one space between them."""
+    ids: list[int] = []
+    word_count = line_count = byte_count = 0
+    for line in lines:
+        found = words(line)
+        text = " ".join(found)
+        ids += tokenizer.encode(text)
+        ids.append(tokenizer.eos)
+        word_count += len(found)
+        line_count += 1
+        byte_count += len(text.encode()) + 1
+    array = np.array(ids, dtype=np.int64)
+    unknown = 0 if tokenizer.unk is None else int((array == tokenizer.unk).sum())
+    return Stream(array, word_count, line_count, unknown, byte_count)
+
+
+@dataclass(frozen=True)
+class Window:
+    """One stretch of the columns.
+
+    Attributes:
+        inputs, targets: [t, B] int64; padding holds 0.
+        lengths: [B] int64, or None when nothing is padded.
+        mask: [t, B] bool, true where a target counts, or None when nothing is padded.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    lengths: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A stream as B columns read side by side; the first N % B of them hold one token more than the others.
+
+    Attributes:
+        inputs: [T, B] int64, the token before each target.
+        targets: [T, B] int64.
+        last: columns active in the last row; B when all are.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    last: int
+
+    def window(self, start: int, stop: int) -> Window:
+        """Returns rows start … stop - 1. A last window of one ragged row is refused: a length would be 0."""
+        steps, width = self.targets.shape
+        if not 0 <= start < stop <= steps:
+            raise ValueError(f"a window must lie within 0 … {steps}; {start} … {stop} came")
+        inputs, targets = self.inputs[start:stop], self.targets[start:stop]
+        if stop < steps or self.last == width:
+            return Window(inputs, targets, None, None)
+        if stop - start == 1:
+            raise ValueError(
+                "a window over the ragged last row must have two rows or more; join it to the one before"
+            )
+        lengths = torch.full((width,), stop - start)
+        lengths[self.last :] -= 1
+        mask = torch.arange(stop - start)[:, None] < lengths
+        return Window(inputs, targets, lengths, mask)
+
+
+def columns(ids: np.ndarray, batch_size: int, eos: int) -> Columns:
+    """Cuts a stream of N ids into B columns of lengths that differ by at most one.
+
+    The input of each column's first token is the token before it in the stream; of the very first, `eos`.
+
+    Raises:
+        UserError: fewer than 2 * B tokens.
+    """
+    if batch_size < 1 or len(ids) < 2 * batch_size:
+        raise UserError(
+            f"a stream must hold at least 2 tokens for each of its columns; {len(ids)} tokens came for "
+            f"{batch_size} columns; lower the batch size or take a longer text"
+        )
+    long, last = divmod(len(ids), batch_size)
+    column = np.arange(batch_size)
+    starts = column * long + np.minimum(column, last)
+    rows = long + (last > 0)
+    position = starts + np.arange(rows)[:, None]
+    inside = np.arange(rows)[:, None] < long + (column < last)
+    position = np.where(inside, position, 0)
+    before = np.concatenate([np.array([eos], dtype=np.int64), ids[:-1]])
+    inputs, targets = (torch.from_numpy(np.where(inside, stream[position], 0)) for stream in (before, ids))
+    return Columns(inputs, targets, last or batch_size)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How long the windows of an epoch are: `fixed`, `uniform` in low … high, or `awd` around high."""
+
+    kind: str
+    low: int
+    high: int
+
+    def draw(self, generator: np.random.Generator) -> int:
+        """Returns the length of the next window."""
+        if self.kind == "awd":  # salesforce/awd-lstm-lm, main.py: the base is halved once in twenty
+            base = self.high if generator.random() < 0.95 else self.high / 2
+            return max(self.low, int(generator.normal(base, 5)))
+        return int(generator.integers(self.low, self.high + 1))
+
+    def rate_scale(self, length: int) -> float:
+        """Returns the factor of the learning rate for a window: length / n under AWD-LSTM's law, else 1."""
+        return length / self.high if self.kind == "awd" else 1.0
+
+
+_UNIFORM = re.compile(r"uniform\{(\d+)\.\.(\d+)\}")
+_AWD = re.compile(r"awd\{(\d+)\}")
+
+
+def policy(text: str | int) -> Policy:
+    """Reads a window-length policy: `64`, `uniform{2..128}` or `awd{70}`.
+
+    Raises:
+        UserError: another form, a length below 1, an empty range.
+    """
+    form = str(text).strip()
+    found = None
+    if re.fullmatch(r"\d+", form):
+        found = Policy("fixed", int(form), int(form))
+    elif match := _UNIFORM.fullmatch(form):
+        found = Policy("uniform", int(match[1]), int(match[2]))
+    elif match := _AWD.fullmatch(form):
+        found = Policy("awd", 5, int(match[1]))
+    if found is None or min(found.low, found.high) < 1 or (found.kind != "awd" and found.low > found.high):
+        raise UserError(
+            f"a window must be a length of at least 1 such as 64, uniform{{2..128}} or awd{{70}}; "
+            f"{text!r} came; write one of these forms"
+        )
+    return found
+
+
+def plan(policy_text: str | int, steps: int, seed: int, epoch: int) -> list[tuple[int, int]]:
+    """Returns the windows (start, stop) of an epoch: contiguous, over 0 … steps, a function of its arguments.
+
+    The last window is never of length 1 (unless steps is): it is joined to the one before, because a
+    column that is one shorter must still have a token in it.
+    """
+    law = policy(policy_text)
+    generator = np.random.default_rng([seed, epoch])
+    cuts = [0]
+    while cuts[-1] < steps:
+        cuts.append(min(cuts[-1] + law.draw(generator), steps))
+    if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:
+        del cuts[-2]
+    return list(itertools.pairwise(cuts))

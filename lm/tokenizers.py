@@ -1,0 +1,289 @@
+"""From a line of text to ids and back: words, characters, sentencepiece BPE and unigram; frozen.
+
+A tokenizer is its state: a plain dictionary that goes into every checkpoint, into a JSON file,
+and into one sha256.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from lm.errors import UserError
+from lm.files import read_text, write_whole
+
+UNK = "<unk>"
+EOS = "<eos>"
+KINDS = ("word", "char", "bpe", "unigram")
+DEFAULT_PIECES = 8000  # size of a sentencepiece vocabulary when none is asked for
+
+_WORD = re.compile(
+    r"[^ \t\n\r\x0b\x0c]+"
+)  # str.split would also cut at no-break spaces and other Unicode blanks
+
+
+def words(line: str) -> list[str]:
+    """Returns the words of a line: what stands between runs of ASCII white space."""
+    return _WORD.findall(line)
+
+
+class Tokenizer(Protocol):
+    """What the stream, the sampler and the checkpoint know of a tokenizer. V = `size`; ids are 0 … V - 1."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def eos(self) -> int: ...
+    @property
+    def unk(self) -> int | None: ...
+    @property
+    def sha256(self) -> str: ...
+    def encode(self, line: str) -> list[int]:
+        """Returns the ids of one line, without its end of line."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids; the end-of-line id becomes a line feed."""
+
+    def state(self) -> dict[str, Any]:
+        """Returns what `from_state` needs: text, numbers, lists and dictionaries only."""
+
+
+class _Base:
+    """What follows from the state alone: equality, hash, and decoding line by line."""
+
+    eos: int
+
+    def state(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _decode_line(self, ids: list[int]) -> str:
+        raise NotImplementedError
+
+    @cached_property
+    def sha256(self) -> str:
+        canonical = json.dumps(self.state(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        lines: list[list[int]] = [[]]
+        for token in map(int, ids):
+            if token == self.eos:
+                lines.append([])
+            else:
+                lines[-1].append(token)
+        return "\n".join(self._decode_line(line) for line in lines)
+
+
+@dataclass(frozen=True)
+class Lookup(_Base):
+    """One id per word, or one per character, by descending frequency in the training text, then by text.
+
+    A piece that the training text does not hold becomes `<unk>`; so does the literal word `<unk>` (Penn
+    Treebank's). The literal word `<eos>` cannot be told from the end of a line and is refused.
+    """
+
+    kind: str
+    pieces: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.pieces)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {piece: i for i, piece in enumerate(self.pieces)}
+
+    @cached_property
+    def eos(self) -> int:  # type: ignore[override]
+        return self._ids[EOS]
+
+    @cached_property
+    def unk(self) -> int:
+        return self._ids[UNK]
+
+    def encode(self, line: str) -> list[int]:
+        ids, unk = self._ids, self.unk
+        found = [ids.get(piece, unk) for piece in _split(self.kind, line)]
+        if self.eos in found:
+            raise _reserved(line)
+        return found
+
+    def _decode_line(self, ids: list[int]) -> str:
+        return (" " if self.kind == "word" else "").join(self.pieces[i] for i in ids)
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind, "pieces": list(self.pieces)}
+
+
+def _split(kind: str, line: str) -> list[str]:
+    return words(line) if kind == "word" else list(line)
+
+
+def _reserved(line: str) -> UserError:
+    return UserError(
+        f"text must not hold the word {EOS}, which marks the end of a line; it came in {line[:60]!r}; "
+        "write it otherwise, or use a char, bpe or unigram tokenizer"
+    )
+
+
+def _train_lookup(kind: str, lines: Iterable[str], size: int | None) -> Lookup:
+    counts: Counter[str] = Counter()
+    total = 0
+    for line in lines:
+        counts.update(found := _split(kind, " ".join(words(line))))
+        if EOS in found:
+            raise _reserved(line)
+        total += 1
+    unknown = counts.pop(UNK, 0)
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    kept = len(ranked) if size is None else size - 2
+    unknown += sum(count for _, count in ranked[kept:])
+    table = [*ranked[:kept], (UNK, unknown), (EOS, total)]
+    return Lookup(kind, tuple(piece for piece, _ in sorted(table, key=lambda item: (-item[1], item[0]))))
+
+
+def train(kind: str, lines: Iterable[str], size: int | None = None) -> Tokenizer:
+    """Builds a tokenizer from the training lines alone.
+
+    Args:
+        kind: "word", "char", "bpe" or "unigram".
+        lines: the training text; runs of white space count as one space.
+        size: V, all pieces counted. None: every word or character of the text; 8,000 for bpe and unigram.
+
+    Raises:
+        UserError: an unknown kind, a size that the text cannot fill, a word or char text that holds `<eos>`.
+    """
+    if kind not in KINDS:
+        raise UserError(f"a tokenizer must be one of {', '.join(KINDS)}; {kind!r} came; choose one of these")
+    if size is not None and size < 3:
+        raise UserError(
+            f"a vocabulary must have at least 3 pieces ({UNK}, {EOS} and one more); {size} came; ask for more"
+        )
+    if kind in ("word", "char"):
+        return _train_lookup(kind, lines, size)
+    return _train_pieces(kind, lines, DEFAULT_PIECES if size is None else size)
+
+
+def from_state(state: dict[str, Any]) -> Tokenizer:
+    """Returns the tokenizer whose `state()` this is."""
+    try:
+        kind = state["kind"]
+        if kind in ("word", "char"):
+            pieces = tuple(state["pieces"])
+            if len(set(pieces)) == len(pieces) and {UNK, EOS} <= set(pieces):
+                return Lookup(kind, pieces)
+        if kind in ("bpe", "unigram"):
+            return Pieces(kind, base64.b64decode(state["model"], validate=True))
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        pass
+    raise UserError(
+        f"a tokenizer's state must be what its state() gave; {str(state)[:60]!r} came; train it again"
+    )
+
+
+def save(tokenizer: Tokenizer, path: Path) -> None:
+    """Writes a tokenizer as JSON."""
+    write_whole(Path(path), (json.dumps(tokenizer.state(), ensure_ascii=False, indent=0) + "\n").encode())
+
+
+def load(path: Path) -> Tokenizer:
+    """Reads a tokenizer that `save` wrote."""
+    try:
+        state = json.loads(read_text(Path(path), "a tokenizer"))
+    except json.JSONDecodeError as fault:
+        raise UserError(
+            f"a tokenizer file must be JSON; {path}: {fault}; train the tokenizer again"
+        ) from None
+    return from_state(state)
+
+
+# sentencepiece writes a space as U+2581, takes U+2585 as a mark and skips NUL: escaped, they survive.
+_ESCAPES = str.maketrans({"\x1b": "\x1b0", "\u2581": "\x1b1", "\u2585": "\x1b2", "\0": "\x1b3"})
+_UNESCAPES = {"0": "\x1b", "1": "\u2581", "2": "\u2585", "3": "\0"}
+_ESCAPED = re.compile("\x1b([0-3])")
+
+
+@dataclass(frozen=True)
+class Pieces(_Base):
+    """A sentencepiece model. Lossless: any line decodes to itself, by bytes where no piece fits.
+
+    `unk` is the piece of the text's own `<unk>` (Penn Treebank's); nothing is unknown to the model.
+    """
+
+    kind: str
+    model: bytes
+
+    @cached_property
+    def _processor(self) -> Any:
+        from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_proto=self.model)
+
+    @property
+    def size(self) -> int:
+        return int(self._processor.GetPieceSize())
+
+    @cached_property
+    def eos(self) -> int:  # type: ignore[override]
+        return int(self._processor.eos_id())
+
+    @cached_property
+    def unk(self) -> int:
+        return int(self._processor.PieceToId(UNK))
+
+    def encode(self, line: str) -> list[int]:
+        return list(self._processor.EncodeAsIds(line.translate(_ESCAPES)))
+
+    def _decode_line(self, ids: list[int]) -> str:
+        return _ESCAPED.sub(lambda found: _UNESCAPES[found[1]], self._processor.DecodeIds(ids))
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind, "model": base64.b64encode(self.model).decode("ascii")}
+
+
+def _train_pieces(kind: str, lines: Iterable[str], size: int) -> Pieces:
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.Train(
+            sentence_iterator=_escaped(lines),  # an iterator: of a list only the first part is read
+            model_writer=model,
+            model_type=kind,
+            vocab_size=size,
+            num_threads=1,  # unigram pieces depend on it
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            character_coverage=1.0,
+            byte_fallback=True,
+            max_sentence_length=2**30,  # longer lines would be dropped without a word
+            unk_piece="<0unk>",  # frees the name <unk>, which the text itself may hold
+            user_defined_symbols=[UNK],
+            bos_id=-1,
+            pad_id=-1,
+            unk_id=0,
+            eos_id=1,
+            eos_piece=EOS,
+            minloglevel=2,
+        )
+    except RuntimeError as fault:
+        raise UserError(
+            f"a {kind} vocabulary must fit its text; {size} pieces came, and sentencepiece says: "
+            f"{str(fault).strip()}; ask for another size"
+        ) from None
+    return Pieces(kind, model.getvalue())
+
+
+def _escaped(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        if text := " ".join(words(line)):
+            yield text.translate(_ESCAPES)
