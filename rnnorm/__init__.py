@@ -1,0 +1,21 @@
+"""rnnorm: recurrent layers with online, layer, RMS or no normalization at every pre-activation, drop-in for torch.nn's."""
+
+from rnnorm import norms
+from rnnorm._layers import GRU, LSTM, RNN
+from rnnorm._online_norm import OnlineNorm
+from rnnorm._single_step import GRUCell, LSTMCell, RNNCell
+from rnnorm.ops import BackendUnavailable, backends
+
+__version__ = "0.1.0"
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "BackendUnavailable",
+    "GRUCell",
+    "LSTMCell",
+    "OnlineNorm",
+    "RNNCell",
+    "backends",
+    "norms",
+]

@@ -1,0 +1,11 @@
+"""`python -m rnnorm`: which backends can run here, and why the others cannot."""
+
+import torch
+
+import rnnorm
+
+if __name__ == "__main__":
+    print(f"rnnorm {rnnorm.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for name, reason in rnnorm.backends(device).items():
+            print(f"  {device:<5} {name:<10} {'runs' if reason is None else 'cannot run: ' + reason}")

@@ -1,0 +1,56 @@
+"""Refusals: each says what must hold, what came, and what to do."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def sizes(input_size: int, hidden_size: int, num_layers: int, dropout: float, proj_size: int) -> None:
+    for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int; got {value!r} of type {type(value).__name__}")
+    for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
+        if value <= 0:
+            raise ValueError(f"{name} must be greater than 0; got {value}")
+    if input_size < 0:
+        raise ValueError(f"input_size must not be negative; got {input_size}")
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a probability in [0, 1]; got {dropout!r}")
+    if not isinstance(proj_size, int) or not 0 <= proj_size < hidden_size:
+        raise ValueError(f"proj_size must be an int in [0, hidden_size={hidden_size}); got {proj_size!r}")
+
+
+def like_weights(name: str, tensor: Tensor, weight: Tensor) -> None:
+    if not tensor.is_floating_point() or tensor.dtype != weight.dtype:
+        raise ValueError(
+            f"{name} must have the weights' dtype {weight.dtype}; got {tensor.dtype}; convert one with .to(dtype)"
+        )
+    if tensor.device != weight.device:
+        raise ValueError(
+            f"{name} must be on the weights' device {weight.device}; got {tensor.device}; move one with .to(device)"
+        )
+
+
+def shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {meaning} = {tuple(expected)}; got {tuple(tensor.shape)}")
+
+
+def lengths_tensor(lengths: "Tensor | Sequence[int]", T: int, N: int) -> Tensor:
+    """`lengths` [N] as int64 on the CPU, each in 1..T."""
+    found = torch.as_tensor(lengths)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise ValueError(f"lengths must be integers; got {found.dtype}")
+    found = found.to("cpu", torch.int64)
+    if tuple(found.shape) != (N,):
+        raise ValueError(
+            f"lengths must hold one length for each of the N = {N} sequences; got shape {tuple(found.shape)}"
+        )
+    # Values are data: a compiled graph cannot branch on them.
+    if not torch.compiler.is_compiling() and N and not (1 <= int(found.min()) and int(found.max()) <= T):
+        raise ValueError(
+            f"lengths must lie in 1..T = 1..{T}; got {int(found.min())}..{int(found.max())}; "
+            "leave empty sequences out of the batch"
+        )
+    return found

@@ -1,0 +1,334 @@
+"""Recurrent layers: parameters, options, stacking, directions and packing. Gate math and dispatch are elsewhere."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnorm import _check, norms, ops
+from rnnorm._cells import CELLS
+from rnnorm._module import RecurrentModule, autocast_dtype
+
+State = Tensor | tuple[Tensor, Tensor]
+
+
+class Recurrent(RecurrentModule):
+    """Stacked recurrent layers, in one or both directions; `LSTM`, `GRU` and `RNN` say which cell."""
+
+    _torch_options: ClassVar[tuple[str, ...]] = (
+        *("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"),
+    )
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int,
+        norm: "str | norms.Spec",
+        cell_norm: bool,
+        backend: str,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        super().__init__()
+        _check.sizes(input_size, hidden_size, num_layers, dropout, proj_size)
+        self.cell = cell
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+        self._set_options(norm, cell_norm, backend)
+        out = proj_size or hidden_size
+        for layer, suffixes in enumerate(self._suffixes()):
+            for suffix in suffixes:
+                self._register(suffix, input_size if layer == 0 else out * len(suffixes), device, dtype)
+        self.reset_parameters()
+
+    def _suffixes(self) -> list[list[str]]:
+        """For each layer, the suffix of each direction's parameters."""
+        directions = ("", "_reverse")[: 1 + self.bidirectional]
+        return [[f"_l{layer}{direction}" for direction in directions] for layer in range(self.num_layers)]
+
+    @property
+    def _has_c(self) -> bool:
+        return "c" in CELLS[self.cell].states
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do; here because code written for torch's layers calls it."""
+
+    def extra_repr(self) -> str:
+        options = [f"{self.input_size}, {self.hidden_size}"]
+        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        defaults |= {"proj_size": 0, "cell_norm": False, "backend": "auto"}
+        options += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
+        return ", ".join([*options, f"norm={self.norm}"])
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: "Tensor | Sequence[int] | None" = None,
+    ) -> tuple[Any, State]:
+        """Run the layers over a sequence; the call forms, shapes and returned states are those of torch's layers.
+
+        `input` is [T, N, I], [N, T, I] with `batch_first`, [T, I] for one sequence, or a `PackedSequence`; `hx` is `h`
+        or `(h, c)`, [L*D, N, H] each ([L*D, H] for one sequence), zero if None (L layers, D directions; with
+        `proj_size`, `h` and the output have P instead of H). `lengths` [N] in 1..T, in any order, says how much of each
+        padded sequence is real: outputs beyond are zero, states stop there, streams skip it. Values are computed in the
+        input's dtype (under autocast in its dtype), statistics, carried values and nonlinearities in float32 at least.
+        Returns the output [T, N, D*H] and the last state.
+        Raises `ValueError` for a wrong rank, size, dtype, device or length, `BackendUnavailable` for a named backend
+        that cannot run the call, `RuntimeError` for a second backward where online normalization allows one.
+        """
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, lengths)
+        if input.dim() not in (2, 3):
+            raise ValueError(
+                f"input must have 3 dimensions, or 2 for one sequence; got shape {tuple(input.shape)}"
+            )
+        single = input.dim() == 2
+        x = input.unsqueeze(1) if single else input.transpose(0, 1) if self.batch_first else input
+        if single and lengths is not None and torch.as_tensor(lengths).dim() == 0:
+            lengths = torch.as_tensor(lengths).reshape(1)
+        state = self._initial_state(x, hx, single)
+        found = None if lengths is None else _check.lengths_tensor(lengths, x.size(0), x.size(1))
+        y, last = self._run(x, state, found, packed=False)
+        y = y.squeeze(1) if single else y.transpose(0, 1) if self.batch_first else y
+        return y, self._returned([s.squeeze(1) for s in last] if single else last)
+
+    def _forward_packed(
+        self, packed: PackedSequence, hx: State | None, lengths: Any
+    ) -> tuple[PackedSequence, State]:
+        if lengths is not None:
+            raise ValueError("lengths= must be left out with a PackedSequence, which carries its own")
+        data, sizes = packed.data, packed.batch_sizes
+        N = int(sizes[0])
+        rows = (torch.arange(N)[None, :] < sizes[:, None]).flatten().nonzero()[:, 0].to(data.device)
+        found = (sizes[:, None] > torch.arange(N)[None, :]).sum(0)
+        padded = data.new_zeros(sizes.size(0) * N, data.size(1)).index_copy(0, rows, data)
+        x = padded.view(sizes.size(0), N, data.size(1))
+        state = self._initial_state(x, hx, single=False)
+        if packed.sorted_indices is not None:
+            state = [s.index_select(1, packed.sorted_indices) for s in state]
+        y, last = self._run(x, state, found, packed=True)
+        if packed.unsorted_indices is not None:
+            last = [s.index_select(1, packed.unsorted_indices) for s in last]
+        data = y.flatten(0, 1).index_select(0, rows)
+        return PackedSequence(data, sizes, packed.sorted_indices, packed.unsorted_indices), self._returned(last)
+
+    def _initial_state(self, x: Tensor, hx: State | None, single: bool) -> list[Tensor]:
+        """The checked first states [L*D, N, *], one per name in the cell's states."""
+        if x.size(2) != self.input_size:
+            raise ValueError(f"input's last dimension must be input_size = {self.input_size}; got {x.size(2)}")
+        if x.size(0) == 0:
+            raise ValueError("input must hold at least one step; got T = 0")
+        weight: Tensor = self.get_parameter("weight_ih_l0")
+        wanted = autocast_dtype(x)
+        if wanted is None:
+            _check.like_weights("input", x, weight)
+        rows = self.num_layers * (1 + self.bidirectional)
+        widths = {"h": self.proj_size or self.hidden_size, "c": self.hidden_size}
+        names = CELLS[self.cell].states
+        if hx is None:
+            dtype = x.dtype if wanted is None else wanted
+            return [torch.zeros(rows, x.size(1), widths[n], dtype=dtype, device=x.device) for n in names]
+        given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        if len(given) != len(names) or (self._has_c == isinstance(hx, Tensor)):
+            form = "a pair (h_0, c_0)" if self._has_c else "one tensor h_0"
+            came = "one tensor" if isinstance(hx, Tensor) else f"a {type(hx).__name__} of {len(given)}"
+            raise ValueError(f"the state hx must be {form}; got {came}")
+        states = []
+        for name, value in zip(names, given, strict=True):
+            expected = (rows, widths[name]) if single else (rows, x.size(1), widths[name])
+            meaning = f"(layers * directions, {'' if single else 'N, '}{'P' if self.proj_size else 'H'})"
+            _check.shape(f"{name}_0", value, expected, meaning)
+            if wanted is None:
+                _check.like_weights(f"{name}_0", value, weight)
+            states.append(value.unsqueeze(1) if single else value)
+        return states
+
+    def _returned(self, last: list[Tensor]) -> State:
+        return (last[0], last[1]) if self._has_c else last[0]
+
+    def _run(
+        self, x: Tensor, state: list[Tensor], lengths: Tensor | None, packed: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        wanted = autocast_dtype(x)
+        if wanted is not None:
+            x, state = x.to(wanted), [s.to(wanted) for s in state]
+        last: list[list[Tensor]] = [[] for _ in state]
+        row = 0
+        for layer, suffixes in enumerate(self._suffixes()):
+            outputs = []
+            for direction, suffix in enumerate(suffixes):
+                h, c = state[0][row], state[1][row] if self._has_c else None
+                results = ops.run(self._operands(suffix, x, h, c, lengths), self._spec(reverse=direction == 1))
+                self._move_streams(suffix, results)
+                outputs.append(results.y)
+                for kept, value in zip(last, (results.h, results.c), strict=False):
+                    kept.append(value)
+                row += 1
+            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+            if self.dropout and self.training and layer + 1 < self.num_layers:
+                x = self._dropped(x, lengths if packed else None)
+        return x, [torch.stack(values) for values in last]
+
+    def _dropped(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """Dropout between layers; of packed samples it draws only theirs, as torch does, so equal seeds drop equally."""
+        if lengths is None:
+            return F.dropout(x, self.dropout)
+        real = (torch.arange(x.size(0))[:, None] < lengths[None, :]).flatten().nonzero()[:, 0].to(x.device)
+        rows = x.flatten(0, 1)
+        return torch.zeros_like(rows).index_copy(0, real, F.dropout(rows[real], self.dropout)).view_as(x)
+
+    @classmethod
+    def from_torch(cls, layer: nn.RNNBase, **options: Any) -> Any:
+        """The layer with a copy of the weights and options of torch's `layer`; `norm=` and the like as in the constructor.
+
+        Raises `TypeError` if `layer` is not torch's layer of this kind.
+        """
+        expected = getattr(nn, cls.__name__)
+        if not isinstance(layer, expected):
+            raise TypeError(f"{cls.__name__}.from_torch needs a torch.nn.{cls.__name__}; got {type(layer).__name__}")
+        weight = layer.weight_ih_l0
+        same = {name: getattr(layer, name) for name in cls._torch_options}
+        new = cls(**same, **options, device=weight.device, dtype=weight.dtype)
+        new.load_state_dict({**new.state_dict(), **layer.state_dict()})
+        return new.train(layer.training)
+
+    def to_torch(self) -> nn.RNNBase:
+        """Torch's layer with a copy of these weights. Raises `ValueError` if a norm is on: torch has none."""
+        if self.norm.kind != "none":
+            raise ValueError(
+                f"to_torch needs norm='none': torch.nn.{type(self).__name__} cannot normalize; got {self.norm}"
+            )
+        weight = self.get_parameter("weight_ih_l0")
+        same = {name: getattr(self, name) for name in self._torch_options}
+        layer = getattr(nn, type(self).__name__)(**same, device=weight.device, dtype=weight.dtype)
+        layer.load_state_dict(self.state_dict())
+        return layer.train(self.training)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        from rnnorm._torchscript import scriptable
+
+        return scriptable(self)
+
+
+class LSTM(Recurrent):
+    r"""Long short-term memory with every pre-activation normalized just before its nonlinearity.
+
+    `i, f, o = sigmoid(norm(W x + b + R h + b'))`, `g = tanh(norm(.))`, `c' = f*c + i*g`, `h' = o * tanh(c')`; with
+    `cell_norm`, `c' = norm(c')` is used and carried. With `proj_size` P, `h' = W_hr (o * tanh(c'))`. With
+    `norm="none"` it is exactly `torch.nn.LSTM`. Arguments up to `proj_size` are torch's; `norm` is a specification of
+    `rnnorm.norms` or one of "online", "layer", "rms", "none"; `backend` "auto" or a name from `rnnorm.backends()`.
+    Parameters and buffers besides torch's: `norm_weight_l{k}`, `norm_bias_l{k}` [4H] and, for online, `norm_mean_l{k}`,
+    `norm_var_l{k}`, `norm_u_l{k}`, `norm_v_l{k}` [4H]; with `cell_norm` the same as `cell_norm_*` [H].
+    Raises `ValueError` or `TypeError` for options that make no sense. Source: Chiley et al., 2019 (arXiv 1905.05894), section 4.
+    """
+
+    _torch_options = (*Recurrent._torch_options, "proj_size")
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        norm: "str | norms.Spec" = "online",
+        cell_norm: bool = False,
+        backend: str = "auto",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            *("lstm", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size),
+            *(norm, cell_norm, backend, device, dtype),
+        )
+
+
+class GRU(Recurrent):
+    r"""Gated recurrent unit with every pre-activation normalized just before its nonlinearity.
+
+    `r, z = sigmoid(norm(W x + b + R h + b'))`, `n = tanh(norm(W_n x + b_n + r * (R_n h + b'_n)))`,
+    `h' = (1-z)*n + z*h`. With `norm="none"` it is exactly `torch.nn.GRU`. Arguments, names and errors as in `LSTM`,
+    without `proj_size` and `cell_norm`; norm parameters and streams have 3H channels.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        norm: "str | norms.Spec" = "online",
+        backend: str = "auto",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            *("gru", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0),
+            *(norm, False, backend, device, dtype),
+        )
+
+
+class RNN(Recurrent):
+    r"""Elman network with the pre-activation normalized: `h' = tanh|relu(norm(W x + b + R h + b'))`.
+
+    With `norm="none"` it is exactly `torch.nn.RNN`. Arguments, names and errors as in `GRU`, and `nonlinearity`
+    "tanh" or "relu" where torch has it; norm parameters and streams have H channels.
+    """
+
+    _torch_options = (*Recurrent._torch_options, "nonlinearity")
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        norm: "str | norms.Spec" = "online",
+        backend: str = "auto",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        cell = rnn_cell(nonlinearity)
+        super().__init__(
+            *(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0),
+            *(norm, False, backend, device, dtype),
+        )
+        self.nonlinearity = nonlinearity
+
+
+def rnn_cell(nonlinearity: str) -> str:
+    """The cell's name for a nonlinearity; `ValueError` if there is none."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity must be 'tanh' or 'relu'; got {nonlinearity!r}")
+    return f"rnn_{nonlinearity}"

@@ -1,0 +1,134 @@
+"""What layers and cells share: how one layer and direction holds its parameters and streams, and how it is called."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rnnorm import norms, ops
+from rnnorm._cells import CELLS
+from rnnorm.ops.call import statistics_dtype
+from rnnorm.ops.registry import by_name
+
+STREAMS = {"mean": 0.0, "var": 1.0, "u": 0.0, "v": 0.0}
+
+
+class StreamModule(nn.Module):
+    """A module whose streaming statistics never fall below float32, whatever `.half()` does to the parameters."""
+
+    def _stream_buffers(self) -> dict[str, Tensor]:
+        """The module's own stream buffers by name."""
+        return {k: b for k, b in self._buffers.items() if b is not None and k.split("_l")[0].split("_")[-1] in STREAMS}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = self._stream_buffers()
+        super()._apply(fn, recurse)
+        for name, after in self._stream_buffers().items():
+            wide = statistics_dtype(after.dtype)
+            if after.dtype != wide:
+                self._buffers[name] = before[name].to(after.device, wide)
+        return self
+
+    @torch.no_grad()
+    def reset_streams(self) -> None:
+        """Set every stream to its start: mean 0, variance 1, control u and v 0, in place."""
+        for name, buffer in self._stream_buffers().items():
+            buffer.fill_(STREAMS[name.split("_l")[0].split("_")[-1]])
+
+
+class RecurrentModule(StreamModule):
+    """Base of layers and cells. A suffix such as `_l0_reverse` names one layer and direction; cells use none."""
+
+    cell: str
+    norm: norms.Spec
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    bias: bool
+    cell_norm: bool
+    backend: str
+
+    def _set_options(self, norm: "str | norms.Spec", cell_norm: bool, backend: str) -> None:
+        self.norm = norms.resolve(norm)
+        if cell_norm and self.norm.kind == "none":
+            raise ValueError("cell_norm=True needs a normalization; got norm='none'; choose one or leave cell_norm out")
+        self.cell_norm = bool(cell_norm)
+        if backend != "auto":
+            by_name(backend)
+        self.backend = backend
+
+    def _register(self, suffix: str, input_size: int, device: Any, dtype: Any) -> None:
+        """Create the parameters and streams of one layer and direction, uninitialized."""
+        C = len(CELLS[self.cell].gates) * self.hidden_size
+        out = self.proj_size or self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (C, input_size), "weight_hh": (C, out)}
+        if self.bias:
+            shapes |= {"bias_ih": (C,), "bias_hh": (C,)}
+        if self.proj_size:
+            shapes["weight_hr"] = (self.proj_size, self.hidden_size)
+        if self.norm.affine:
+            shapes |= {"norm_weight": (C,), "norm_bias": (C,)}
+            if self.cell_norm:
+                shapes |= {"cell_norm_weight": (self.hidden_size,), "cell_norm_bias": (self.hidden_size,)}
+        for name, size in shapes.items():
+            self.register_parameter(name + suffix, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
+        if self.norm.kind == "online":
+            wide = statistics_dtype(dtype or torch.get_default_dtype())
+            for prefix, channels in (("norm", C), ("cell_norm", self.hidden_size))[: 1 + self.cell_norm]:
+                for stream in STREAMS:
+                    buffer = torch.empty(channels, device=device, dtype=wide)
+                    self.register_buffer(f"{prefix}_{stream}{suffix}", buffer)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as torch does, uniformly within 1/sqrt(H), and start norms and streams afresh."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for name, parameter in self.named_parameters(recurse=False):
+            if "norm_weight" in name:
+                nn.init.ones_(parameter)
+            elif "norm_bias" in name:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
+        self.reset_streams()
+
+    def _spec(self, reverse: bool = False) -> ops.Spec:
+        return ops.Spec(
+            cell=self.cell,
+            norm=self.norm.kind,
+            guard=self.norm.guard,
+            eps=self.norm.eps,
+            alpha_fwd=self.norm.alpha_fwd,
+            alpha_bwd=self.norm.alpha_bwd,
+            cell_norm=self.cell_norm,
+            training=self.training,
+            reverse=reverse,
+            save=False,
+            backend=self.backend,
+        )
+
+    def _operands(
+        self, suffix: str, x: Tensor, h: Tensor, c: Tensor | None, lengths: Tensor | None
+    ) -> ops.Operands:
+        own = {name: getattr(self, name + suffix, None) for name in ops.Operands._fields[3:-1]}
+        weight = own["weight_ih"]
+        assert weight is not None
+        if x.dtype != weight.dtype:
+            # Only under autocast: parameters follow the products' dtype.
+            own = {k: t.to(x.dtype) if t is not None and k.startswith(("weight", "bias")) else t for k, t in own.items()}
+        return ops.Operands(x, h, c, **own, lengths=lengths)  # type: ignore[arg-type]
+
+    def _move_streams(self, suffix: str, results: ops.Results) -> None:
+        if self.training and self.norm.kind == "online":
+            for prefix in ("norm", "cell_norm")[: 1 + self.cell_norm]:
+                for stream in ("mean", "var"):
+                    moved: Tensor = getattr(results, f"{prefix}_{stream}")
+                    getattr(self, f"{prefix}_{stream}{suffix}").copy_(moved.detach())
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants for `tensor`'s products, None where it is off or the tensor is float64."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -1,0 +1,106 @@
+"""`OnlineNorm`: the primitive as a module, for vectors and feature maps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rnnorm import norms, ops
+from rnnorm._module import STREAMS, StreamModule
+from rnnorm.ops.call import statistics_dtype
+
+
+class OnlineNorm(StreamModule):
+    r"""Online normalization of C channels, sample by sample, with streaming statistics and no batch.
+
+    `y = (x - mean) / sqrt(var + eps)` with the statistics of the samples before `x` (in evaluation mode the frozen
+    ones), `z = weight * y + bias`, then the guard: "clamp" clips to [-5, 5], "scale" divides each sample by its root
+    mean square over all channels (and positions), "none". The backward pass is the paper's control process; it can run
+    once per forward. Input and output (N, C) or (N, C, *), same dtype; statistics are float32 (float64 for float64).
+    Parameters `weight`, `bias` and buffers `mean`, `var`, `u`, `v`, all [C].
+    Raises `ValueError` for constants out of range, a wrong number of channels, dtype or device.
+    Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), section 3.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        alpha_fwd: float = 0.999,
+        alpha_bwd: float = 0.99,
+        eps: float = 1e-5,
+        affine: bool = True,
+        guard: str = "clamp",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_features, int) or num_features <= 0:
+            raise ValueError(f"num_features must be an int greater than 0; got {num_features!r}")
+        norms.check_online(alpha_fwd, alpha_bwd, eps, guard)
+        self.num_features = num_features
+        self.alpha_fwd = alpha_fwd
+        self.alpha_bwd = alpha_bwd
+        self.eps = eps
+        self.affine = affine
+        self.guard = guard
+        empty = torch.empty(num_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(empty.clone()) if affine else None
+        self.bias = nn.Parameter(empty.clone()) if affine else None
+        for name in STREAMS:
+            self.register_buffer(name, torch.empty_like(empty, dtype=statistics_dtype(empty.dtype)))
+        self.reset_parameters()
+
+    mean: Tensor
+    var: Tensor
+    u: Tensor
+    v: Tensor
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, streams at their start."""
+        if self.weight is not None and self.bias is not None:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+        self.reset_streams()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, alpha_fwd={self.alpha_fwd}, alpha_bwd={self.alpha_bwd}, eps={self.eps}, "
+            f"affine={self.affine}, guard={self.guard!r}"
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize `input` (N, C) or (N, C, *), in the order of its samples."""
+        if input.dim() < 2 or input.size(1) != self.num_features:
+            raise ValueError(f"input must have shape (N, C = {self.num_features}, *); got {tuple(input.shape)}")
+        if not input.is_floating_point() or statistics_dtype(input.dtype) != self.mean.dtype:
+            raise ValueError(
+                f"input must suit the statistics' dtype {self.mean.dtype}; got {input.dtype}; convert one with .to(dtype)"
+            )
+        if input.device != self.mean.device:
+            raise ValueError(
+                f"input must be on the module's device {self.mean.device}; got {input.device}; move one with .to(device)"
+            )
+        if input.numel() == 0:
+            return input.clone()
+        x = input.reshape(input.size(0), self.num_features, -1).to(self.mean.dtype)
+        if self.training:
+            if not torch.jit.is_scripting():
+                ops.refuse_recomputation()
+            y, _, mean, var = torch.ops.rnnorm.online_norm(
+                x, self.mean, self.var, self.u, self.v, self.alpha_fwd, self.alpha_bwd, self.eps
+            )
+            self.mean.copy_(mean.detach())
+            self.var.copy_(var.detach())
+        else:
+            # Copies: autograd keeps them, and later training calls move the statistics.
+            rstd = (self.var + self.eps).rsqrt()
+            y = (x - self.mean.clone().unsqueeze(1)) * rstd.unsqueeze(1)
+        weight, bias = self.weight, self.bias
+        if weight is not None and bias is not None:
+            y = y * weight.to(y.dtype).unsqueeze(1) + bias.to(y.dtype).unsqueeze(1)
+        if self.guard == "scale":
+            y = y * (y.square().mean((1, 2), keepdim=True) + norms.SCALE_EPS).rsqrt()
+        elif self.guard == "clamp":
+            y = y.clamp(-norms.CLAMP_LIMIT, norms.CLAMP_LIMIT)
+        return y.reshape(input.shape).to(input.dtype)

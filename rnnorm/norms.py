@@ -1,0 +1,109 @@
+"""Which normalization a recurrent layer puts before its nonlinearities: frozen specifications, no tensors."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+KINDS = ("none", "online", "layer", "rms")
+GUARDS = ("none", "scale", "clamp")
+# Constants of the guards, the same wherever a guard is computed.
+SCALE_EPS = 1e-5
+CLAMP_LIMIT = 5.0
+
+
+def _check_eps(eps: float) -> None:
+    if not eps > 0:
+        raise ValueError(f"eps must be greater than 0; got {eps}; the usual value is 1e-5")
+
+
+def check_online(alpha_fwd: float, alpha_bwd: float, eps: float, guard: str) -> None:
+    """Raise `ValueError` unless the constants of an online normalization make sense."""
+    for name, alpha in (("alpha_fwd", alpha_fwd), ("alpha_bwd", alpha_bwd)):
+        if not 0 < alpha <= 1:
+            raise ValueError(
+                f"{name} must lie in (0, 1]; got {alpha}; the horizon is 1 / (1 - {name}) samples, e.g. 0.999"
+            )
+    _check_eps(eps)
+    if guard not in GUARDS:
+        raise ValueError(f"guard must be one of {', '.join(map(repr, GUARDS))}; got {guard!r}")
+
+
+@dataclass(frozen=True)
+class Online:
+    r"""Online normalization: streaming statistics in the forward pass, a control process in the backward pass.
+
+    `y = (x - mean) / sqrt(var + eps)` with `mean`, `var` of the samples before `x`; then
+    `weight * y + bias` (if `affine`), then the guard: `"scale"` divides by the root mean square over the
+    H units of a gate, `"clamp"` clips to [-5, 5].
+
+    `alpha_fwd`, `alpha_bwd` in (0, 1] are the decay factors of the statistics and of the control process.
+    Raises `ValueError` for values outside their range. Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), eq. 8-12.
+    """
+
+    alpha_fwd: float = 8191 / 8192
+    alpha_bwd: float = 31 / 32
+    eps: float = 1e-5
+    affine: bool = True
+    guard: str = "scale"
+    kind: ClassVar[str] = "online"
+
+    def __post_init__(self) -> None:
+        check_online(self.alpha_fwd, self.alpha_bwd, self.eps, self.guard)
+
+
+@dataclass(frozen=True)
+class _PerSample:
+    eps: float = 1e-5
+    affine: bool = True
+    guard: ClassVar[str] = "none"
+    alpha_fwd: ClassVar[float] = 1.0
+    alpha_bwd: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+
+
+@dataclass(frozen=True)
+class Layer(_PerSample):
+    """Layer normalization over the H units of each gate: `(x - mean_H) / sqrt(var_H + eps)`, biased variance.
+
+    Source: Ba, Kiros and Hinton, 2016 (arXiv 1607.06450).
+    """
+
+    kind: ClassVar[str] = "layer"
+
+
+@dataclass(frozen=True)
+class RMS(_PerSample):
+    """Root-mean-square normalization over the H units of each gate: `x / sqrt(mean_H(x^2) + eps)`.
+
+    Source: Zhang and Sennrich, NeurIPS 2019 (arXiv 1910.07467).
+    """
+
+    kind: ClassVar[str] = "rms"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """No normalization: the layer is exactly torch's."""
+
+    eps: ClassVar[float] = 1e-5
+    affine: ClassVar[bool] = False
+    guard: ClassVar[str] = "none"
+    alpha_fwd: ClassVar[float] = 1.0
+    alpha_bwd: ClassVar[float] = 1.0
+    kind: ClassVar[str] = "none"
+
+
+Spec = Online | Layer | RMS | Identity
+_BY_NAME: dict[str, type[Spec]] = {"online": Online, "layer": Layer, "rms": RMS, "none": Identity}
+
+
+def resolve(norm: "str | Spec") -> Spec:
+    """The specification for a name (`"online"`, `"layer"`, `"rms"`, `"none"`) or for itself; `ValueError` otherwise."""
+    if isinstance(norm, Spec):
+        return norm
+    if isinstance(norm, str) and norm in _BY_NAME:
+        return _BY_NAME[norm]()
+    raise ValueError(
+        f"norm must be one of {', '.join(map(repr, _BY_NAME))} or a specification of rnnorm.norms; got {norm!r}"
+    )

@@ -1,0 +1,104 @@
+"""One call of a recurrent layer and direction over a whole sequence: what goes in, what comes out.
+
+The field order is the argument order of the operators `rnnorm::sequence` and `rnnorm::sequence_backward`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rnnorm._cells import CELLS
+
+
+class Operands(NamedTuple):
+    """The tensors of one call. Axes: T steps, N sequences, I inputs, H units, P = H or the projected size, C = G*H."""
+
+    x: Tensor  # [T, N, I]
+    h: Tensor  # [N, P]
+    c: Tensor | None  # [N, H], LSTM only
+    weight_ih: Tensor  # [C, I]
+    weight_hh: Tensor  # [C, P]
+    bias_ih: Tensor | None  # [C]
+    bias_hh: Tensor | None  # [C]
+    weight_hr: Tensor | None  # [P, H]
+    norm_weight: Tensor | None  # [C]
+    norm_bias: Tensor | None  # [C]
+    cell_norm_weight: Tensor | None  # [H]
+    cell_norm_bias: Tensor | None  # [H]
+    # From here on nothing is differentiated.
+    norm_mean: Tensor | None  # [C], statistics dtype, as the next seven
+    norm_var: Tensor | None
+    norm_u: Tensor | None  # moved in place by the backward operator
+    norm_v: Tensor | None
+    cell_norm_mean: Tensor | None  # [H]
+    cell_norm_var: Tensor | None
+    cell_norm_u: Tensor | None
+    cell_norm_v: Tensor | None
+    lengths: Tensor | None  # [N] int64 on the CPU, each in 1..T; None: all T
+
+
+DIFFERENTIABLE = Operands._fields[: Operands._fields.index("norm_mean")]
+MOVED_IN_BACKWARD = ("norm_u", "norm_v", "cell_norm_u", "cell_norm_v")
+
+
+class Spec(NamedTuple):
+    """Everything about one call that is not a tensor."""
+
+    cell: str
+    norm: str
+    guard: str
+    eps: float
+    alpha_fwd: float
+    alpha_bwd: float
+    cell_norm: bool
+    training: bool  # online: move the statistics, and use the control process in the backward
+    reverse: bool
+    save: bool  # keep what the backward needs
+    backend: str
+
+    @property
+    def gates(self) -> int:
+        return len(CELLS[self.cell].gates)
+
+    @property
+    def controlled(self) -> bool:
+        """The backward is the control process: not repeatable, since it moves u and v."""
+        return self.norm == "online" and self.training
+
+
+class Results(NamedTuple):
+    """What a call returns. Tensors that do not apply are empty."""
+
+    y: Tensor  # [T, N, P], zero at padded positions
+    h: Tensor  # [N, P]
+    c: Tensor  # [N, H]
+    norm_mean: Tensor  # [C], the statistics after the sequence, as the next three
+    norm_var: Tensor
+    cell_norm_mean: Tensor  # [H]
+    cell_norm_var: Tensor
+    saved: list[Tensor]  # what the backend's backward needs
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics, carried values and nonlinearities: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def results_like(operands: Operands, spec: Spec, saved: list[Tensor]) -> Results:
+    """Uninitialized results of the right shapes; the streams' new statistics only where they move."""
+    x, h, c = operands.x, operands.h, operands.c
+
+    def moved(statistic: Tensor | None) -> Tensor:
+        return x.new_empty(0) if statistic is None or not spec.controlled else torch.empty_like(statistic)
+
+    return Results(
+        x.new_empty(x.size(0), x.size(1), h.size(1)),
+        torch.empty_like(h, memory_format=torch.contiguous_format),
+        x.new_empty(0) if c is None else torch.empty_like(c, memory_format=torch.contiguous_format),
+        moved(operands.norm_mean),
+        moved(operands.norm_var),
+        moved(operands.cell_norm_mean),
+        moved(operands.cell_norm_var),
+        saved,
+    )

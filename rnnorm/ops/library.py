@@ -1,0 +1,179 @@
+"""The operators: `rnnorm::sequence` for a recurrent layer over a sequence, `rnnorm::online_norm` for one stream.
+
+They are registered through `torch.library` with fake kernels and autograd formulas, so that eager, `torch.compile`,
+`torch.export` and TorchScript all call the same thing. The forward operators are functional: new statistics are
+returned, and the module copies them into its buffers. The backward operators move u and v in place.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnorm.ops import stream
+from rnnorm.ops.call import DIFFERENTIABLE, MOVED_IN_BACKWARD, Operands, Results, Spec, results_like
+from rnnorm.ops.errors import DOUBLE_BACKWARD, SECOND_BACKWARD
+from rnnorm.ops.registry import by_name
+
+_SCALARS = {str: "str", float: "float", bool: "bool"}
+_REQUIRED = ("x", "h", "weight_ih", "weight_hh")
+
+
+def _operands_schema(mutable: Sequence[str] = ()) -> str:
+    def kind(name: str) -> str:
+        alias = f"({chr(97 + mutable.index(name))}!)" if name in mutable else ""
+        return f"Tensor{alias}{'' if name in _REQUIRED else '?'} {name}"
+
+    return ", ".join(kind(name) for name in Operands._fields)
+
+
+_SPEC_SCHEMA = ", ".join(f"{_SCALARS[kind]} {name}" for name, kind in Spec.__annotations__.items())
+
+
+def _unpack(args: Sequence[Any]) -> tuple[Operands, Spec]:
+    split = len(Operands._fields)
+    return Operands(*args[:split]), Spec(*args[split:])
+
+
+@torch.library.custom_op(
+    "rnnorm::sequence",
+    mutates_args=(),
+    schema=f"({_operands_schema()}, {_SPEC_SCHEMA}) -> ({'Tensor, ' * (len(Results._fields) - 1)}Tensor[])",
+)
+def sequence(*args: Any) -> Results:
+    operands, spec = _unpack(args)
+    # Statistics stay in their own dtype whatever autocast does to products.
+    with torch.autocast(operands.x.device.type, enabled=False):
+        return by_name(spec.backend).forward(operands, spec)
+
+
+@sequence.register_fake
+def _(*args: Any) -> Results:
+    operands, spec = _unpack(args)
+    return results_like(operands, spec, by_name(spec.backend).saved_like(operands, spec) if spec.save else [])
+
+
+@torch.library.custom_op(
+    "rnnorm::sequence_backward",
+    mutates_args=MOVED_IN_BACKWARD,
+    schema=f"(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor[] saved, bool need_input, bool need_weights, "
+    f"{_operands_schema(MOVED_IN_BACKWARD)}, {_SPEC_SCHEMA}) -> Tensor[]",
+)
+def sequence_backward(
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    saved: Sequence[Tensor],
+    need_input: bool,
+    need_weights: bool,
+    *args: Any,
+) -> list[Tensor]:
+    operands, spec = _unpack(args)
+    with torch.autocast(operands.x.device.type, enabled=False):
+        grads = by_name(spec.backend).backward(
+            (grad_y, grad_h, grad_c), operands, saved, spec, need_input, need_weights
+        )
+    return [operands.x.new_empty(0) if grad is None else grad for grad in grads]
+
+
+def _wanted(name: str, operand: Tensor | None, need_input: bool, need_weights: bool) -> bool:
+    if name in ("h", "c"):
+        return operand is not None
+    return operand is not None and (need_input if name == "x" else need_weights)
+
+
+@sequence_backward.register_fake
+def _(grad_y: Any, grad_h: Any, grad_c: Any, saved: Any, need_input: bool, need_weights: bool, *args: Any):
+    operands, _spec = _unpack(args)
+    return [
+        torch.empty_like(operand, memory_format=torch.contiguous_format)
+        if _wanted(name, operand, need_input, need_weights)
+        else operands.x.new_empty(0)
+        for name, operand in zip(DIFFERENTIABLE, operands, strict=False)
+    ]
+
+
+def _sequence_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    operands, spec = _unpack(inputs)
+    results = Results(*output)
+    ctx.save_for_backward(*operands[: len(DIFFERENTIABLE)], operands.lengths, *results.saved)
+    # u and v are moved on purpose between forward and backward: autograd's version check must not see them.
+    ctx.streams = operands[len(DIFFERENTIABLE) : -1]
+    ctx.spec = spec
+    ctx.spent = False
+
+
+def _once(ctx: Any, repeatable: bool) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(DOUBLE_BACKWARD)
+    if ctx.spent and not repeatable:
+        raise RuntimeError(SECOND_BACKWARD)
+    ctx.spent = True
+
+
+def _sequence_gradient(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    _once(ctx, repeatable=not ctx.spec.controlled or ctx.spec.alpha_bwd == 1)
+    count = len(DIFFERENTIABLE)
+    differentiable, (lengths, *saved) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    operands = Operands(*differentiable, *ctx.streams, lengths)
+    needed = dict(zip(Operands._fields, ctx.needs_input_grad, strict=False))
+    need_weights = any(needed[name] for name in DIFFERENTIABLE if name not in ("x", "h", "c"))
+    grad_c = grads[2] if operands.c is not None else None
+    found = torch.ops.rnnorm.sequence_backward(
+        grads[0], grads[1], grad_c, saved, needed["x"], need_weights, *operands, *ctx.spec
+    )
+    out = [grad if needed[name] else None for name, grad in zip(DIFFERENTIABLE, found, strict=True)]
+    return (*out, *([None] * (len(operands) - count + len(ctx.spec))))
+
+
+sequence.register_autograd(_sequence_gradient, setup_context=_sequence_context)
+
+
+@torch.library.custom_op("rnnorm::online_norm", mutates_args=())
+def online_norm(
+    x: Tensor, mean: Tensor, var: Tensor, u: Tensor, v: Tensor, alpha_fwd: float, alpha_bwd: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`y`, reciprocal deviations, new mean and var for samples `x` [N, C, D] in order; u, v are for the backward."""
+    with torch.autocast(x.device.type, enabled=False):
+        y, rstd, mean, var = stream.online_norm(x.to(mean.dtype), mean, var, alpha_fwd, eps)
+        return y.contiguous(), rstd, mean, var
+
+
+@online_norm.register_fake
+def _(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, alpha_fwd: float, alpha_bwd: float, eps: float):
+    y = torch.empty(x.shape, dtype=mean.dtype, device=x.device)
+    return y, y.new_empty(x.shape[:2]), torch.empty_like(mean), torch.empty_like(var)
+
+
+@torch.library.custom_op("rnnorm::online_norm_backward", mutates_args=("u", "v"))
+def online_norm_backward(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha_bwd: float) -> Tensor:
+    with torch.autocast(grad.device.type, enabled=False):
+        dx, new_u, new_v = stream.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, alpha_bwd)
+        u.copy_(new_u)
+        v.copy_(new_v)
+        return dx.contiguous()
+
+
+@online_norm_backward.register_fake
+def _(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha_bwd: float) -> Tensor:
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
+
+
+def _online_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _x, _mean, _var, *ctx.control, _alpha_fwd, ctx.alpha_bwd, _eps = inputs
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[0], output[1])
+    ctx.spent = False
+
+
+def _online_norm_gradient(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+    _once(ctx, repeatable=ctx.alpha_bwd == 1)
+    y, rstd = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(y)
+    dx = torch.ops.rnnorm.online_norm_backward(grad, y, rstd, *ctx.control, ctx.alpha_bwd)
+    return dx.to(ctx.dtype), None, None, None, None, None, None, None
+
+
+online_norm.register_autograd(_online_norm_gradient, setup_context=_online_norm_context)

@@ -1,0 +1,161 @@
+"""The definitional backend: the text of the algorithm, a loop over steps and samples, for any device and dtype.
+
+Autograd differentiates everything but the online stream's own step, so this is an independent check of every
+hand-written gradient. It is slow on purpose; nothing here is shared with the fast backends.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rnnorm._cells import CELLS
+from rnnorm.norms import CLAMP_LIMIT, SCALE_EPS
+from rnnorm.ops.call import Operands, Results, Spec, statistics_dtype
+from rnnorm.ops.errors import DOUBLE_BACKWARD, SECOND_BACKWARD
+
+
+class OnlineStep(torch.autograd.Function):
+    """Some samples of a stream, one by one: Chiley et al., eq. 8 (forward) and 9-12 (backward).
+
+    `x` [n, C, D]; `mean`, `var` [C] are moved in place by the forward, `u`, `v` [C] by the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, mean, var, u, v, alpha_fwd, alpha_bwd, eps):
+        y, s = torch.empty_like(x), x.new_empty(x.shape[:2])
+        for n, sample in enumerate(x):
+            s[n] = (var + eps).sqrt()
+            y[n] = (sample - mean[:, None]) / s[n][:, None]
+            own_mean = sample.mean(1)
+            own_var = sample.var(1, correction=0)
+            d = own_mean - mean
+            var.copy_(
+                alpha_fwd * var + (1 - alpha_fwd) * own_var + alpha_fwd * (1 - alpha_fwd) * d * d
+            )
+            mean.add_((1 - alpha_fwd) * d)
+        ctx.save_for_backward(y, s)
+        # Not saved through autograd: they are moved on purpose between forward and backward.
+        ctx.control = u, v
+        ctx.alpha_bwd = alpha_bwd
+        ctx.spent = False
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(DOUBLE_BACKWARD)
+        if ctx.spent and ctx.alpha_bwd < 1:
+            raise RuntimeError(SECOND_BACKWARD)
+        ctx.spent = True
+        y, s = ctx.saved_tensors
+        u, v = ctx.control
+        rest = 1 - ctx.alpha_bwd
+        dx = torch.empty_like(y)
+        for n, g in enumerate(grad):
+            e = g - rest * v[:, None] * y[n]
+            v.add_((e * y[n]).mean(1))
+            dx[n] = e / s[n][:, None] - rest * u[:, None]
+            u.add_(dx[n].mean(1))
+        return dx, None, None, None, None, None, None, None
+
+
+def _guard(z: Tensor, guard: str) -> Tensor:
+    """Bound the drift of normalized values `z` [n, G, H], by gate."""
+    if guard == "scale":
+        return z / (z.square().mean(-1, keepdim=True) + SCALE_EPS).sqrt()
+    if guard == "clamp":
+        return z.clamp(-CLAMP_LIMIT, CLAMP_LIMIT)
+    return z
+
+
+def _normalizer(
+    spec: Spec,
+    H: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    streams: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+) -> Callable[[Tensor, int], Tensor]:
+    """The normalization of one layer: `normalize(pre [n, k*H], first gate)`, moving the streams' mean and var."""
+
+    def normalize(pre: Tensor, first: int = 0) -> Tensor:
+        if spec.norm == "none":
+            return pre
+        part = slice(first * H, first * H + pre.size(1))
+        if streams is not None:
+            mean, var, u, v = (s[part] for s in streams)
+            if spec.training:
+                args = (mean, var, u, v, spec.alpha_fwd, spec.alpha_bwd, spec.eps)
+                y = OnlineStep.apply(pre[:, :, None], *args)[:, :, 0]
+            else:
+                # A copy: autograd keeps it, and later training calls move the statistics.
+                y = (pre - mean.clone()) / (var.clone() + spec.eps).sqrt()
+        else:
+            gates = pre.unflatten(1, (-1, H))
+            if spec.norm == "layer":
+                gates = gates - gates.mean(-1, keepdim=True)
+            y = (gates / (gates.square().mean(-1, keepdim=True) + spec.eps).sqrt()).flatten(1)
+        if weight is not None and bias is not None:
+            y = y * weight[part] + bias[part]
+        return _guard(y.unflatten(1, (-1, H)), spec.guard).flatten(1)
+
+    return normalize
+
+
+def _streams(operands: Operands, prefix: str) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    mean, var, u, v = (getattr(operands, f"{prefix}_{name}") for name in ("mean", "var", "u", "v"))
+    return None if mean is None else (mean.clone(), var.clone(), u, v)
+
+
+def run(operands: Operands, spec: Spec) -> Results:
+    """A whole sequence, step by step and, in the streams, sample by sample."""
+    o = operands
+    T, N, _ = o.x.shape
+    dtype, wide = o.x.dtype, statistics_dtype(o.x.dtype)
+    H = o.weight_ih.size(0) // spec.gates
+    gate_streams, cell_streams = _streams(o, "norm"), _streams(o, "cell_norm")
+    normalize = _normalizer(spec, H, o.norm_weight, o.norm_bias, gate_streams)
+    cell = _normalizer(spec, H, o.cell_norm_weight, o.cell_norm_bias, cell_streams)
+    normalize_cell: Callable[[Tensor], Tensor] = (lambda c: cell(c, 0)) if spec.cell_norm else (lambda c: c)
+    step = CELLS[spec.cell].step
+    h, c = o.h.to(wide), None if o.c is None else o.c.to(wide)
+    lengths = torch.full((N,), T) if o.lengths is None else o.lengths
+    ys: list[Tensor] = [o.x.new_zeros(N, h.size(1), dtype=wide)] * T
+    for t in reversed(range(T)) if spec.reverse else range(T):
+        rows = torch.nonzero(lengths > t)[:, 0].to(o.x.device)
+        x_part = F.linear(o.x[t, rows], o.weight_ih, o.bias_ih).to(wide)
+        h_part = F.linear(h[rows].to(dtype), o.weight_hh, o.bias_hh).to(wide)
+        new_h, new_c = step(x_part, h_part, h[rows], None if c is None else c[rows], normalize, normalize_cell)
+        if o.weight_hr is not None:
+            new_h = F.linear(new_h.to(dtype), o.weight_hr).to(wide)
+        h = h.index_put((rows,), new_h)
+        c = None if c is None else c.index_put((rows,), new_c)
+        ys[t] = torch.zeros_like(ys[t]).index_put((rows,), new_h)
+    empty = o.x.new_empty(0)
+    moved = spec.controlled
+    return Results(
+        torch.stack(ys).to(dtype),
+        h.to(dtype),
+        empty if c is None else c.to(dtype),
+        *((gate_streams[0], gate_streams[1]) if gate_streams and moved else (empty, empty)),
+        *((cell_streams[0], cell_streams[1]) if cell_streams and moved else (empty, empty)),
+        [],
+    )
+
+
+class Reference:
+    name = "reference"
+    differentiable = True
+
+    def why_not(self, device: torch.device, dtype: torch.dtype, spec: Spec | None) -> None:
+        return None
+
+    def saved_like(self, operands: Operands, spec: Spec) -> list[Tensor]:
+        return []
+
+    def forward(self, operands: Operands, spec: Spec) -> Results:
+        return run(operands, spec)
+
+    def backward(self, *args: object) -> list[Tensor | None]:
+        raise AssertionError("autograd differentiates the reference backend")

@@ -1,0 +1,73 @@
+"""The backends, in order of preference, and the only place that chooses between them."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rnnorm.ops.call import Operands, Results, Spec
+from rnnorm.ops.reference import Reference
+from rnnorm.ops.scripted import Scripted
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for by name cannot run this call."""
+
+
+class Backend(Protocol):
+    """What a row of the registry offers. `differentiable` backends run under autograd, without operators."""
+
+    name: str
+    differentiable: bool
+
+    def why_not(self, device: torch.device, dtype: torch.dtype, spec: Spec | None) -> str | None:
+        """None if it can run such a call, else the reason. Without a spec: whether it can run here at all."""
+
+    def saved_like(self, operands: Operands, spec: Spec) -> list[Tensor]:
+        """Uninitialized tensors of the shapes that `forward` saves."""
+
+    def forward(self, operands: Operands, spec: Spec) -> Results: ...
+
+    def backward(
+        self,
+        grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+        operands: Operands,
+        saved: Sequence[Tensor],
+        spec: Spec,
+        need_input: bool,
+        need_weights: bool,
+    ) -> list[Tensor | None]:
+        """Gradients of the differentiable operands for those of `y`, `h`, `c`; moves u and v in place."""
+
+
+BACKENDS: list[Backend] = [Scripted(), Reference()]
+
+
+def names() -> list[str]:
+    return [backend.name for backend in BACKENDS]
+
+
+def by_name(name: str) -> Backend:
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise ValueError(f"backend must be one of {', '.join(map(repr, ['auto', *names()]))}; got {name!r}")
+
+
+def choose(wanted: str, device: torch.device, dtype: torch.dtype, spec: Spec | None) -> Backend:
+    """The backend of that name, or for `"auto"` the first that can run the call."""
+    if wanted == "auto":
+        return next(b for b in BACKENDS if b.why_not(device, dtype, spec) is None)
+    backend = by_name(wanted)
+    reason = backend.why_not(device, dtype, spec)
+    if reason is not None:
+        raise BackendUnavailable(
+            f"backend {wanted!r} cannot run this call: {reason}; backend='auto' chooses one that can"
+        )
+    return backend
+
+
+def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
+    """Every backend's name, with None if it can run on `device` here, or the reason why it cannot."""
+    return {b.name: b.why_not(torch.device(device), dtype, None) for b in BACKENDS}
