@@ -1,0 +1,196 @@
+"""The built-in corpus: what CPython's own library says about itself, in English, with nothing to download.
+
+Documents: each topic of `pydoc_data.topics`, and each module of the standard library (its docstrings, then
+the comments that stand on lines of their own), read from the sources and never imported. The text is made the
+way Penn Treebank's language-model files were:
+
+- one sentence or list item a line; code, tables, signatures and grammar rules are left out;
+- lower case; a number is `N`; punctuation is dropped, so `os.path` and `run_module()` come apart into words;
+  hyphens and digits inside a word stay; `doesn't` is `does n't` and `it's` is `it 's`;
+- a sentence that came before, in any document, is left out: no test sentence is in train;
+- words rarer than the vocabulary holds, counted in train alone, are written `<unk>`.
+
+The text follows the Python version (and how it was packaged), so perplexities compare only under one version;
+the manifest says which one it was.
+"""
+
+import ast
+import hashlib
+import inspect
+import json
+import platform
+import re
+import sysconfig
+import tokenize
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from lm.corpora.folder import SPLITS, digest, read
+from lm.errors import UserError
+from lm.files import read_text, write_whole
+from lm.tokenizers import EOS, UNK
+
+VOCABULARY = 10_000  # words at most, <unk> and <eos> among them
+RAREST = 3  # times in train, at least, that a kept word stands: the others teach the model what <unk> is
+HELD_OUT = 0.1  # share of the tokens that test takes, and valid
+BUILDER = 1  # raise it when this file makes another text, so that cached ones are made again
+
+_SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "turtledemo",
+}
+_MANIFEST = "manifest.json"
+_ITEM = re.compile(r"\n[ \t]*\n|\n(?=[ \t]*[*-] )")
+_CODE = re.compile(r">>>|::=|^\s*\$ |^\s*[*=~^-]{4,}\s*$", re.MULTILINE)
+_SENTENCE = re.compile(r"(?<=[.?!:])(?<!e\.g\.)(?<!i\.e\.)[\"')\]]*\s+(?=[\"'(*A-Z_])")
+_ADDRESS = re.compile(r"\S+(?:://|@)\S+")
+_TOKEN = re.compile(r"\d+(?:[.,]\d+)*(?![^\W_])|[^\W_]+(?:['-][^\W_]+)*")
+_CONTRACTION = re.compile(r"(n't|'(?:s|re|ve|ll|d|m))$")
+
+
+def load(folder: Path) -> dict[str, list[str]]:
+    """Returns the splits, from `folder` when they are there and whole, else built (seconds) and kept there.
+
+    Raises:
+        UserError: this Python came without the sources of its library; a cached split was changed.
+    """
+    manifest = folder / _MANIFEST
+    if manifest.exists():
+        record = _manifest(manifest)
+        if record.get("builder") == BUILDER:
+            splits = read(folder)
+            _verify(folder, splits, record)
+            return splits
+    splits = build(documents(Path(sysconfig.get_path("stdlib"))))
+    for split, lines in splits.items():
+        write_whole(folder / f"{split}.txt", "".join(f"{line}\n" for line in lines).encode())
+    record = {"builder": BUILDER, "python": platform.python_version()}
+    record |= {split: digest(lines, "sha256") for split, lines in splits.items()}
+    write_whole(manifest, (json.dumps(record, indent=1) + "\n").encode())  # last: it vouches for the others
+    return splits
+
+
+def python_version(folder: Path) -> str:
+    """Returns the version of the Python whose documentation the cached text is."""
+    return str(_manifest(folder / _MANIFEST).get("python"))
+
+
+def _manifest(path: Path) -> dict[str, object]:
+    try:
+        record = json.loads(read_text(path, "the manifest of python-docs"))
+        if isinstance(record, dict):
+            return record
+    except json.JSONDecodeError:
+        pass
+    raise UserError(
+        f"the manifest of python-docs must be what was written there; {path} is not; delete the folder"
+    )
+
+
+def _verify(folder: Path, splits: Mapping[str, list[str]], record: Mapping[str, object]) -> None:
+    for split, lines in splits.items():
+        if digest(lines, "sha256") != record.get(split):
+            raise UserError(
+                f"{folder / f'{split}.txt'} must be the text that its {_MANIFEST} names; it was changed; "
+                f"delete {folder} to make it again, or copy it and give the copy's folder as your own text"
+            )
+
+
+def documents(library: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yields (name, passages of raw text) for every topic and every module, in an order of names."""
+    from pydoc_data.topics import topics
+
+    for topic, text in sorted(topics.items()):
+        yield f"topic {topic}", [text]
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).parts
+        if _SKIPPED.isdisjoint(parts) and not path.name.startswith("_sysconfigdata"):
+            yield "/".join(parts), _passages(path)
+
+
+def _passages(path: Path) -> list[str]:
+    """Returns the docstrings of a module, then its blocks of comment lines; nothing if it does not parse."""
+    try:
+        with tokenize.open(path) as file:
+            source = file.read()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in old modules
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, OSError):
+        return []
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, holders)]
+    block: list[str] = []
+    for line in [*source.split("\n"), ""]:
+        if (text := line.strip()).startswith("#"):
+            block.append(text.lstrip("#:! "))
+        elif block:
+            found.append("\n".join(block))
+            block = []
+    return found
+
+
+def sentences(passage: str) -> Iterator[list[str]]:
+    """Yields the sentences of a passage as words; skips what is not English."""
+    for item in _ITEM.split(inspect.cleandoc(passage)):
+        if _CODE.search(item):
+            continue
+        for sentence in _SENTENCE.split(" ".join(item.split())):
+            symbols = sum(not (c.isalnum() or c in " .,-'\"()") for c in sentence)
+            found = tokens(sentence)
+            plain = sum(word.isalpha() and len(word) > 1 for word in found)
+            if len(found) >= 4 and symbols <= 0.06 * len(sentence) and plain >= 0.6 * len(found):
+                yield found
+
+
+def tokens(sentence: str) -> list[str]:
+    """Returns the words of a sentence, as the head of this file says."""
+    found: list[str] = []
+    for word in _TOKEN.findall(_ADDRESS.sub(" ", sentence).lower().replace("\u2019", "'")):
+        if word.replace(".", "").replace(",", "").isdigit():
+            found.append("N")
+        else:
+            found += _CONTRACTION.sub(r" \1", word).split()
+    return found
+
+
+def build(raw: Iterator[tuple[str, list[str]]]) -> dict[str, list[str]]:
+    """Turns (name, passages) into the three splits."""
+    seen: set[tuple[str, ...]] = set()
+    texts: dict[str, list[tuple[str, ...]]] = {}
+    for name, passages in raw:
+        fresh = dict.fromkeys(tuple(found) for passage in passages for found in sentences(passage))
+        texts[name] = [sentence for sentence in fresh if sentence not in seen]
+        seen.update(fresh)
+    where = _assign({name: sum(len(line) + 1 for line in text) for name, text in texts.items()})
+    splits = {s: [line for name in texts if where[name] == s for line in texts[name]] for s in SPLITS}
+    if not all(splits.values()):
+        raise UserError(
+            "python-docs is made from the sources of Python's standard library and pydoc_data; this Python "
+            "came without them; use a complete Python, or give a folder of your own text"
+        )
+    counts = Counter(word for line in splits["train"] for word in line)
+    kept = {word for word, count in counts.most_common(VOCABULARY - len((UNK, EOS))) if count >= RAREST}
+    return {
+        split: [" ".join(word if word in kept else UNK for word in line) for line in lines]
+        for split, lines in splits.items()
+    }
+
+
+def _assign(sizes: Mapping[str, int]) -> dict[str, str]:
+    """Returns the split of each document: by the sha256 of their names first test, then valid, then train."""
+    where: dict[str, str] = {}
+    share = HELD_OUT * sum(sizes.values())
+    taken = 0
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        where[name] = "test" if taken < share else "valid" if taken < 2 * share else "train"
+        taken += sizes[name]
+    return where
