@@ -1,0 +1,305 @@
+"""Every setting of a run: what it means, what it may be, and what it is when nobody says."""
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lm import stream
+from lm.errors import UserError
+from lm.files import read_text
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Alpha = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """One table of the configuration. TOML has no null: where a value may be absent, it is written "none"."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        absent = {key for key, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
+        return {key: None if value == "none" and key in absent else value for key, value in values.items()}
+
+
+class DataConfig(Section):
+    source: str = Field(
+        default="python-docs", description="a corpus by name (`data list`), or a folder of three splits"
+    )
+    dir: str = Field(default="data", description="folder where corpora are kept")
+    tokenizer: Literal["word", "char", "bpe", "unigram"] = Field(
+        default="word", description="what a token is"
+    )
+    vocab_size: Count | None = Field(
+        default=None, description="most pieces of the vocabulary; none: the tokenizer's own"
+    )
+
+
+class ModelConfig(Section):
+    cell: Literal["lstm", "gru", "rnn_tanh", "rnn_relu"] = Field(
+        default="lstm", description="recurrent cell; rnn is short for rnn_tanh"
+    )
+    norm: Literal["online", "layer", "rms", "none"] = Field(
+        default="online", description="normalization in the recurrence"
+    )
+    hidden_size: Count = Field(default=200, description="units of a layer")
+    embedding_size: Count | None = Field(
+        default=None, description="units of the embedding; none: hidden_size"
+    )
+    num_layers: Count = Field(default=1, description="recurrent layers")
+    dropout: Rate = Field(
+        default=0.0, description="dropout after the embedding, between layers, and after the last"
+    )
+    input_dropout: Rate | None = Field(default=None, description="dropout after the embedding; none: dropout")
+    output_dropout: Rate | None = Field(
+        default=None, description="dropout after the last layer; none: dropout"
+    )
+    embedding_dropout: Rate = Field(default=0.0, description="dropout of whole words of the vocabulary")
+    tied: bool = Field(default=True, description="the decoder's weight is the embedding's")
+    alpha_fwd: Alpha = Field(default=8191 / 8192, description="online: decay of the forward statistics")
+    alpha_bwd: Alpha = Field(default=31 / 32, description="online: decay of the backward control")
+    guard: Literal["scale", "clamp", "none"] = Field(
+        default="scale", description="online: against drift of the estimates"
+    )
+    cell_norm: bool = Field(default=False, description="lstm: normalize the cell state too")
+    init_range: Positive | None = Field(
+        default=None,
+        description="uniform initial weights in ± this; none: 0.1 for words, torch's own for layers",
+    )
+
+    @field_validator("cell", mode="before")
+    @classmethod
+    def _rnn(cls, value: Any) -> Any:
+        return "rnn_tanh" if value == "rnn" else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelConfig":
+        if self.tied and self.embedding_size not in (None, self.hidden_size):
+            raise UserError(
+                f"a tied decoder needs model.embedding_size equal to model.hidden_size; "
+                f"{self.embedding_size} and {self.hidden_size} came; make them equal or set model.tied=false"
+            )
+        if self.cell_norm and self.cell != "lstm":
+            raise UserError(
+                f"model.cell_norm is for the cell lstm; {self.cell} came; set model.cell_norm=false"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    epochs: Count = Field(default=5, description="passes over the training text")
+    max_steps: Count | None = Field(
+        default=None, description="stop after so many steps in all, if that comes first"
+    )
+    lr: Positive = Field(default=6.5, description="learning rate")
+    batch_size: Count = Field(default=20, description="columns that are read side by side")
+    window: str = Field(default="64", description="steps of truncated BPTT: 64, uniform{2..128} or awd{70}")
+    optimizer: Literal["sgd", "asgd", "adam", "adamw"] = Field(
+        default="sgd", description="asgd: averaged sgd"
+    )
+    momentum: Rate = Field(default=0.0, description="sgd: momentum")
+    average_patience: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="asgd: average from this many epochs without a new best on (0: from the start)"
+    )
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0.0, description="L2 penalty"
+    )
+    clip: Positive | None = Field(
+        default=None, description="largest norm of the whole gradient; none: no clipping"
+    )
+    schedule: Literal["constant", "exponential", "plateau", "cosine"] = Field(
+        default="constant", description="how the learning rate falls"
+    )
+    schedule_factor: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="exponential: factor of each epoch; plateau: factor of each fall"
+    )
+    schedule_hold: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="exponential: epochs at the full rate first"
+    )
+    schedule_patience: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="plateau: epochs without a new best that are let pass before a fall"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="steps in which the rate climbs from 0"
+    )
+    patience: Count | None = Field(
+        default=None, description="stop after this many epochs without a new best; none: never"
+    )
+    autocast: Literal["none", "bfloat16"] = Field(
+        default="none", description="dtype of products under autocast"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=1, description="of weights, dropout and windows"
+    )
+    backend: str = Field(
+        default="auto", description="what runs the recurrence (`python -m rnnorm` lists them)"
+    )
+    device: str = Field(default="cpu", description="cpu, cuda or cuda:0")
+    valid_batch_size: Count = Field(default=20, description="columns of the validation after each epoch")
+    log_every: Count = Field(default=10, description="steps from one logged step to the next")
+
+    @field_validator("window", mode="before")
+    @classmethod
+    def _window(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if isinstance(value, str):
+            try:
+                stream.policy(value)
+            except UserError as fault:
+                raise UserError(f"train.window: {fault}") from None
+        return value
+
+
+class CheckpointConfig(Section):
+    every_steps: Count | None = Field(
+        default=None, description="save every so many steps; none: after each epoch only"
+    )
+
+
+class EvalConfig(Section):
+    protocol: Literal["exact", "chunk-mean"] = Field(
+        default="exact", description="how `eval` measures perplexity"
+    )
+    chunk: Count = Field(
+        default=1024, description="steps evaluated at once; the exact result does not depend on it"
+    )
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+def build(values: Mapping[str, Any]) -> Config:
+    """Returns the configuration that holds these tables, and the defaults elsewhere.
+
+    Raises:
+        UserError: an unknown section or key, a wrong type, a value out of range: names the key, what is
+            allowed and what came.
+    """
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as fault:
+        raise UserError(_explain(fault)) from None
+
+
+def _explain(fault: ValidationError) -> str:
+    first = fault.errors()[0]
+    *path, last = (str(part) for part in first["loc"])
+    name = ".".join([*path, last])
+    if first["type"] == "extra_forbidden":
+        table = Config.model_fields[path[0]].annotation if path else Config
+        valid = ", ".join(table.model_fields)  # type: ignore[union-attr]
+        where = f"key of [{path[0]}]" if path else "section"
+        return f"{name} must be a known {where}; {last!r} came; the known ones are {valid}"
+    told = first["msg"].removeprefix("Input should ")
+    return f"{name} must {told}; {first['input']!r} came; see `train --help` for every key"
+
+
+def presets() -> dict[str, str]:
+    """Returns the names of the presets and what each is, in alphabetical order."""
+    files = sorted(resources.files("lm").joinpath("presets").iterdir(), key=lambda file: file.name)
+    return {
+        file.name.removesuffix(".toml"): tomllib.loads(file.read_text("utf-8"))["description"]
+        for file in files
+        if file.name.endswith(".toml")
+    }
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Returns the tables of a preset: one by name, or a TOML file of one's own by path.
+
+    Raises:
+        UserError: no such preset; a file that is missing or not TOML.
+    """
+    if name.endswith(".toml"):
+        return read_toml(Path(name), "a preset")
+    known = presets()
+    if name not in known:
+        raise UserError(
+            f"a preset must be one of {', '.join(known)}, or a path that ends in .toml; {name!r} came"
+        )
+    text = resources.files("lm").joinpath("presets", f"{name}.toml").read_text("utf-8")
+    return _without_description(tomllib.loads(text))
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """Returns the tables of a TOML file; a fault is a UserError that names the file."""
+    try:
+        return _without_description(tomllib.loads(read_text(path, what)))
+    except tomllib.TOMLDecodeError as fault:
+        raise UserError(f"{what} must be TOML; {path}: {fault}") from None
+
+
+def _without_description(tables: dict[str, Any]) -> dict[str, Any]:
+    return {name: table for name, table in tables.items() if name != "description"}
+
+
+def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Returns the tables with each `section.key=value` put in; a value is read as TOML, else as bare text.
+
+    Raises:
+        UserError: an assignment of another form.
+    """
+    changed = {name: dict(table) if isinstance(table, Mapping) else table for name, table in tables.items()}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        section, dot, key = path.strip().partition(".")
+        if not (equals and dot and section and key):
+            raise UserError(f"--set must be section.key=value, such as train.lr=0.5; {assignment!r} came")
+        changed.setdefault(section, {})[key] = _value(text.strip())
+    return changed
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Returns every setting under its full name, such as `train.lr`; an absent value is "none"."""
+    return {
+        f"{section}.{key}": "none" if value is None else value
+        for section, table in config.model_dump().items()
+        for key, value in table.items()
+    }
+
+
+def to_toml(config: Config) -> str:
+    """Returns the whole configuration as TOML, each key under its description; `build` reads it back."""
+    lines: list[str] = []
+    for section, table in config.model_dump().items():
+        lines.append(f"[{section}]")
+        for key, value in table.items():
+            field = Config.model_fields[section].annotation.model_fields[key]  # type: ignore[union-attr]
+            written = tomli_w.dumps({key: "none" if value is None else value}).strip()
+            lines += [f"# {field.description}", written]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def describe() -> Iterator[str]:
+    """Yields one line for each key: its full name, default and meaning."""
+    for name, default in flatten(Config()).items():
+        section, key = name.split(".")
+        field = Config.model_fields[section].annotation.model_fields[key]  # type: ignore[union-attr]
+        yield f"{name}={default}  {field.description}"

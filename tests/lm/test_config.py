@@ -1,0 +1,144 @@
+import tomllib
+
+import pytest
+
+from lm import config
+from lm.errors import UserError
+
+
+def test_every_preset_is_a_valid_configuration():
+    names = config.presets()
+    assert {"default", "tied-512", "gru-online", "zaremba-small", "zaremba-medium", "zaremba-large"} <= set(
+        names
+    )
+    for cell in ("rnn", "lstm"):
+        for norm in ("online", "layer", "none"):
+            built = config.build(config.preset(f"paper-{cell}-{norm}"))
+            assert built.model.norm == norm
+            assert built.model.cell.startswith(cell)
+    assert all(config.build(config.preset(name)) and text for name, text in names.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("paper-lstm-online", {"train.lr": 6.5, "train.epochs": 25, "model.alpha_fwd": 1 - 2**-13}),
+        ("paper-lstm-layer", {"train.lr": 3.25, "train.epochs": 25}),
+        ("paper-lstm-none", {"train.lr": 3.5, "train.epochs": 25}),
+        ("paper-rnn-online", {"train.lr": 1.7, "train.epochs": 40, "model.alpha_fwd": 1 - 2**-14}),
+        ("paper-rnn-layer", {"train.lr": 0.95, "train.epochs": 40}),
+        ("paper-rnn-none", {"train.lr": 0.5, "train.epochs": 40}),
+    ],
+)
+def test_the_papers_recipe(name, expected):
+    found = config.flatten(config.build(config.preset(name)))
+    shared = {
+        "data.source": "ptb",
+        "model.hidden_size": 200,
+        "model.num_layers": 1,
+        "model.tied": True,
+        "model.dropout": 0.0,
+        "model.guard": "scale",
+        "model.alpha_bwd": 1 - 2**-7 if "rnn" in name else 1 - 2**-5,
+        "train.optimizer": "sgd",
+        "train.weight_decay": 1e-6,
+        "train.batch_size": 20,
+        "train.window": "uniform{2..128}",
+        "train.clip": "none",
+        "train.schedule": "constant",
+    }
+    assert {key: found[key] for key in shared | expected} == shared | expected
+
+
+def test_the_written_form_is_read_back_equal():
+    built = config.build(
+        {"model": {"cell": "gru", "alpha_fwd": 0.1 + 0.2}, "train": {"clip": 0.25, "window": 35}}
+    )
+    text = config.to_toml(built)
+    assert config.build(tomllib.loads(text)) == built
+    assert "# learning rate\nlr = " in text
+    assert 'max_steps = "none"' in text
+
+
+def test_rnn_is_short_for_rnn_tanh():
+    assert config.build({"model": {"cell": "rnn"}}).model.cell == "rnn_tanh"
+
+
+def test_assignments_are_toml_or_bare_text():
+    tables = config.override(
+        {"train": {"lr": 1.0, "epochs": 2}},
+        ["train.lr=0.5", "model.cell=gru", "train.clip=none", 'data.source="a b"', "model.tied=false"],
+    )
+    assert tables == {
+        "train": {"lr": 0.5, "epochs": 2, "clip": "none"},
+        "model": {"cell": "gru", "tied": False},
+        "data": {"source": "a b"},
+    }
+    built = config.build(tables)
+    assert (built.train.clip, built.train.epochs, built.model.tied) == (None, 2, False)
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"trian": {}}, "trian must be a known section; 'trian' came; the known ones are data, model, train"),
+        (
+            {"train": {"lrr": 1}},
+            r"train.lrr must be a known key of \[train\]; .* the known ones are epochs, max_steps",
+        ),
+        (
+            {"model": {"cell": "lstn"}},
+            "model.cell must be 'lstm', 'gru', 'rnn_tanh' or 'rnn_relu'; 'lstn' came",
+        ),
+        ({"model": {"norm": "batch"}}, "model.norm must be 'online', 'layer', 'rms' or 'none'; 'batch' came"),
+        ({"model": {"guard": "clip"}}, "model.guard must be 'scale', 'clamp' or 'none'; 'clip' came"),
+        ({"eval": {"protocol": "fast"}}, "eval.protocol must be 'exact' or 'chunk-mean'; 'fast' came"),
+        ({"model": {"alpha_fwd": 0.0}}, "model.alpha_fwd must be greater than 0; 0.0 came"),
+        ({"model": {"alpha_bwd": 1.5}}, "model.alpha_bwd must be less than or equal to 1; 1.5 came"),
+        ({"train": {"lr": "fast"}}, "train.lr must be a valid number; 'fast' came"),
+        ({"train": {"epochs": 2.5}}, "train.epochs must be a valid integer; 2.5 came"),
+        ({"train": {"epochs": True}}, "train.epochs must be a valid integer; True came"),
+        ({"train": {"lr": float("nan")}}, "train.lr must be"),
+        ({"train": {"window": "uniform(2,128)"}}, "train.window: a window must be"),
+        ({"train": {"window": 0}}, "train.window: a window must be"),
+        ({"train": {"window": True}}, "train.window must be a valid string; True came"),
+        ({"train": 3}, "train must be a valid dictionary or instance of TrainConfig; 3 came"),
+        (
+            {"model": {"embedding_size": 100}},
+            "tied decoder needs model.embedding_size equal .* 100 and 200 came",
+        ),
+        ({"model": {"cell": "gru", "cell_norm": True}}, "model.cell_norm is for the cell lstm; gru came"),
+        ({"model": {"dropout": 1.0}}, "model.dropout must be less than 1; 1.0 came"),
+    ],
+)
+def test_a_wrong_value_is_one_clear_line(tables, message):
+    with pytest.raises(UserError, match=message) as caught:
+        config.build(tables)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("assignment", ["train.lr", "lr=1", "train.=1", ".lr=1", "=1", ""])
+def test_a_wrong_assignment(assignment):
+    with pytest.raises(UserError, match=r"--set must be section.key=value"):
+        config.override({}, [assignment])
+
+
+def test_an_unknown_preset_names_the_known_ones(tmp_path):
+    with pytest.raises(UserError, match=r"must be one of default, .*zaremba-small.*'papr' came"):
+        config.preset("papr")
+    with pytest.raises(UserError, match="does not exist"):
+        config.preset(str(tmp_path / "mine.toml"))
+    (tmp_path / "mine.toml").write_text("[train\n")
+    with pytest.raises(UserError, match=r"a preset must be TOML; .*mine\.toml"):
+        config.preset(str(tmp_path / "mine.toml"))
+
+
+def test_a_preset_of_ones_own(tmp_path):
+    (tmp_path / "mine.toml").write_text('description = "mine"\n[train]\nlr = 2.0\n')
+    assert config.build(config.preset(str(tmp_path / "mine.toml"))).train.lr == 2.0
+
+
+def test_every_key_is_described():
+    found = list(config.describe())
+    assert len(found) == len(config.flatten(config.Config()))
+    assert all(len(line.split("  ", 1)[1]) > 3 for line in found)
