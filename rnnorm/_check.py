@@ -48,7 +48,7 @@ def lengths_tensor(lengths: "Tensor | Sequence[int]", T: int, N: int) -> Tensor:
             f"lengths must hold one length for each of the N = {N} sequences; got shape {tuple(found.shape)}"
         )
     # Values are data: a compiled graph cannot branch on them.
-    if not torch.compiler.is_compiling() and N and not (1 <= int(found.min()) and int(found.max()) <= T):
+    if not torch.compiler.is_compiling() and N and not (int(found.min()) >= 1 and int(found.max()) <= T):
         raise ValueError(
             f"lengths must lie in 1..T = 1..{T}; got {int(found.min())}..{int(found.max())}; "
             "leave empty sequences out of the batch"

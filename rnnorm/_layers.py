@@ -71,9 +71,17 @@ class Recurrent(RecurrentModule):
 
     def extra_repr(self) -> str:
         options = [f"{self.input_size}, {self.hidden_size}"]
-        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        defaults = {
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0.0,
+            "bidirectional": False,
+        }
         defaults |= {"proj_size": 0, "cell_norm": False, "backend": "auto"}
-        options += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
+        options += [
+            f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default
+        ]
         return ", ".join([*options, f"norm={self.norm}"])
 
     def forward(
@@ -128,12 +136,16 @@ class Recurrent(RecurrentModule):
         if packed.unsorted_indices is not None:
             last = [s.index_select(1, packed.unsorted_indices) for s in last]
         data = y.flatten(0, 1).index_select(0, rows)
-        return PackedSequence(data, sizes, packed.sorted_indices, packed.unsorted_indices), self._returned(last)
+        return PackedSequence(data, sizes, packed.sorted_indices, packed.unsorted_indices), self._returned(
+            last
+        )
 
     def _initial_state(self, x: Tensor, hx: State | None, single: bool) -> list[Tensor]:
         """The checked first states [L*D, N, *], one per name in the cell's states."""
         if x.size(2) != self.input_size:
-            raise ValueError(f"input's last dimension must be input_size = {self.input_size}; got {x.size(2)}")
+            raise ValueError(
+                f"input's last dimension must be input_size = {self.input_size}; got {x.size(2)}"
+            )
         if x.size(0) == 0:
             raise ValueError("input must hold at least one step; got T = 0")
         weight: Tensor = self.get_parameter("weight_ih_l0")
@@ -176,7 +188,9 @@ class Recurrent(RecurrentModule):
             outputs = []
             for direction, suffix in enumerate(suffixes):
                 h, c = state[0][row], state[1][row] if self._has_c else None
-                results = ops.run(self._operands(suffix, x, h, c, lengths), self._spec(reverse=direction == 1))
+                results = ops.run(
+                    self._operands(suffix, x, h, c, lengths), self._spec(reverse=direction == 1)
+                )
                 self._move_streams(suffix, results)
                 outputs.append(results.y)
                 for kept, value in zip(last, (results.h, results.c), strict=False):
@@ -203,7 +217,9 @@ class Recurrent(RecurrentModule):
         """
         expected = getattr(nn, cls.__name__)
         if not isinstance(layer, expected):
-            raise TypeError(f"{cls.__name__}.from_torch needs a torch.nn.{cls.__name__}; got {type(layer).__name__}")
+            raise TypeError(
+                f"{cls.__name__}.from_torch needs a torch.nn.{cls.__name__}; got {type(layer).__name__}"
+            )
         weight = layer.weight_ih_l0
         same = {name: getattr(layer, name) for name in cls._torch_options}
         new = cls(**same, **options, device=weight.device, dtype=weight.dtype)
@@ -260,7 +276,17 @@ class LSTM(Recurrent):
         dtype: Any = None,
     ) -> None:
         super().__init__(
-            *("lstm", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size),
+            *(
+                "lstm",
+                input_size,
+                hidden_size,
+                num_layers,
+                bias,
+                batch_first,
+                dropout,
+                bidirectional,
+                proj_size,
+            ),
             *(norm, cell_norm, backend, device, dtype),
         )
 

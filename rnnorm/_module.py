@@ -19,7 +19,11 @@ class StreamModule(nn.Module):
 
     def _stream_buffers(self) -> dict[str, Tensor]:
         """The module's own stream buffers by name."""
-        return {k: b for k, b in self._buffers.items() if b is not None and k.split("_l")[0].split("_")[-1] in STREAMS}
+        return {
+            k: b
+            for k, b in self._buffers.items()
+            if b is not None and k.split("_l")[0].split("_")[-1] in STREAMS
+        }
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = self._stream_buffers()
@@ -52,7 +56,9 @@ class RecurrentModule(StreamModule):
     def _set_options(self, norm: "str | norms.Spec", cell_norm: bool, backend: str) -> None:
         self.norm = norms.resolve(norm)
         if cell_norm and self.norm.kind == "none":
-            raise ValueError("cell_norm=True needs a normalization; got norm='none'; choose one or leave cell_norm out")
+            raise ValueError(
+                "cell_norm=True needs a normalization; got norm='none'; choose one or leave cell_norm out"
+            )
         self.cell_norm = bool(cell_norm)
         if backend != "auto":
             by_name(backend)
@@ -72,7 +78,9 @@ class RecurrentModule(StreamModule):
             if self.cell_norm:
                 shapes |= {"cell_norm_weight": (self.hidden_size,), "cell_norm_bias": (self.hidden_size,)}
         for name, size in shapes.items():
-            self.register_parameter(name + suffix, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
+            self.register_parameter(
+                name + suffix, nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+            )
         if self.norm.kind == "online":
             wide = statistics_dtype(dtype or torch.get_default_dtype())
             for prefix, channels in (("norm", C), ("cell_norm", self.hidden_size))[: 1 + self.cell_norm]:
@@ -115,7 +123,10 @@ class RecurrentModule(StreamModule):
         assert weight is not None
         if x.dtype != weight.dtype:
             # Only under autocast: parameters follow the products' dtype.
-            own = {k: t.to(x.dtype) if t is not None and k.startswith(("weight", "bias")) else t for k, t in own.items()}
+            own = {
+                k: t.to(x.dtype) if t is not None and k.startswith(("weight", "bias")) else t
+                for k, t in own.items()
+            }
         return ops.Operands(x, h, c, **own, lengths=lengths)  # type: ignore[arg-type]
 
     def _move_streams(self, suffix: str, results: ops.Results) -> None:

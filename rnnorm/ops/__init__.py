@@ -7,7 +7,16 @@ from rnnorm.ops.call import DIFFERENTIABLE, Operands, Results, Spec
 from rnnorm.ops.errors import RECOMPUTATION
 from rnnorm.ops.registry import BackendUnavailable, backends, choose, names
 
-__all__ = ["BackendUnavailable", "Operands", "Results", "Spec", "backends", "names", "refuse_recomputation", "run"]
+__all__ = [
+    "BackendUnavailable",
+    "Operands",
+    "Results",
+    "Spec",
+    "backends",
+    "names",
+    "refuse_recomputation",
+    "run",
+]
 
 
 def refuse_recomputation() -> None:

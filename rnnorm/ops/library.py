@@ -101,6 +101,8 @@ def _sequence_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> Non
     # u and v are moved on purpose between forward and backward: autograd's version check must not see them.
     ctx.streams = operands[len(DIFFERENTIABLE) : -1]
     ctx.spec = spec
+    # Nobody asks for gradients of what was saved: zeros for it would cost as much memory again.
+    ctx.set_materialize_grads(False)
     ctx.spent = False
 
 
@@ -147,7 +149,9 @@ def _(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, alpha_fwd: float, al
 
 
 @torch.library.custom_op("rnnorm::online_norm_backward", mutates_args=("u", "v"))
-def online_norm_backward(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha_bwd: float) -> Tensor:
+def online_norm_backward(
+    grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha_bwd: float
+) -> Tensor:
     with torch.autocast(grad.device.type, enabled=False):
         dx, new_u, new_v = stream.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, alpha_bwd)
         u.copy_(new_u)

@@ -4,7 +4,7 @@ Autograd differentiates everything but the online stream's own step, so this is 
 hand-written gradient. It is slow on purpose; nothing here is shared with the fast backends.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,7 @@ class OnlineStep(torch.autograd.Function):
             own_mean = sample.mean(1)
             own_var = sample.var(1, correction=0)
             d = own_mean - mean
-            var.copy_(
-                alpha_fwd * var + (1 - alpha_fwd) * own_var + alpha_fwd * (1 - alpha_fwd) * d * d
-            )
+            var.copy_(alpha_fwd * var + (1 - alpha_fwd) * own_var + alpha_fwd * (1 - alpha_fwd) * d * d)
             mean.add_((1 - alpha_fwd) * d)
         ctx.save_for_backward(y, s)
         # Not saved through autograd: they are moved on purpose between forward and backward.
@@ -126,7 +124,9 @@ def run(operands: Operands, spec: Spec) -> Results:
         rows = torch.nonzero(lengths > t)[:, 0].to(o.x.device)
         x_part = F.linear(o.x[t, rows], o.weight_ih, o.bias_ih).to(wide)
         h_part = F.linear(h[rows].to(dtype), o.weight_hh, o.bias_hh).to(wide)
-        new_h, new_c = step(x_part, h_part, h[rows], None if c is None else c[rows], normalize, normalize_cell)
+        new_h, new_c = step(
+            x_part, h_part, h[rows], None if c is None else c[rows], normalize, normalize_cell
+        )
         if o.weight_hr is not None:
             new_h = F.linear(new_h.to(dtype), o.weight_hr).to(wide)
         h = h.index_put((rows,), new_h)

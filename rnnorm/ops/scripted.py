@@ -109,15 +109,13 @@ def _normalize(pre: Tensor, norm: Norm, kept: Kept) -> Tensor:
     n, C = pre.size(0), pre.size(1)
     if norm.kind == "online":
         if norm.training:
-            d, variance, mean, var = statistics(
-                pre, None, norm.mean, norm.var, norm.alpha_fwd, norm.weights, norm.powers
-            )
+            d, variance, mean, var = statistics(pre, None, norm.mean, norm.var, norm.alpha_fwd, norm.weights)
             norm.mean.copy_(mean)
             norm.var.copy_(var)
         else:
             d, variance = pre - norm.mean, norm.var
-        rstd = (variance + norm.eps).rsqrt()
-        y = d * rstd
+        rstd = (variance + norm.eps).rsqrt_()
+        y = torch.mul(d, rstd, out=kept.y) if save else d * rstd
     else:
         x = pre.reshape(n, C // norm.units, norm.units)
         if norm.kind == "layer":
@@ -125,8 +123,9 @@ def _normalize(pre: Tensor, norm: Norm, kept: Kept) -> Tensor:
         r = ((x * x).mean(2, keepdim=True) + norm.eps).rsqrt()
         y = (x * r).reshape(n, C)
         rstd = r.squeeze(2)
+        if save:
+            kept.y.copy_(y)
     if save:
-        kept.y.copy_(y)
         kept.rstd.copy_(rstd)
     z = _affine(y, norm)
     if norm.guard == "scale":
@@ -151,7 +150,7 @@ def _normalize_backward(grad: Tensor, norm: Norm, kept: Kept, grad_z: Tensor) ->
         scale = kept.scale.unsqueeze(2)
         q = _affine(y, norm).reshape(n, C // norm.units, norm.units) * scale
         dq = g.reshape(n, C // norm.units, norm.units)
-        g = (scale * (dq - q * (q * dq).mean(2, keepdim=True))).reshape(n, C)
+        g = (torch.addcmul(dq, q, (q * dq).mean(2, keepdim=True), value=-1.0) * scale).reshape(n, C)
     elif norm.guard == "clamp":
         g = g * (_affine(y, norm).abs() <= norm.limit)
     weight = norm.weight
@@ -162,12 +161,13 @@ def _normalize_backward(grad: Tensor, norm: Norm, kept: Kept, grad_z: Tensor) ->
         if not norm.training:
             return g * kept.rstd
         rest = 1 - norm.alpha_bwd
-        v_before, v = scanned(1 - rest * y * y, g * y, norm.v)
-        e = (g - rest * v_before * y) * kept.rstd
+        one = torch.ones(1, dtype=y.dtype, device=y.device)
+        v_before, v = scanned(torch.addcmul(one, y, y, value=-rest), g * y, norm.v)
+        e = torch.addcmul(g, v_before, y, value=-rest) * kept.rstd
         u_before, u = decayed_sums(e, norm.u, norm.weights, norm.powers)
         norm.v.copy_(v)
         norm.u.copy_(u)
-        return e - rest * u_before
+        return torch.sub(e, u_before, alpha=rest)
     gates, g = y.reshape(n, C // norm.units, norm.units), g.reshape(n, C // norm.units, norm.units)
     dx = g - gates * (g * gates).mean(2, keepdim=True)
     if norm.kind == "layer":
@@ -226,9 +226,8 @@ def _forward(
         if cell == "lstm":
             c_k = _gather(c, steps, k)
             q = _normalize(x_k + h_part, norm, _keep(kept, start, stop, 0, 4 * H))
-            a = q.sigmoid()
-            g = q[:, 2 * H : 3 * H].tanh()
-            a[:, 2 * H : 3 * H].copy_(g)
+            a = torch.sigmoid(q, out=gates[start:stop]) if save else q.sigmoid()
+            g = torch.tanh(q[:, 2 * H : 3 * H], out=a[:, 2 * H : 3 * H])
             c_new = torch.addcmul(a[:, H : 2 * H] * c_k, a[:, :H], g)
             if cell_norm is not None:
                 c_new = _normalize(c_new, cell_norm, _keep(cell_kept, start, stop, 0, H))
@@ -236,7 +235,6 @@ def _forward(
             if weight_hr is not None:
                 h_new = torch.mm(h_new.to(narrow), weight_hr.t()).to(x_part.dtype)
             if save:
-                gates[start:stop].copy_(a)
                 c_before[start:stop].copy_(c_k)
                 extra[start:stop].copy_(c_new)
             c = _scatter(c, steps, k, c_new)
@@ -311,7 +309,7 @@ def _backward(
                 step_z = grad_cell_z if grad_cell_z.numel() == 0 else grad_cell_z[start:stop]
                 dc = _normalize_backward(dc, cell_norm, _keep(cell_kept, start, stop, 0, H), step_z)
             dq = torch.cat((dc * g, dc * c_before[start:stop], dc * i, dh * tanh_c), 1)
-            slope = a * (1 - a)
+            slope = torch.addcmul(a, a, a, value=-1.0)
             slope[:, 2 * H : 3 * H].copy_(1 - g * g)
             step_z = grad_z if grad_z.numel() == 0 else grad_z[start:stop]
             d_pre = _normalize_backward(dq * slope, norm, _keep(kept, start, stop, 0, 4 * H), step_z)
@@ -354,7 +352,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.jit.script(function)
 
 
-def _walk(lengths: Tensor | None, T: int, N: int, reverse: bool, device: torch.device) -> tuple[Steps, Tensor | None]:
+def _walk(
+    lengths: Tensor | None, T: int, N: int, reverse: bool, device: torch.device
+) -> tuple[Steps, Tensor | None]:
     """The steps in processing order, and which rows of the padded [T*N] samples are real (None: all)."""
     order = range(T - 1, -1, -1) if reverse else range(T)
     if lengths is None or bool((lengths == T).all()):
@@ -383,9 +383,8 @@ def _norm(operands: Operands, spec: Spec, prefix: str, units: int, wide: torch.d
     weight, bias = (None if parts[name] is None else parts[name].to(wide) for name in ("weight", "bias"))
     weights, powers = empty, empty
     if online and spec.training:
-        weights, powers = decay(
-            spec.alpha_bwd if backward else spec.alpha_fwd, operands.x.size(1), parts["mean"]
-        )
+        alpha, gain = (spec.alpha_bwd, 1.0) if backward else (spec.alpha_fwd, 1 - spec.alpha_fwd)
+        weights, powers = decay(alpha, gain, operands.x.size(1), parts["mean"])
     return Norm(
         spec.norm,
         spec.guard,
@@ -407,7 +406,9 @@ def _norm(operands: Operands, spec: Spec, prefix: str, units: int, wide: torch.d
     )
 
 
-def _affine_gradients(grad_z: Tensor, y: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _affine_gradients(
+    grad_z: Tensor, y: Tensor, weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     if weight is None:
         return None, None
     return (grad_z * y).sum(0).to(weight.dtype), grad_z.sum(0).to(weight.dtype)
@@ -542,7 +543,10 @@ class Scripted:
             *(keep.gates, keep.h_before, keep.c_before, keep.extra, keep.kept, keep.cell_kept),
             *(grad_x_part, grad_h_part, grad_hidden, grad_z, grad_cell_z),
         )
-        found: dict[str, Tensor | None] = {"h": grad_h.to(dtype), "c": grad_c.to(dtype) if o.c is not None else None}
+        found: dict[str, Tensor | None] = {
+            "h": grad_h.to(dtype),
+            "c": grad_c.to(dtype) if o.c is not None else None,
+        }
         from_input = grad_x_part.to(dtype)
         if need_input:
             grad_x = torch.mm(from_input, o.weight_ih)

@@ -13,20 +13,21 @@ from torch import Tensor
 BLOCK = 64
 
 
-def decay(alpha: float, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [m+1, m] and powers [m+1, 1], m = min(n, BLOCK): state i is `powers[i] * state + weights[i] @ b`."""
+def decay(alpha: float, gain: float, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [m+1, m] and powers [m+1, 1], m = min(n, BLOCK), of the recurrence `s <- alpha * s + gain * b_k`:
+
+    the state before sample i, counted from a state `s`, is `powers[i] * s + weights[i] @ b`.
+    """
     m = min(n, BLOCK)
     i = torch.arange(m + 1, dtype=torch.float64, device=like.device).unsqueeze(1)
     exponent = i - 1 - i[:m].t()
-    weights = torch.where(exponent >= 0, torch.pow(alpha, exponent.clamp(min=0)), 0.0)
+    weights = torch.where(exponent >= 0, gain * torch.pow(alpha, exponent.clamp(min=0)), 0.0)
     return weights.to(like.dtype), torch.pow(alpha, i).to(like.dtype)
 
 
-def decayed_sums(
-    b: Tensor, state: Tensor, weights: Tensor, powers: Tensor, block: int = BLOCK
-) -> tuple[Tensor, Tensor]:
-    """States of `s <- alpha * s + b_k` before each of the n samples `b` [n, C], and after the last [C]."""
-    n = b.size(0)
+def decayed_sums(b: Tensor, state: Tensor, weights: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
+    """States before each of the n samples `b` [n, C], and after the last [C], by the weights of `decay`."""
+    n, block = b.size(0), weights.size(1)
     if n <= block:
         states = torch.addmm(powers[: n + 1] * state, weights[: n + 1, :n], b)
         return states[:n], states[n]
@@ -38,6 +39,42 @@ def decayed_sums(
         before.append(states[:m])
         state = states[m]
     return torch.cat(before), state
+
+
+def _block_statistics(
+    m: Tensor, w: Tensor | None, mean: Tensor, var: Tensor, alpha: float, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = m.size(0)
+    d = m - mean
+    shift = torch.mm(weights[: n + 1, :n], d)
+    d = d - shift[:n]
+    b = torch.addcmul(-var, d, d, value=alpha)
+    if w is not None:
+        b = b + w
+    variance = var + torch.mm(weights[: n + 1, :n], b)
+    return d, variance[:n], mean + shift[n], variance[n]
+
+
+def statistics(
+    m: Tensor, w: Tensor | None, mean: Tensor, var: Tensor, alpha: float, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Deviations `d = m - mean` [n, C] and variances [n, C] that each sample is normalized with, then the new states.
+
+    `m` [n, C] are the samples' own means, `w` [n, C] their own biased variances (None: one value per channel);
+    `weights` are `decay(alpha, 1 - alpha, ...)`. Both states are averages `s <- s + (1 - alpha) * (b - s)`, summed
+    relative to the state before the first sample: a large state costs no digits, and none drifts by rounded weights.
+    """
+    n, block = m.size(0), weights.size(1)
+    if n <= block:
+        return _block_statistics(m, w, mean, var, alpha, weights)
+    ds: list[Tensor] = []
+    variances: list[Tensor] = []
+    for start in range(0, n, block):
+        rows = None if w is None else w[start : start + block]
+        d, variance, mean, var = _block_statistics(m[start : start + block], rows, mean, var, alpha, weights)
+        ds.append(d)
+        variances.append(variance)
+    return torch.cat(ds), torch.cat(variances), mean, var
 
 
 def scanned(a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,37 +91,15 @@ def scanned(a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((state.unsqueeze(0), b[: n - 1])), b[n - 1]
 
 
-def statistics(
-    m: Tensor, w: Tensor | None, mean: Tensor, var: Tensor, alpha: float, weights: Tensor, powers: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Deviations `d = m - mean` [n, C] and variances [n, C] that each sample is normalized with, then the new states.
-
-    `m` [n, C] are the samples' own means, `w` [n, C] their own biased variances (None: one value per channel).
-    """
-    d = m - mean
-    # Relative to the mean before the first sample, so that a large mean costs no digits.
-    shift, last = decayed_sums((1 - alpha) * d, torch.zeros_like(mean), weights, powers)
-    d = d - shift
-    b = (alpha * (1 - alpha)) * d * d
-    if w is not None:
-        b = b + (1 - alpha) * w
-    variance, new_var = decayed_sums(b, var, weights, powers)
-    return d, variance, mean + last, new_var
-
-
 def online_norm(
     x: Tensor, mean: Tensor, var: Tensor, alpha: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalize samples `x` [N, C, D] in order: `y` [N, C, D], reciprocal deviations [N, C], new mean and var [C]."""
-    weights, powers = decay(alpha, x.size(0), mean)
-    if x.size(2) == 1:
-        d, variance, mean, var = statistics(x[:, :, 0], None, mean, var, alpha, weights, powers)
-        rstd = (variance + eps).rsqrt()
-        return (d * rstd).unsqueeze(2), rstd, mean, var
+    weights, _ = decay(alpha, 1 - alpha, x.size(0), mean)
     m = x.mean(2)
     centred = x - m.unsqueeze(2)
-    w = (centred * centred).mean(2)
-    d, variance, mean, var = statistics(m, w, mean, var, alpha, weights, powers)
+    w = None if x.size(2) == 1 else (centred * centred).mean(2)
+    d, variance, mean, var = statistics(m, w, mean, var, alpha, weights)
     rstd = (variance + eps).rsqrt()
     return (centred + d.unsqueeze(2)) * rstd.unsqueeze(2), rstd, mean, var
 
@@ -93,7 +108,7 @@ def online_norm_backward(
     g: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The control process for gradients `g` [N, C, D] of `y` [N, C, D]: `dx` [N, C, D], new u and v [C]."""
-    weights, powers = decay(alpha, g.size(0), u)
+    weights, powers = decay(alpha, 1.0, g.size(0), u)
     v_before, v = scanned(1 - (1 - alpha) * (y * y).mean(2), (g * y).mean(2), v)
     e = (g - (1 - alpha) * v_before.unsqueeze(2) * y) * rstd.unsqueeze(2)
     u_before, u = decayed_sums(e.mean(2), u, weights, powers)
