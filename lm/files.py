@@ -1,7 +1,6 @@
 """Files read with a clear fault, and files written whole or not at all."""
 
 import os
-import tempfile
 from pathlib import Path
 
 from lm.errors import UserError
@@ -29,16 +28,21 @@ def read_text(path: Path, what: str) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, syncs it, renames it: a reader sees the old one or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Writes a file under a temporary name, syncs it, renames it: a reader sees the old one or the new.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes private files; these are ordinary ones
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # there only if a step before failed
+    except OSError as fault:
+        raise UserError(f"{path} must be writable; {fault.strerror}; check the path and its folder") from None

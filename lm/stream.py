@@ -6,6 +6,7 @@ and masked, never cut.
 
 import itertools
 import re
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -38,19 +39,19 @@ class Stream:
 
 def encode(lines: Iterable[str], tokenizer: Tokenizer) -> Stream:
     """Returns the stream of a text. Every tokenizer sees a line as its words with one space between them."""
-    ids: list[int] = []
+    ids = array("q")
     word_count = line_count = byte_count = 0
     for line in lines:
         found = words(line)
         text = " ".join(found)
-        ids += tokenizer.encode(text)
+        ids.extend(tokenizer.encode(text))
         ids.append(tokenizer.eos)
         word_count += len(found)
         line_count += 1
         byte_count += len(text.encode()) + 1
-    array = np.array(ids, dtype=np.int64)
-    unknown = 0 if tokenizer.unk is None else int((array == tokenizer.unk).sum())
-    return Stream(array, word_count, line_count, unknown, byte_count)
+    stream = np.array(ids, dtype=np.int64)
+    unknown = 0 if tokenizer.unk is None else int((stream == tokenizer.unk).sum())
+    return Stream(stream, word_count, line_count, unknown, byte_count)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from lm.files import read_text, write_whole
 UNK = "<unk>"
 EOS = "<eos>"
 KINDS = ("word", "char", "bpe", "unigram")
+EOS_PIECE = 1  # its id in every sentencepiece model of ours
 DEFAULT_PIECES = 8000  # size of a sentencepiece vocabulary when none is asked for
 
 _WORD = re.compile(
@@ -58,9 +59,11 @@ class Tokenizer(Protocol):
 
 
 class _Base:
-    """What follows from the state alone: equality, hash, and decoding line by line."""
+    """What all of them share: the hash of the state, and decoding line by line."""
 
-    eos: int
+    @property
+    def eos(self) -> int:
+        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -103,7 +106,7 @@ class Lookup(_Base):
         return {piece: i for i, piece in enumerate(self.pieces)}
 
     @cached_property
-    def eos(self) -> int:  # type: ignore[override]
+    def eos(self) -> int:
         return self._ids[EOS]
 
     @cached_property
@@ -157,10 +160,12 @@ def train(kind: str, lines: Iterable[str], size: int | None = None) -> Tokenizer
     Args:
         kind: "word", "char", "bpe" or "unigram".
         lines: the training text; runs of white space count as one space.
-        size: V, all pieces counted. None: every word or character of the text; 8,000 for bpe and unigram.
+        size: V, all pieces counted. None: every word or character of the text; for bpe and unigram 8,000, or
+            as many as the text gives.
 
     Raises:
-        UserError: an unknown kind, a size that the text cannot fill, a word or char text that holds `<eos>`.
+        UserError: an unknown kind, a bpe or unigram size that the text cannot fill, the word `<eos>` in a
+            word text.
     """
     if kind not in KINDS:
         raise UserError(f"a tokenizer must be one of {', '.join(KINDS)}; {kind!r} came; choose one of these")
@@ -170,7 +175,7 @@ def train(kind: str, lines: Iterable[str], size: int | None = None) -> Tokenizer
         )
     if kind in ("word", "char"):
         return _train_lookup(kind, lines, size)
-    return _train_pieces(kind, lines, DEFAULT_PIECES if size is None else size)
+    return _train_pieces(kind, lines, size)
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:
@@ -179,10 +184,13 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
         kind = state["kind"]
         if kind in ("word", "char"):
             pieces = tuple(state["pieces"])
-            if len(set(pieces)) == len(pieces) and {UNK, EOS} <= set(pieces):
+            whole = all(isinstance(piece, str) for piece in pieces)
+            if whole and len(set(pieces)) == len(pieces) and {UNK, EOS} <= set(pieces):
                 return Lookup(kind, pieces)
         if kind in ("bpe", "unigram"):
-            return Pieces(kind, base64.b64decode(state["model"], validate=True))
+            found = Pieces(kind, base64.b64decode(state["model"], validate=True))
+            if found.model and found.eos == EOS_PIECE:  # reading eos parses the model
+                return found
     except (KeyError, TypeError, ValueError, RuntimeError):
         pass
     raise UserError(
@@ -233,7 +241,7 @@ class Pieces(_Base):
         return int(self._processor.GetPieceSize())
 
     @cached_property
-    def eos(self) -> int:  # type: ignore[override]
+    def eos(self) -> int:
         return int(self._processor.eos_id())
 
     @cached_property
@@ -250,7 +258,7 @@ class Pieces(_Base):
         return {"kind": self.kind, "model": base64.b64encode(self.model).decode("ascii")}
 
 
-def _train_pieces(kind: str, lines: Iterable[str], size: int) -> Pieces:
+def _train_pieces(kind: str, lines: Iterable[str], size: int | None) -> Pieces:
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
@@ -259,7 +267,8 @@ def _train_pieces(kind: str, lines: Iterable[str], size: int) -> Pieces:
             sentence_iterator=_escaped(lines),  # an iterator: of a list only the first part is read
             model_writer=model,
             model_type=kind,
-            vocab_size=size,
+            vocab_size=DEFAULT_PIECES if size is None else size,
+            hard_vocab_limit=size is not None,  # a size that was asked for is met or refused
             num_threads=1,  # unigram pieces depend on it
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
@@ -271,16 +280,31 @@ def _train_pieces(kind: str, lines: Iterable[str], size: int) -> Pieces:
             bos_id=-1,
             pad_id=-1,
             unk_id=0,
-            eos_id=1,
+            eos_id=EOS_PIECE,
             eos_piece=EOS,
             minloglevel=2,
         )
     except RuntimeError as fault:
-        raise UserError(
-            f"a {kind} vocabulary must fit its text; {size} pieces came, and sentencepiece says: "
-            f"{str(fault).strip()}; ask for another size"
-        ) from None
+        raise _misfit(kind, size, str(fault)) from None
     return Pieces(kind, model.getvalue())
+
+
+def _misfit(kind: str, size: int | None, fault: str) -> UserError:
+    if "sentences_.empty()" in fault:
+        return UserError(
+            f"a {kind} vocabulary must be trained on text; blank lines alone came; give more text"
+        )
+    if most := re.search(r"too high .* <= (\d+)", fault):
+        return UserError(
+            f"a {kind} vocabulary of this text must have at most {most[1]} pieces; {size} came; "
+            "ask for fewer or give more text"
+        )
+    if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", fault):
+        return UserError(
+            f"a {kind} vocabulary of this text must have at least {least[1]} pieces (256 bytes, every "
+            f"character and 3 marks); {size} came; ask for more"
+        )
+    return UserError(f"a {kind} vocabulary must fit its text; {size} came: {fault}; ask for another")
 
 
 def _escaped(lines: Iterable[str]) -> Iterator[str]:

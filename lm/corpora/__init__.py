@@ -7,6 +7,7 @@ from pathlib import Path
 from lm.corpora import folder, hub, markov, python_docs
 from lm.corpora.folder import SPLITS, Known
 from lm.errors import UserError
+from lm.tokenizers import words
 
 __all__ = ["CORPORA", "SPLITS", "Corpus", "check", "get", "listing", "load"]
 
@@ -72,7 +73,7 @@ def load(source: str, data_dir: Path) -> Corpus:
     if source in CORPORA:
         return Corpus(source, CORPORA[source].load(Path(data_dir) / source))
     place = Path(source)
-    if not place.is_dir():
+    if not source or not place.is_dir():
         raise UserError(
             f"data must be one of {', '.join(CORPORA)}, or a folder of text; {source!r} came, which is "
             "neither; check the name or the path"
@@ -123,7 +124,7 @@ def _is_here(name: str, data_dir: Path) -> bool:
 def _describe(corpus: Corpus, data_dir: Path) -> str:
     lines = [f"{corpus.name}"]
     for split, text in corpus.splits.items():
-        tokens = len(text) + sum(len(folder.words(line)) for line in text)
+        tokens = len(text) + sum(len(words(line)) for line in text)
         lines.append(
             f"  {split:5}  {len(text):>7,} lines  {tokens:>9,} tokens  sha256 {corpus.sha256(split)}"
         )

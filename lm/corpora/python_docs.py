@@ -15,16 +15,19 @@ the manifest says which one it was.
 """
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import json
+import os
 import platform
 import re
+import shutil
 import sysconfig
 import tokenize
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lm.corpora.folder import SPLITS, digest, read
@@ -47,6 +50,7 @@ _SKIPPED = {
     "pydoc_data",
     "turtledemo",
 }
+_OF_ONE_MACHINE = re.compile(r"(^|/)(config-|_sysconfigdata)")
 _MANIFEST = "manifest.json"
 _ITEM = re.compile(r"\n[ \t]*\n|\n(?=[ \t]*[*-] )")
 _CODE = re.compile(r">>>|::=|^\s*\$ |^\s*[*=~^-]{4,}\s*$", re.MULTILINE)
@@ -57,51 +61,57 @@ _CONTRACTION = re.compile(r"(n't|'(?:s|re|ve|ll|d|m))$")
 
 
 def load(folder: Path) -> dict[str, list[str]]:
-    """Returns the splits, from `folder` when they are there and whole, else built (seconds) and kept there.
+    """Returns the splits from `folder`, which is made first (seconds) when it is not there.
 
     Raises:
-        UserError: this Python came without the sources of its library; a cached split was changed.
+        UserError: this Python came without the sources of its library; the folder holds something else.
     """
-    manifest = folder / _MANIFEST
-    if manifest.exists():
-        record = _manifest(manifest)
-        if record.get("builder") == BUILDER:
-            splits = read(folder)
-            _verify(folder, splits, record)
-            return splits
-    splits = build(documents(Path(sysconfig.get_path("stdlib"))))
+    if not folder.exists():
+        _make(folder)
+    record = _manifest(folder)
+    splits = read(folder)
     for split, lines in splits.items():
-        write_whole(folder / f"{split}.txt", "".join(f"{line}\n" for line in lines).encode())
-    record = {"builder": BUILDER, "python": platform.python_version()}
-    record |= {split: digest(lines, "sha256") for split, lines in splits.items()}
-    write_whole(manifest, (json.dumps(record, indent=1) + "\n").encode())  # last: it vouches for the others
+        if digest(lines, "sha256") != record.get(split):
+            raise _foreign(folder, f"{split}.txt is another text")
     return splits
 
 
 def python_version(folder: Path) -> str:
-    """Returns the version of the Python whose documentation the cached text is."""
-    return str(_manifest(folder / _MANIFEST).get("python"))
+    """Returns the version of the Python whose documentation the kept text is."""
+    return str(_manifest(folder)["python"])
 
 
-def _manifest(path: Path) -> dict[str, object]:
+def _make(folder: Path) -> None:
+    """Builds the corpus beside its place and renames the whole folder, so that none is ever half there."""
+    splits = build(documents(Path(sysconfig.get_path("stdlib"))))
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        record = json.loads(read_text(path, "the manifest of python-docs"))
-        if isinstance(record, dict):
-            return record
-    except json.JSONDecodeError:
-        pass
-    raise UserError(
-        f"the manifest of python-docs must be what was written there; {path} is not; delete the folder"
+        for split, lines in splits.items():
+            write_whole(staging / f"{split}.txt", "".join(f"{line}\n" for line in lines).encode())
+        record = {"builder": BUILDER, "python": platform.python_version()}
+        record |= {split: digest(lines, "sha256") for split, lines in splits.items()}
+        write_whole(staging / _MANIFEST, (json.dumps(record, indent=1) + "\n").encode())
+        with contextlib.suppress(OSError):  # another process was first: its text is the same
+            staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _manifest(folder: Path) -> dict[str, object]:
+    try:
+        record = json.loads(read_text(folder / _MANIFEST, "the manifest of python-docs"))
+    except (UserError, json.JSONDecodeError):
+        raise _foreign(folder, f"its {_MANIFEST} cannot be read") from None
+    if not isinstance(record, dict) or record.get("builder") != BUILDER or "python" not in record:
+        raise _foreign(folder, f"its {_MANIFEST} is of another version")
+    return record
+
+
+def _foreign(folder: Path, fault: str) -> UserError:
+    return UserError(
+        f"{folder} must hold python-docs as it was made; {fault}; move the folder away to have it made "
+        "again, and give your own text as a folder elsewhere"
     )
-
-
-def _verify(folder: Path, splits: Mapping[str, list[str]], record: Mapping[str, object]) -> None:
-    for split, lines in splits.items():
-        if digest(lines, "sha256") != record.get(split):
-            raise UserError(
-                f"{folder / f'{split}.txt'} must be the text that its {_MANIFEST} names; it was changed; "
-                f"delete {folder} to make it again, or copy it and give the copy's folder as your own text"
-            )
 
 
 def documents(library: Path) -> Iterator[tuple[str, list[str]]]:
@@ -112,7 +122,7 @@ def documents(library: Path) -> Iterator[tuple[str, list[str]]]:
         yield f"topic {topic}", [text]
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
-        if _SKIPPED.isdisjoint(parts) and not path.name.startswith("_sysconfigdata"):
+        if _SKIPPED.isdisjoint(parts) and not _OF_ONE_MACHINE.search("/".join(parts)):
             yield "/".join(parts), _passages(path)
 
 
@@ -131,7 +141,8 @@ def _passages(path: Path) -> list[str]:
     block: list[str] = []
     for line in [*source.split("\n"), ""]:
         if (text := line.strip()).startswith("#"):
-            block.append(text.lstrip("#:! "))
+            text = text.lstrip("#:! ")
+            block.append(text if any(map(str.isalnum, text)) else "")  # a ruled line parts paragraphs
         elif block:
             found.append("\n".join(block))
             block = []
@@ -162,7 +173,7 @@ def tokens(sentence: str) -> list[str]:
     return found
 
 
-def build(raw: Iterator[tuple[str, list[str]]]) -> dict[str, list[str]]:
+def build(raw: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
     """Turns (name, passages) into the three splits."""
     seen: set[tuple[str, ...]] = set()
     texts: dict[str, list[tuple[str, ...]]] = {}
