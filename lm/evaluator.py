@@ -1,0 +1,179 @@
+"""Perplexity by named protocols. An evaluation moves nothing: no stream, no mode, no random number."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lm.errors import UserError
+from lm.stream import Columns, Stream, columns, plan
+from lm.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from lm.model import LanguageModel
+
+PROTOCOLS = ("exact", "columns", "chunk-mean")
+_CHUNK_MEAN_COLUMNS, _CHUNK_MEAN_STEPS = 10, 32  # of the online-normalization authors' experiment
+
+
+@dataclass(frozen=True)
+class Score:
+    """A perplexity and all that is needed to read it. A field that a protocol does not define is None.
+
+    Attributes:
+        protocol: `exact`: the whole text as one column from the zero state, every token scored once.
+            `columns`: as exact, in B columns side by side, which start from the zero state; for speed.
+            `chunk-mean`: 10 trimmed columns in chunks of 32, mean of exp(chunk loss) weighted by length.
+        ppl: per word (words and ends of lines); for a word tokenizer that is per token.
+        ppl_per_token: per piece of the tokenizer.
+        nll: nats in all, over `tokens` tokens.
+        words, eos, unk: words of the text, ends of lines, tokens that are `<unk>`.
+        ppl_without_eos, ppl_without_unk: with those left out of both the sum and the count.
+        bits_per_word, bits_per_byte: of the text, ends of lines counted.
+        unigram_ppl: of the training text's unigram model (counts plus one) on the same text, per word.
+        data_sha256, vocabulary_sha256: of the text and of the tokenizer.
+    """
+
+    protocol: str
+    ppl: float
+    ppl_per_token: float
+    nll: float
+    tokens: int
+    words: int | None = None
+    eos: int | None = None
+    unk: int | None = None
+    ppl_without_eos: float | None = None
+    ppl_without_unk: float | None = None
+    bits_per_word: float | None = None
+    bits_per_byte: float | None = None
+    unigram_ppl: float | None = None
+    data_sha256: str = ""
+    vocabulary_sha256: str = ""
+
+
+def evaluate(
+    model: "LanguageModel",
+    stream: Stream,
+    tokenizer: Tokenizer,
+    *,
+    protocol: str = "exact",
+    chunk: int = 1024,
+    batch_size: int = 20,
+    train_counts: Tensor | None = None,
+    data_sha256: str = "",
+) -> Score:
+    """Returns the score of a model on a stream of N tokens.
+
+    Arguments:
+        protocol: `exact`, `columns` or `chunk-mean`; see `Score`.
+        chunk: steps computed at once; the result does not depend on it.
+        batch_size: columns of the protocol `columns`.
+        train_counts: [V], how often the training text holds each token, for `unigram_ppl`.
+
+    Raises:
+        UserError: an unknown protocol, or a stream too short for it.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"a protocol must be one of {', '.join(PROTOCOLS)}; {protocol!r} came; choose one")
+    if protocol == "chunk-mean":
+        score = _chunk_mean(_nll(model, _trimmed(stream.ids), chunk))
+    else:
+        cut = columns(stream.ids, 1 if protocol == "exact" else batch_size, tokenizer.eos)
+        nll, scored = _nll(model, cut, chunk).numpy(), _active(cut)
+        score = summarize(nll[scored], cut.targets.numpy()[scored], stream, tokenizer, protocol)
+    unigram = None if train_counts is None else unigram_perplexity(train_counts, stream)
+    return replace(score, unigram_ppl=unigram, data_sha256=data_sha256, vocabulary_sha256=tokenizer.sha256)
+
+
+def token_nlls(model: "LanguageModel", stream: Stream, tokenizer: Tokenizer, chunk: int = 1024) -> np.ndarray:
+    """Returns the nats of each of the stream's N tokens in order, [N] float64: what `exact` sums."""
+    return _nll(model, columns(stream.ids, 1, tokenizer.eos), chunk).flatten().numpy()
+
+
+def unigram_perplexity(counts: Tensor, stream: Stream) -> float:
+    """Returns the perplexity per word of the model p(token) = (count + 1) / (all counts + V)."""
+    log_probs = torch.log((counts.double() + 1) / (counts.sum().double() + len(counts))).numpy()
+    return _perplexity(-float(log_probs[stream.ids].sum()), stream.words + stream.eos)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside: evaluation mode, no gradients. After: each module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _nll(model: "LanguageModel", cut: Columns, chunk: int) -> Tensor:
+    """The nats of every target, [T, B] float64 on the CPU; padding has some too."""
+    device = next(model.parameters()).device
+    parts, state = [], None
+    with evaluating(model):
+        for start, stop in plan(chunk, len(cut.targets), seed=0, epoch=0):
+            window = cut.window(start, stop)
+            hidden, state = model(window.inputs.to(device), state, window.lengths)
+            parts.append(model.token_nll(hidden, window.targets.to(device)).double().cpu())
+    return torch.cat(parts)
+
+
+def _active(cut: Columns) -> np.ndarray:
+    active = np.ones(cut.targets.shape, dtype=bool)
+    active[-1, cut.last :] = False
+    return active
+
+
+def summarize(nll: np.ndarray, targets: np.ndarray, stream: Stream, tokenizer: Tokenizer, protocol: str) -> Score:
+    """Returns the score from the nats of each scored token [N] and the tokens [N], in any order."""
+    tokens, units = len(stream.ids), stream.words + stream.eos
+    if len(nll) != tokens or len(targets) != tokens:
+        raise RuntimeError(f"an evaluation must score each of the {tokens} tokens once; it scored {len(nll)}")
+    total = float(nll.sum())
+    is_eos = targets == tokenizer.eos
+    is_unk = np.zeros_like(is_eos) if tokenizer.unk is None else targets == tokenizer.unk
+    if int(is_eos.sum()) != stream.eos or int(is_unk.sum()) != stream.unk:
+        raise RuntimeError("an evaluation must score every <eos> and <unk> of its stream once")
+    return Score(
+        protocol=protocol,
+        ppl=_perplexity(total, units),
+        ppl_per_token=_perplexity(total, tokens),
+        nll=total,
+        tokens=tokens,
+        words=stream.words,
+        eos=stream.eos,
+        unk=stream.unk,
+        ppl_without_eos=_perplexity(float(nll[~is_eos].sum()), stream.words),
+        ppl_without_unk=_perplexity(float(nll[~is_unk].sum()), units - stream.unk),
+        bits_per_word=total / math.log(2) / units,
+        bits_per_byte=total / math.log(2) / stream.bytes,
+    )
+
+
+def _trimmed(ids: np.ndarray) -> Columns:
+    rows = len(ids) // _CHUNK_MEAN_COLUMNS
+    if rows < 2:
+        raise UserError(
+            f"chunk-mean needs {2 * _CHUNK_MEAN_COLUMNS} tokens or more; {len(ids)} came; take protocol exact"
+        )
+    table = torch.from_numpy(ids[: rows * _CHUNK_MEAN_COLUMNS].reshape(_CHUNK_MEAN_COLUMNS, rows).T.copy())
+    return Columns(table[:-1], table[1:], _CHUNK_MEAN_COLUMNS)
+
+
+def _chunk_mean(nll: Tensor) -> Score:
+    chunks = nll.split(_CHUNK_MEAN_STEPS)
+    ppl = sum(len(chunk) * _perplexity(float(chunk.sum()), chunk.numel()) for chunk in chunks) / len(nll)
+    return Score("chunk-mean", ppl, ppl, float(nll.sum()), nll.numel())
+
+
+def _perplexity(nats: float, count: int) -> float:
+    mean = nats / count if count else math.nan
+    return math.inf if mean > 700 else math.exp(mean)

@@ -1,0 +1,82 @@
+"""Text from a model, one token at a time."""
+
+import torch
+from torch import Tensor
+
+from lm.errors import UserError
+from lm.evaluator import evaluating
+from lm.model import LanguageModel
+from lm.tokenizers import Tokenizer
+
+
+def sample(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    *,
+    prompt: str = "",
+    length: int = 100,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> str:
+    """Returns the prompt and `length` tokens drawn after it; `<eos>` becomes a line feed.
+
+    Arguments:
+        prompt: any text; lines end with `<eos>`, the last one is left open.
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_k: draw among so many likeliest tokens only.
+        top_p: draw among the fewest likeliest tokens that hold this much probability (Holtzman et al. 2020).
+        seed: of the draws; the same seed gives the same text, and no global random number is drawn.
+
+    Raises:
+        UserError: a temperature below 0, a top_k or length below 1, a top_p outside (0, 1].
+    """
+    _check(length, temperature, top_k, top_p)
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    prefix = _encode(prompt, tokenizer)
+    drawn: list[int] = []
+    with evaluating(model):
+        hidden, state = model(torch.tensor([tokenizer.eos, *prefix], device=device)[:, None])
+        while True:
+            token = _draw(model.log_probs(hidden[-1, 0]).cpu(), temperature, top_k, top_p, generator)
+            drawn.append(token)
+            if len(drawn) == length:
+                return tokenizer.decode([*prefix, *drawn])
+            hidden, state = model(torch.tensor([[token]], device=device), state)
+
+
+def _check(length: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if length < 1:
+        raise UserError(f"a length must be at least 1; {length} came")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"a temperature must be at least 0; {temperature} came; 1 is the model's own, 0 is greedy")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top-k must be at least 1; {top_k} came; leave it out to draw among all")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top-p must be above 0 and at most 1; {top_p} came; leave it out to draw among all")
+
+
+def _encode(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    ids: list[int] = []
+    for line in prompt.split("\n"):
+        ids += [*tokenizer.encode(" ".join(line.split())), tokenizer.eos]
+    return ids[:-1]
+
+
+def _draw(
+    log_probs: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> int:
+    if temperature == 0:
+        return int(log_probs.argmax())
+    log_probs = log_probs.double()
+    # the largest becomes 0 first, so that no temperature, however low, makes all of them -inf
+    scores, order = ((log_probs - log_probs.max()) / temperature).sort(descending=True, stable=True)
+    if top_k is not None:
+        scores = scores[:top_k]
+    probs = scores.softmax(0)
+    if top_p is not None:
+        before = probs.cumsum(0) - probs  # a token stays if those above it hold less than top_p
+        probs = probs[before < top_p]
+    return int(order[torch.multinomial(probs, 1, generator=generator)])

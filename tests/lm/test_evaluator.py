@@ -1,0 +1,164 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lm import stream, tokenizers
+from lm.errors import UserError
+from lm.evaluator import evaluate, evaluating, token_nlls, unigram_perplexity
+
+
+def by_hand(net, ids, eos):
+    """One token at a time, plain torch, float64 sum: [N] nats."""
+    nlls, state, before = [], None, eos
+    with torch.no_grad():
+        for token in ids.tolist():
+            hidden, state = net(torch.tensor([[before]]), state)
+            logits = hidden[0, 0].double() @ net.decoder.weight.double().T + net.decoder.bias.double()
+            nlls.append(float(torch.logsumexp(logits, 0) - logits[token]))
+            before = token
+    return np.array(nlls)
+
+
+@pytest.fixture
+def net(model):
+    """A model whose streams have moved, so that evaluation by frozen statistics differs from training's."""
+    net = model(dropout=0.5)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net(torch.randint(0, 5, (9, 4)))
+    return net
+
+
+@pytest.mark.parametrize("norm", ["online", "none"])
+def test_exact_equals_the_sum_by_hand(model, text, tokenizer, norm):
+    net, data = model(norm=norm).double(), text(12)
+    score = evaluate(net, data, tokenizer, chunk=7)
+    nlls = by_hand(net.eval(), data.ids, tokenizer.eos)
+    assert score.nll == pytest.approx(nlls.sum(), rel=1e-12)
+    assert score.ppl == pytest.approx(math.exp(nlls.sum() / len(nlls)), rel=1e-12)
+    assert (score.tokens, score.words, score.eos) == (len(nlls), len(nlls) - 12, 12)
+    is_eos = data.ids == tokenizer.eos
+    assert score.ppl_without_eos == pytest.approx(math.exp(nlls[~is_eos].mean()))
+    assert score.bits_per_word == pytest.approx(nlls.mean() / math.log(2))
+    assert score.bits_per_byte == pytest.approx(nlls.sum() / math.log(2) / data.bytes)
+    np.testing.assert_allclose(token_nlls(net, data, tokenizer, chunk=5), nlls, rtol=1e-10)
+
+
+def test_cuts_change_nothing(net, text, tokenizer):
+    net.double()
+    scores = [evaluate(net, text(30), tokenizer, chunk=chunk).ppl for chunk in (1, 7, 35, 10**6)]
+    assert scores == pytest.approx([scores[0]] * 4, rel=1e-9)
+
+
+def test_unknown_words_are_counted_and_left_out_on_the_side(model, tokenizer):
+    data = stream.encode(["the zebra sat", "", "<unk> ran"], tokenizer)
+    net = model().double()
+    score = evaluate(net, data, tokenizer)
+    nlls = by_hand(net.eval(), data.ids, tokenizer.eos)
+    assert (score.unk, score.eos, score.tokens) == (2, 3, 8)
+    assert score.ppl_without_unk == pytest.approx(math.exp(nlls[data.ids != tokenizer.unk].mean()))
+
+
+def test_columns_score_every_token_once(net, text, tokenizer):
+    data = text(41)
+    score = evaluate(net, data, tokenizer, protocol="columns", batch_size=3)
+    assert len(data.ids) % 3, "the text must end raggedly for this test"
+    assert (score.protocol, score.tokens, score.eos) == ("columns", len(data.ids), 41)
+    assert score.ppl == pytest.approx(evaluate(net, data, tokenizer).ppl, rel=0.05)
+    one = evaluate(net, data, tokenizer, protocol="columns", batch_size=1)
+    assert one.nll == pytest.approx(evaluate(net, data, tokenizer).nll, rel=1e-12)
+
+
+def test_chunk_mean_is_the_authors(model, text, tokenizer):
+    net, data = model().double(), text(200)
+    score = evaluate(net, data, tokenizer, protocol="chunk-mean")
+    rows = len(data.ids) // 10
+    table = torch.from_numpy(data.ids[: rows * 10]).view(10, rows).T
+    total, state = 0.0, None
+    net.eval()
+    with torch.no_grad():
+        for start in range(0, rows - 1, 32):
+            stop = min(start + 32, rows - 1)
+            hidden, state = net(table[start:stop], state)
+            logits = hidden @ net.decoder.weight.T + net.decoder.bias
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), table[start + 1 : stop + 1].flatten())
+            total += (stop - start) * math.exp(loss)
+    assert (rows - 1) % 32, "the last chunk must be a short one for this test"
+    assert score.ppl == pytest.approx(total / (rows - 1), rel=1e-12)
+    assert score.ppl > evaluate(net, data, tokenizer).ppl * 0.9
+    assert (score.tokens, score.words, score.bits_per_byte) == ((rows - 1) * 10, None, None)
+
+
+def test_pieces_are_reported_per_word(lines, model):
+    chars = tokenizers.train("char", lines(100), None)
+    data = stream.encode(lines(10, 1), chars)
+    score = evaluate(model(vocabulary=chars.size), data, chars)
+    words = data.words + data.eos
+    assert score.tokens == len(data.ids) > words
+    assert score.ppl == pytest.approx(math.exp(score.nll / words))
+    assert score.ppl_per_token == pytest.approx(math.exp(score.nll / score.tokens))
+    assert score.bits_per_word == pytest.approx(math.log2(score.ppl))
+    assert score.bits_per_byte == pytest.approx(score.nll / math.log(2) / data.bytes)
+
+
+def test_nothing_moves(net, text, tokenizer):
+    net.train()
+    net.layers.eval()  # a mixed mode must come back too
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    random = torch.get_rng_state()
+    for protocol in ("exact", "columns", "chunk-mean"):
+        evaluate(net, text(30), tokenizer, protocol=protocol)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.training
+    assert not net.layers.training
+
+
+def test_modes_come_back_after_a_fault(net):
+    def failing():
+        with evaluating(net):
+            assert not net.training
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
+    assert net.training
+
+
+def test_a_model_that_knows_nothing_scores_the_vocabulary(model, text, tokenizer):
+    net = model()
+    torch.nn.init.zeros_(net.decoder.weight)
+    assert evaluate(net, text(20), tokenizer).ppl == pytest.approx(tokenizer.size, rel=1e-6)
+
+
+def test_the_unigram_model_counts_from_one(tokenizer):
+    train, other = (stream.encode(lines, tokenizer) for lines in (["the cat"], ["the dog"]))
+    counts = torch.bincount(torch.from_numpy(train.ids), minlength=tokenizer.size)
+    total = 3 + tokenizer.size
+    expected = (2 / total * 1 / total * 2 / total) ** (-1 / 3)
+    assert unigram_perplexity(counts, other) == pytest.approx(expected)
+
+
+def test_the_score_names_its_data(model, text, tokenizer):
+    counts = torch.ones(tokenizer.size, dtype=torch.int64)
+    score = evaluate(model(), text(20), tokenizer, data_sha256="d", train_counts=counts)
+    assert (score.data_sha256, score.vocabulary_sha256) == ("d", tokenizer.sha256)
+    assert score.unigram_ppl == pytest.approx(tokenizer.size)
+
+
+def test_an_unknown_protocol_names_the_known_ones(model, text, tokenizer):
+    with pytest.raises(UserError, match="must be one of exact, columns, chunk-mean; 'fast' came"):
+        evaluate(model(), text(20), tokenizer, protocol="fast")
+
+
+def test_a_text_too_short(model, text, tokenizer):
+    with pytest.raises(UserError, match="chunk-mean needs 20 tokens"):
+        evaluate(model(), text(1), tokenizer, protocol="chunk-mean")
+
+
+def test_a_broken_model_scores_not_a_number(model, text, tokenizer):
+    net = model()
+    torch.nn.init.constant_(net.decoder.bias, math.nan)
+    assert math.isnan(evaluate(net, text(5), tokenizer).ppl)

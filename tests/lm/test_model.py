@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+import rnnorm
+from lm.model import detach, state_of, state_tensors
+
+IDS = torch.tensor([[1, 2], [3, 4], [5, 6], [1, 1]])
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+@pytest.mark.parametrize("norm", ["online", "layer", "rms", "none"])
+def test_every_cell_and_norm_trains(model, cell, norm):
+    net = model(cell=cell, norm=norm, num_layers=2, dropout=0.3)
+    hidden, state = net(IDS)
+    assert hidden.shape == (4, 2, 12)
+    total, count = net.loss(hidden, IDS)
+    assert count == 8
+    total.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+    net(IDS, detach(state))
+
+
+def test_the_norm_reaches_the_layers(model):
+    net = model(alpha_fwd=0.75, alpha_bwd=0.5, guard="clamp")
+    assert net.layers.norm == rnnorm.norms.Online(alpha_fwd=0.75, alpha_bwd=0.5, guard="clamp")
+    assert model(norm="none", cell="rnn_relu").layers.cell == "rnn_relu"
+    assert model(cell_norm=True).layers.cell_norm
+
+
+def test_windows_carry_the_state(model):
+    net = model().eval()
+    whole, _ = net(IDS)
+    first, state = net(IDS[:1])
+    rest, _ = net(IDS[1:], detach(state))
+    torch.testing.assert_close(torch.cat([first, rest]), whole)
+
+
+def test_tied_is_one_weight(model):
+    tied, untied = model(tied=True), model(tied=False)
+    assert tied.decoder.weight is tied.embedding.weight
+    assert untied.decoder.weight is not untied.embedding.weight
+    assert model(tied=False, embedding_size=5).embedding.embedding_dim == 5
+
+
+def test_initial_ranges(model):
+    default = model()
+    assert 0.09 < default.embedding.weight.abs().max() <= 0.1
+    assert not default.decoder.bias.any()
+    ranged = model(init_range=0.03, tied=False, norm="layer")
+    own = [p for name, p in ranged.named_parameters() if "norm" not in name]
+    assert all(0 < p.abs().max() <= 0.03 for p in own)
+    assert torch.equal(ranged.layers.norm_weight_l0, torch.ones(48))
+
+
+def test_dropout_is_never_in_the_carried_state(model):
+    net = model(norm="none", dropout=0.9)
+    net.input_dropout.p = 0.0
+    hidden, (h, _) = net(IDS)
+    assert (hidden == 0).any()
+    assert (h != 0).all()
+    net.eval()
+    _, (calm, _) = net(IDS)
+    torch.testing.assert_close(h, calm)
+
+
+def test_each_dropout_has_its_own_rate(model):
+    net = model(dropout=0.5, input_dropout=0.1, num_layers=2)
+    assert (net.input_dropout.p, net.layers.dropout, net.output_dropout.p) == (0.1, 0.5, 0.5)
+    assert model(dropout=0.5).layers.dropout == 0
+
+
+def test_embedding_dropout_drops_whole_words(model):
+    net = model(norm="none", embedding_dropout=0.5)
+    seen = []
+    net.layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ids = torch.arange(10).repeat(2)[:, None]
+    net(ids)
+    rows = seen[0][:, 0]
+    torch.testing.assert_close(rows[:10], rows[10:])
+    dropped = (rows[:10] == 0).all(1)
+    assert 0 < dropped.sum() < 10
+    expected = 2 * net.embedding.weight[:10][~dropped]
+    torch.testing.assert_close(rows[:10][~dropped], expected)
+
+
+def test_padded_columns_equal_their_own_runs(model):
+    net = model().eval()
+    hidden, (h, c) = net(IDS, None, torch.tensor([4, 2]))
+    alone, (own_h, own_c) = net(IDS[:2, 1:])
+    torch.testing.assert_close(hidden[:2, 1:], alone)
+    torch.testing.assert_close(h[:, 1:], own_h)
+    torch.testing.assert_close(c[:, 1:], own_c)
+
+
+def test_log_probs_and_nll_agree(model):
+    net = model().eval()
+    hidden, _ = net(IDS)
+    chosen = -net.log_probs(hidden).gather(2, IDS[..., None])[..., 0]
+    torch.testing.assert_close(net.token_nll(hidden, IDS), chosen.detach())
+
+
+def test_state_is_taken_apart_and_put_together(model):
+    for cell in ("lstm", "gru"):
+        _, state = model(cell=cell)(IDS)
+        again = state_of(state_tensors(state))
+        assert type(again) in (type(state), tuple)
+        assert all(torch.equal(a, b) for a, b in zip(state_tensors(again), state_tensors(state), strict=True))
+        assert not any(t.requires_grad for t in state_tensors(detach(state)))
+    assert state_of(state_tensors(None)) is None

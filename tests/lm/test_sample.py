@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from lm.errors import UserError
+from lm.sample import _draw, sample
+
+LOG_PROBS = torch.log(torch.tensor([0.1, 0.5, 0.05, 0.35]))
+
+
+def draws(temperature=1.0, top_k=None, top_p=None, count=4000):
+    generator = torch.Generator().manual_seed(0)
+    found = [_draw(LOG_PROBS, temperature, top_k, top_p, generator) for _ in range(count)]
+    return torch.bincount(torch.tensor(found), minlength=4) / count
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=0.03)
+
+
+def test_draws_follow_the_model():
+    close(draws(), [0.1, 0.5, 0.05, 0.35])
+
+
+def test_temperature_sharpens():
+    squares = torch.tensor([0.1, 0.5, 0.05, 0.35]) ** 2
+    close(draws(temperature=0.5), (squares / squares.sum()).tolist())
+    close(draws(temperature=0.0, count=10), [0.0, 1.0, 0.0, 0.0])
+    close(draws(temperature=1e-310, count=10), [0.0, 1.0, 0.0, 0.0])
+
+
+def test_top_k_keeps_the_likeliest():
+    close(draws(top_k=2), [0.0, 0.5 / 0.85, 0.0, 0.35 / 0.85])
+    close(draws(top_k=99), [0.1, 0.5, 0.05, 0.35])
+
+
+def test_top_p_keeps_the_fewest_that_hold_it():
+    close(draws(top_p=0.4), [0.0, 1.0, 0.0, 0.0])
+    close(draws(top_p=0.51), [0.0, 0.5 / 0.85, 0.0, 0.35 / 0.85])
+    close(draws(top_p=1.0), [0.1, 0.5, 0.05, 0.35])
+
+
+def test_greedy_text_is_the_argmax_step_by_step(model, tokenizer):
+    net = model()
+    ids = [tokenizer.eos, *tokenizer.encode("the cat")]
+    net.eval()
+    for _ in range(5):  # the whole prefix again each time: no carried state to get wrong
+        hidden, _ = net(torch.tensor(ids)[:, None])
+        ids.append(int(net.log_probs(hidden[-1, 0]).argmax()))
+    net.train()
+    text = sample(net, tokenizer, prompt="the cat", length=5, temperature=0)
+    assert text == tokenizer.decode(ids[1:])
+
+
+def test_one_seed_one_text_and_nothing_else_moves(model, tokenizer):
+    net = model()
+    random = torch.get_rng_state()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    first, again, other = (sample(net, tokenizer, length=40, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), random)
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_prompt_of_many_lines_is_kept(model, tokenizer):
+    text = sample(model(), tokenizer, prompt="the cat\na dog", length=3)
+    assert text.startswith("the cat\na dog")
+    assert sample(model(), tokenizer, prompt="the zebra", length=1).startswith("the <unk>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be at least 0; -1.0 came"),
+        ({"temperature": float("nan")}, "temperature must be at least 0; nan came"),
+        ({"top_k": 0}, "top-k must be at least 1; 0 came"),
+        ({"top_p": 0.0}, "top-p must be above 0 and at most 1; 0.0 came"),
+        ({"top_p": 1.5}, "top-p must be above 0 and at most 1; 1.5 came"),
+        ({"length": 0}, "length must be at least 1; 0 came"),
+    ],
+)
+def test_wrong_arguments(model, tokenizer, arguments, message):
+    with pytest.raises(UserError, match=message):
+        sample(model(), tokenizer, **arguments)
