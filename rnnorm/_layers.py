@@ -79,9 +79,7 @@ class Recurrent(RecurrentModule):
             "bidirectional": False,
         }
         defaults |= {"proj_size": 0, "cell_norm": False, "backend": "auto"}
-        options += [
-            f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default
-        ]
+        options += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
         return ", ".join([*options, f"norm={self.norm}"])
 
     def forward(
@@ -105,9 +103,7 @@ class Recurrent(RecurrentModule):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths)
         if input.dim() not in (2, 3):
-            raise ValueError(
-                f"input must have 3 dimensions, or 2 for one sequence; got shape {tuple(input.shape)}"
-            )
+            raise ValueError(f"input must have 3 dimensions, or 2 for one sequence; got shape {tuple(input.shape)}")
         single = input.dim() == 2
         x = input.unsqueeze(1) if single else input.transpose(0, 1) if self.batch_first else input
         if single and lengths is not None and torch.as_tensor(lengths).dim() == 0:
@@ -118,9 +114,7 @@ class Recurrent(RecurrentModule):
         y = y.squeeze(1) if single else y.transpose(0, 1) if self.batch_first else y
         return y, self._returned([s.squeeze(1) for s in last] if single else last)
 
-    def _forward_packed(
-        self, packed: PackedSequence, hx: State | None, lengths: Any
-    ) -> tuple[PackedSequence, State]:
+    def _forward_packed(self, packed: PackedSequence, hx: State | None, lengths: Any) -> tuple[PackedSequence, State]:
         if lengths is not None:
             raise ValueError("lengths= must be left out with a PackedSequence, which carries its own")
         data, sizes = packed.data, packed.batch_sizes
@@ -136,16 +130,12 @@ class Recurrent(RecurrentModule):
         if packed.unsorted_indices is not None:
             last = [s.index_select(1, packed.unsorted_indices) for s in last]
         data = y.flatten(0, 1).index_select(0, rows)
-        return PackedSequence(data, sizes, packed.sorted_indices, packed.unsorted_indices), self._returned(
-            last
-        )
+        return PackedSequence(data, sizes, packed.sorted_indices, packed.unsorted_indices), self._returned(last)
 
     def _initial_state(self, x: Tensor, hx: State | None, single: bool) -> list[Tensor]:
         """The checked first states [L*D, N, *], one per name in the cell's states."""
         if x.size(2) != self.input_size:
-            raise ValueError(
-                f"input's last dimension must be input_size = {self.input_size}; got {x.size(2)}"
-            )
+            raise ValueError(f"input's last dimension must be input_size = {self.input_size}; got {x.size(2)}")
         if x.size(0) == 0:
             raise ValueError("input must hold at least one step; got T = 0")
         weight: Tensor = self.get_parameter("weight_ih_l0")
@@ -176,9 +166,7 @@ class Recurrent(RecurrentModule):
     def _returned(self, last: list[Tensor]) -> State:
         return (last[0], last[1]) if self._has_c else last[0]
 
-    def _run(
-        self, x: Tensor, state: list[Tensor], lengths: Tensor | None, packed: bool
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, x: Tensor, state: list[Tensor], lengths: Tensor | None, packed: bool) -> tuple[Tensor, list[Tensor]]:
         wanted = autocast_dtype(x)
         if wanted is not None:
             x, state = x.to(wanted), [s.to(wanted) for s in state]
@@ -188,9 +176,7 @@ class Recurrent(RecurrentModule):
             outputs = []
             for direction, suffix in enumerate(suffixes):
                 h, c = state[0][row], state[1][row] if self._has_c else None
-                results = ops.run(
-                    self._operands(suffix, x, h, c, lengths), self._spec(reverse=direction == 1)
-                )
+                results = ops.run(self._operands(suffix, x, h, c, lengths), self._spec(reverse=direction == 1))
                 self._move_streams(suffix, results)
                 outputs.append(results.y)
                 for kept, value in zip(last, (results.h, results.c), strict=False):
@@ -217,9 +203,7 @@ class Recurrent(RecurrentModule):
         """
         expected = getattr(nn, cls.__name__)
         if not isinstance(layer, expected):
-            raise TypeError(
-                f"{cls.__name__}.from_torch needs a torch.nn.{cls.__name__}; got {type(layer).__name__}"
-            )
+            raise TypeError(f"{cls.__name__}.from_torch needs a torch.nn.{cls.__name__}; got {type(layer).__name__}")
         weight = layer.weight_ih_l0
         same = {name: getattr(layer, name) for name in cls._torch_options}
         new = cls(**same, **options, device=weight.device, dtype=weight.dtype)

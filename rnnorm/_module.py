@@ -19,11 +19,7 @@ class StreamModule(nn.Module):
 
     def _stream_buffers(self) -> dict[str, Tensor]:
         """The module's own stream buffers by name."""
-        return {
-            k: b
-            for k, b in self._buffers.items()
-            if b is not None and k.split("_l")[0].split("_")[-1] in STREAMS
-        }
+        return {k: b for k, b in self._buffers.items() if b is not None and k.split("_l")[0].split("_")[-1] in STREAMS}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = self._stream_buffers()
@@ -56,9 +52,7 @@ class RecurrentModule(StreamModule):
     def _set_options(self, norm: "str | norms.Spec", cell_norm: bool, backend: str) -> None:
         self.norm = norms.resolve(norm)
         if cell_norm and self.norm.kind == "none":
-            raise ValueError(
-                "cell_norm=True needs a normalization; got norm='none'; choose one or leave cell_norm out"
-            )
+            raise ValueError("cell_norm=True needs a normalization; got norm='none'; choose one or leave cell_norm out")
         self.cell_norm = bool(cell_norm)
         if backend != "auto":
             by_name(backend)
@@ -78,9 +72,7 @@ class RecurrentModule(StreamModule):
             if self.cell_norm:
                 shapes |= {"cell_norm_weight": (self.hidden_size,), "cell_norm_bias": (self.hidden_size,)}
         for name, size in shapes.items():
-            self.register_parameter(
-                name + suffix, nn.Parameter(torch.empty(size, device=device, dtype=dtype))
-            )
+            self.register_parameter(name + suffix, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
         if self.norm.kind == "online":
             wide = statistics_dtype(dtype or torch.get_default_dtype())
             for prefix, channels in (("norm", C), ("cell_norm", self.hidden_size))[: 1 + self.cell_norm]:
@@ -115,17 +107,14 @@ class RecurrentModule(StreamModule):
             backend=self.backend,
         )
 
-    def _operands(
-        self, suffix: str, x: Tensor, h: Tensor, c: Tensor | None, lengths: Tensor | None
-    ) -> ops.Operands:
+    def _operands(self, suffix: str, x: Tensor, h: Tensor, c: Tensor | None, lengths: Tensor | None) -> ops.Operands:
         own = {name: getattr(self, name + suffix, None) for name in ops.Operands._fields[3:-1]}
         weight = own["weight_ih"]
         assert weight is not None
         if x.dtype != weight.dtype:
             # Only under autocast: parameters follow the products' dtype.
             own = {
-                k: t.to(x.dtype) if t is not None and k.startswith(("weight", "bias")) else t
-                for k, t in own.items()
+                k: t.to(x.dtype) if t is not None and k.startswith(("weight", "bias")) else t for k, t in own.items()
             }
         return ops.Operands(x, h, c, **own, lengths=lengths)  # type: ignore[arg-type]
 

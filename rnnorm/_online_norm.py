@@ -72,9 +72,7 @@ class OnlineNorm(StreamModule):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input` (N, C) or (N, C, *), in the order of its samples."""
         if input.dim() < 2 or input.size(1) != self.num_features:
-            raise ValueError(
-                f"input must have shape (N, C = {self.num_features}, *); got {tuple(input.shape)}"
-            )
+            raise ValueError(f"input must have shape (N, C = {self.num_features}, *); got {tuple(input.shape)}")
         if not input.is_floating_point() or statistics_dtype(input.dtype) != self.mean.dtype:
             raise ValueError(
                 f"input must suit the statistics' dtype {self.mean.dtype}; got {input.dtype}; convert one with .to(dtype)"

@@ -51,9 +51,7 @@ class _CellModule(RecurrentModule):
         x = input.unsqueeze(0) if single else input
         weight = self.get_parameter("weight_ih")
         if x.size(1) != self.input_size:
-            raise ValueError(
-                f"input's last dimension must be input_size = {self.input_size}; got {x.size(1)}"
-            )
+            raise ValueError(f"input's last dimension must be input_size = {self.input_size}; got {x.size(1)}")
         wanted = autocast_dtype(x)
         if wanted is None:
             _check.like_weights("input", x, weight)

@@ -149,9 +149,7 @@ def _(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, alpha_fwd: float, al
 
 
 @torch.library.custom_op("rnnorm::online_norm_backward", mutates_args=("u", "v"))
-def online_norm_backward(
-    grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha_bwd: float
-) -> Tensor:
+def online_norm_backward(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha_bwd: float) -> Tensor:
     with torch.autocast(grad.device.type, enabled=False):
         dx, new_u, new_v = stream.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, alpha_bwd)
         u.copy_(new_u)

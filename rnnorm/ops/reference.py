@@ -124,9 +124,7 @@ def run(operands: Operands, spec: Spec) -> Results:
         rows = torch.nonzero(lengths > t)[:, 0].to(o.x.device)
         x_part = F.linear(o.x[t, rows], o.weight_ih, o.bias_ih).to(wide)
         h_part = F.linear(h[rows].to(dtype), o.weight_hh, o.bias_hh).to(wide)
-        new_h, new_c = step(
-            x_part, h_part, h[rows], None if c is None else c[rows], normalize, normalize_cell
-        )
+        new_h, new_c = step(x_part, h_part, h[rows], None if c is None else c[rows], normalize, normalize_cell)
         if o.weight_hr is not None:
             new_h = F.linear(new_h.to(dtype), o.weight_hr).to(wide)
         h = h.index_put((rows,), new_h)

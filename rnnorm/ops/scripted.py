@@ -352,9 +352,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.jit.script(function)
 
 
-def _walk(
-    lengths: Tensor | None, T: int, N: int, reverse: bool, device: torch.device
-) -> tuple[Steps, Tensor | None]:
+def _walk(lengths: Tensor | None, T: int, N: int, reverse: bool, device: torch.device) -> tuple[Steps, Tensor | None]:
     """The steps in processing order, and which rows of the padded [T*N] samples are real (None: all)."""
     order = range(T - 1, -1, -1) if reverse else range(T)
     if lengths is None or bool((lengths == T).all()):
@@ -376,9 +374,7 @@ def _norm(operands: Operands, spec: Spec, prefix: str, units: int, wide: torch.d
     """The normalization with that prefix, with copies of its mean and var (the buffers move in the module)."""
     device = operands.x.device
     empty = torch.empty(0, dtype=wide, device=device)
-    parts = {
-        name: getattr(operands, f"{prefix}_{name}") for name in ("weight", "bias", "mean", "var", "u", "v")
-    }
+    parts = {name: getattr(operands, f"{prefix}_{name}") for name in ("weight", "bias", "mean", "var", "u", "v")}
     online = parts["mean"] is not None
     weight, bias = (None if parts[name] is None else parts[name].to(wide) for name in ("weight", "bias"))
     weights, powers = empty, empty
@@ -406,9 +402,7 @@ def _norm(operands: Operands, spec: Spec, prefix: str, units: int, wide: torch.d
     )
 
 
-def _affine_gradients(
-    grad_z: Tensor, y: Tensor, weight: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+def _affine_gradients(grad_z: Tensor, y: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if weight is None:
         return None, None
     return (grad_z * y).sum(0).to(weight.dtype), grad_z.sum(0).to(weight.dtype)
