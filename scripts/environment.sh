@@ -1,0 +1,23 @@
+# Sourced by the other scripts: makes .venv if there is none, installs the pinned packages, activates it.
+# usage: source scripts/environment.sh [dev]
+extras=${1:+[$1]}
+python=${PYTHON:-python3}
+if [ ! -x .venv/bin/python ]; then
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "error: Python 3.11 or newer is needed; $("$python" --version 2>&1) came; set PYTHON=/path/to/python3.11" >&2
+        exit 2
+    }
+    "$python" -m venv .venv
+fi
+# The stamp says which pins and options are installed, so that a second start is immediate.
+stamp=.venv/installed-$(cat scripts/constraints.txt pyproject.toml | sha256sum | cut -c1-16)$extras
+if [ ! -e "$stamp" ]; then
+    echo "Installing the pinned packages into .venv (once; PyTorch is the large one) ..." >&2
+    export PIP_DISABLE_PIP_VERSION_CHECK=1
+    # torch first and alone: any other order may bring a newer build with gigabytes of CUDA packages.
+    .venv/bin/python -m pip install -q "$(grep '^torch==' scripts/constraints.txt)" -c scripts/constraints.txt
+    .venv/bin/python -m pip install -q -e ".$extras" -c scripts/constraints.txt
+    rm -f .venv/installed-*
+    touch "$stamp"
+fi
+source .venv/bin/activate
