@@ -38,9 +38,7 @@ class DataConfig(Section):
         default="python-docs", description="a corpus by name (`data list`), or a folder of three splits"
     )
     dir: str = Field(default="data", description="folder where corpora are kept")
-    tokenizer: Literal["word", "char", "bpe", "unigram"] = Field(
-        default="word", description="what a token is"
-    )
+    tokenizer: Literal["word", "char", "bpe", "unigram"] = Field(default="word", description="what a token is")
     vocab_size: Count | None = Field(
         default=None, description="most pieces of the vocabulary; none: the tokenizer's own"
     )
@@ -54,17 +52,11 @@ class ModelConfig(Section):
         default="online", description="normalization in the recurrence"
     )
     hidden_size: Count = Field(default=200, description="units of a layer")
-    embedding_size: Count | None = Field(
-        default=None, description="units of the embedding; none: hidden_size"
-    )
+    embedding_size: Count | None = Field(default=None, description="units of the embedding; none: hidden_size")
     num_layers: Count = Field(default=1, description="recurrent layers")
-    dropout: Rate = Field(
-        default=0.0, description="dropout after the embedding, between layers, and after the last"
-    )
+    dropout: Rate = Field(default=0.0, description="dropout after the embedding, between layers, and after the last")
     input_dropout: Rate | None = Field(default=None, description="dropout after the embedding; none: dropout")
-    output_dropout: Rate | None = Field(
-        default=None, description="dropout after the last layer; none: dropout"
-    )
+    output_dropout: Rate | None = Field(default=None, description="dropout after the last layer; none: dropout")
     embedding_dropout: Rate = Field(default=0.0, description="dropout of whole words of the vocabulary")
     tied: bool = Field(default=True, description="the decoder's weight is the embedding's")
     alpha_fwd: Alpha = Field(default=8191 / 8192, description="online: decay of the forward statistics")
@@ -91,33 +83,23 @@ class ModelConfig(Section):
                 f"{self.embedding_size} and {self.hidden_size} came; make them equal or set model.tied=false"
             )
         if self.cell_norm and self.cell != "lstm":
-            raise UserError(
-                f"model.cell_norm is for the cell lstm; {self.cell} came; set model.cell_norm=false"
-            )
+            raise UserError(f"model.cell_norm is for the cell lstm; {self.cell} came; set model.cell_norm=false")
         return self
 
 
 class TrainConfig(Section):
     epochs: Count = Field(default=5, description="passes over the training text")
-    max_steps: Count | None = Field(
-        default=None, description="stop after so many steps in all, if that comes first"
-    )
+    max_steps: Count | None = Field(default=None, description="stop after so many steps in all, if that comes first")
     lr: Positive = Field(default=6.5, description="learning rate")
     batch_size: Count = Field(default=20, description="columns that are read side by side")
     window: str = Field(default="64", description="steps of truncated BPTT: 64, uniform{2..128} or awd{70}")
-    optimizer: Literal["sgd", "asgd", "adam", "adamw"] = Field(
-        default="sgd", description="asgd: averaged sgd"
-    )
+    optimizer: Literal["sgd", "asgd", "adam", "adamw"] = Field(default="sgd", description="asgd: averaged sgd")
     momentum: Rate = Field(default=0.0, description="sgd: momentum")
     average_patience: Annotated[int, Field(ge=0)] = Field(
         default=0, description="asgd: average from this many epochs without a new best on (0: from the start)"
     )
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        default=0.0, description="L2 penalty"
-    )
-    clip: Positive | None = Field(
-        default=None, description="largest norm of the whole gradient; none: no clipping"
-    )
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(default=0.0, description="L2 penalty")
+    clip: Positive | None = Field(default=None, description="largest norm of the whole gradient; none: no clipping")
     schedule: Literal["constant", "exponential", "plateau", "cosine"] = Field(
         default="constant", description="how the learning rate falls"
     )
@@ -130,21 +112,13 @@ class TrainConfig(Section):
     schedule_patience: Annotated[int, Field(ge=0)] = Field(
         default=0, description="plateau: epochs without a new best that are let pass before a fall"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="steps in which the rate climbs from 0"
-    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="steps in which the rate climbs from 0")
     patience: Count | None = Field(
         default=None, description="stop after this many epochs without a new best; none: never"
     )
-    autocast: Literal["none", "bfloat16"] = Field(
-        default="none", description="dtype of products under autocast"
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        default=1, description="of weights, dropout and windows"
-    )
-    backend: str = Field(
-        default="auto", description="what runs the recurrence (`python -m rnnorm` lists them)"
-    )
+    autocast: Literal["none", "bfloat16"] = Field(default="none", description="dtype of products under autocast")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1, description="of weights, dropout and windows")
+    backend: str = Field(default="auto", description="what runs the recurrence (`python -m rnnorm` lists them)")
     device: str = Field(default="cpu", description="cpu, cuda or cuda:0")
     valid_batch_size: Count = Field(default=20, description="columns of the validation after each epoch")
     log_every: Count = Field(default=10, description="steps from one logged step to the next")
@@ -163,18 +137,12 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every_steps: Count | None = Field(
-        default=None, description="save every so many steps; none: after each epoch only"
-    )
+    every_steps: Count | None = Field(default=None, description="save every so many steps; none: after each epoch only")
 
 
 class EvalConfig(Section):
-    protocol: Literal["exact", "chunk-mean"] = Field(
-        default="exact", description="how `eval` measures perplexity"
-    )
-    chunk: Count = Field(
-        default=1024, description="steps evaluated at once; the exact result does not depend on it"
-    )
+    protocol: Literal["exact", "chunk-mean"] = Field(default="exact", description="how `eval` measures perplexity")
+    chunk: Count = Field(default=1024, description="steps evaluated at once; the exact result does not depend on it")
 
 
 class Config(Section):
@@ -233,9 +201,7 @@ def preset(name: str) -> dict[str, Any]:
         return read_toml(Path(name), "a preset")
     known = presets()
     if name not in known:
-        raise UserError(
-            f"a preset must be one of {', '.join(known)}, or a path that ends in .toml; {name!r} came"
-        )
+        raise UserError(f"a preset must be one of {', '.join(known)}, or a path that ends in .toml; {name!r} came")
     text = resources.files("lm").joinpath("presets", f"{name}.toml").read_text("utf-8")
     return _without_description(tomllib.loads(text))
 

@@ -40,9 +40,7 @@ def linear_cross_entropy(
     _check(hidden, weight, bias, targets, mask)
     if mask is not None:
         hidden, targets = hidden[mask], targets[mask]
-    total = _LinearCrossEntropy.apply(
-        hidden, weight, bias, targets, _product_dtype(hidden), torch.is_grad_enabled()
-    )
+    total = _LinearCrossEntropy.apply(hidden, weight, bias, targets, _product_dtype(hidden), torch.is_grad_enabled())
     return total, targets.numel()
 
 
@@ -60,15 +58,11 @@ def token_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tens
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None) -> None:
     rows = hidden.shape[:1]
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must be [M, E] and weight [V, E]; {list(hidden.shape)} and {list(weight.shape)} came"
-        )
+        raise ValueError(f"hidden must be [M, E] and weight [V, E]; {list(hidden.shape)} and {list(weight.shape)} came")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [V] = [{weight.shape[0]}]; {list(bias.shape)} came")
     if targets.shape != rows or (mask is not None and mask.shape != rows):
-        raise ValueError(
-            f"targets and mask must be [M] = [{rows[0]}]; {list(targets.shape)} came for targets"
-        )
+        raise ValueError(f"targets and mask must be [M] = [{rows[0]}]; {list(targets.shape)} came for targets")
     if targets.numel():
         low, high = (int(bound) for bound in targets.aminmax())
         if low < 0 or high >= weight.shape[0]:
@@ -145,9 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # that is create_graph=True; what was formed in the forward has no graph
-            raise RuntimeError(
-                "linear_cross_entropy has first derivatives only; do without create_graph=True"
-            )
+            raise RuntimeError("linear_cross_entropy has first derivatives only; do without create_graph=True")
         (grad_total,) = grad_outputs
         grads = (
             None if grad is None else (grad * grad_total.to(grad.dtype)).to(dtype)

@@ -8,9 +8,7 @@ from lm.errors import UserError
 
 def test_every_preset_is_a_valid_configuration():
     names = config.presets()
-    assert {"default", "tied-512", "gru-online", "zaremba-small", "zaremba-medium", "zaremba-large"} <= set(
-        names
-    )
+    assert {"default", "tied-512", "gru-online", "zaremba-small", "zaremba-medium", "zaremba-large"} <= set(names)
     for cell in ("rnn", "lstm"):
         for norm in ("online", "layer", "none"):
             built = config.build(config.preset(f"paper-{cell}-{norm}"))
@@ -51,9 +49,7 @@ def test_the_papers_recipe(name, expected):
 
 
 def test_the_written_form_is_read_back_equal():
-    built = config.build(
-        {"model": {"cell": "gru", "alpha_fwd": 0.1 + 0.2}, "train": {"clip": 0.25, "window": 35}}
-    )
+    built = config.build({"model": {"cell": "gru", "alpha_fwd": 0.1 + 0.2}, "train": {"clip": 0.25, "window": 35}})
     text = config.to_toml(built)
     assert config.build(tomllib.loads(text)) == built
     assert "# learning rate\nlr = " in text

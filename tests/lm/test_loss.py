@@ -77,9 +77,7 @@ def test_no_row_at_all():
 def test_a_tied_weight_gets_both_gradients():
     _, weight, bias, targets = problem(6)
     inputs = torch.tensor([1, 2, 3, 1, 2, 3])
-    (ours,) = torch.autograd.grad(
-        linear_cross_entropy(F.embedding(inputs, weight), weight, bias, targets)[0], weight
-    )
+    (ours,) = torch.autograd.grad(linear_cross_entropy(F.embedding(inputs, weight), weight, bias, targets)[0], weight)
     (theirs,) = torch.autograd.grad(plain(F.embedding(inputs, weight), weight, bias, targets), weight)
     torch.testing.assert_close(ours, theirs)
 
@@ -110,9 +108,7 @@ def test_autocast_multiplies_in_bfloat16_and_sums_wider():
     inputs = (hidden, weight, bias)
     assert not torch.equal(total, linear_cross_entropy(*inputs, targets)[0])
     torch.testing.assert_close(total, expected.double(), rtol=1e-2, atol=0)
-    for ours, theirs in zip(
-        torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs), strict=True
-    ):
+    for ours, theirs in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02 * float(theirs.abs().max()))
 

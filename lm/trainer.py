@@ -1,0 +1,249 @@
+"""The training loop. It emits events and reports nothing itself."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from lm import optim, stream
+from lm.config import TrainConfig
+from lm.evaluator import Score
+from lm.events import Diverged, EpochEnded, Event, Interrupted, Listener, Started, Stepped, Validated
+from lm.model import LanguageModel, State, detach, state_of, state_tensors
+from lm.stream import Columns
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; with the model, the optimizer and the carried state, all that a resumed run needs.
+
+    Attributes:
+        epoch, step: done so far.
+        position: time steps done of the present epoch.
+        nll, tokens: sums over the present epoch so far.
+        best: nats per token of the best validation so far.
+        stale: epochs since then.
+        waited, falls: schedule plateau: epochs without a new best since the last fall; falls so far.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    position: int = 0
+    nll: float = 0.0
+    tokens: int = 0
+    best: float = math.inf
+    stale: int = 0
+    waited: int = 0
+    falls: int = 0
+
+
+class DivergedError(Exception):
+    """A loss, gradient or validation is not finite."""
+
+
+class Trainer:
+    """Truncated back-propagation through time over columns.
+
+    All randomness follows from (seed, step) and (seed, epoch): none is kept from step to step, so a run
+    that is loaded goes on to the bit as if it had not stopped.
+
+    Arguments:
+        model: trained in place.
+        config: optimizer, schedule, window policy and so on.
+        data: the training columns.
+        validate: scores the model as it is.
+        listeners: called with each event, in this order.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: TrainConfig,
+        data: Columns,
+        validate: Callable[[], Score],
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        self.model, self.config = model, config
+        self.device = next(model.parameters()).device
+        self.data = replace(data, inputs=data.inputs.to(self.device), targets=data.targets.to(self.device))
+        self.validate = validate
+        self.listeners = list(listeners)
+        self.optimizer = optim.build(model, config)
+        if config.average_patience == 0:
+            optim.start_averaging(self.optimizer, 0)
+        self.progress = Progress()
+        self.state: State | None = None
+        self._stop: str | None = None
+
+    def stop(self, reason: str) -> None:
+        """Asks the loop to end after the present step. Safe to call from a signal handler."""
+        self._stop = reason
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all but the model's own state: plain values and tensors."""
+        return {
+            "progress": asdict(self.progress),
+            "optimizer": self.optimizer.state_dict(),
+            "state": state_tensors(self.state),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; load the model's own state first."""
+        self.progress = Progress(**state["progress"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.state = state_of([tensor.to(self.device) for tensor in state["state"]])
+
+    def fit(self) -> str:
+        """Trains until the configuration's end, or until asked to stop; returns why it ended.
+
+        Raises:
+            DivergedError: the loss, the gradient or a validation is not finite; the event came before.
+        """
+        self._emit(Started(*self._place(), self.config.epochs, int(self._active_tokens())))
+        while (reason := self._ended()) is None:
+            began = time.perf_counter()
+            for start, stop in self._windows():
+                self._step(start, stop)
+                if self.progress.position < len(self.data.targets) and (reason := self._paused()):
+                    self._emit(Interrupted(*self._place(), reason))
+                    return reason
+            self._end_epoch(time.perf_counter() - began)
+        return reason
+
+    def _windows(self) -> list[tuple[int, int]]:
+        config, progress = self.config, self.progress
+        windows = stream.plan(config.window, len(self.data.targets), config.seed, progress.epoch)
+        return [window for window in windows if window[0] >= progress.position]
+
+    def _paused(self) -> str | None:
+        if self._stop is None and self.progress.step == self.config.max_steps:
+            return "max_steps"
+        return self._stop
+
+    def _ended(self) -> str | None:
+        config, progress = self.config, self.progress
+        if progress.epoch >= config.epochs:
+            return "epochs"
+        if config.max_steps is not None and progress.step >= config.max_steps:
+            return "max_steps"
+        if config.patience is not None and progress.stale >= config.patience:
+            return "patience"
+        return self._stop
+
+    def _step(self, start: int, stop: int) -> None:
+        began = time.perf_counter()
+        config, progress = self.config, self.progress
+        torch.manual_seed(_derive(config.seed, progress.step))
+        window = self.data.window(start, stop)
+        rate = self._rate(start) * stream.policy(config.window).rate_scale(stop - start)
+        optim.set_learning_rate(self.optimizer, rate)
+        self.model.train()
+        self.optimizer.zero_grad()
+        with self._autocast():
+            hidden, state = self.model(window.inputs, self.state, window.lengths)
+            total, count = self.model.loss(hidden, window.targets, window.mask)
+        (total / count).backward()
+        norm = self._clip()
+        nats, norm_value = total.item(), norm.item()
+        if not (math.isfinite(nats) and math.isfinite(norm_value)):
+            self._diverge("loss" if not math.isfinite(nats) else "gradient's norm")
+        self.optimizer.step()
+        self.state = detach(state)
+        self.progress = replace(
+            progress,
+            step=progress.step + 1,
+            position=stop,
+            nll=progress.nll + nats,
+            tokens=progress.tokens + count,
+        )
+        self._emit(
+            Stepped(
+                *self._place(),
+                position=stop,
+                length=len(self.data.targets),
+                nll=nats / count,
+                tokens=count,
+                epoch_nll=self.progress.nll,
+                epoch_tokens=self.progress.tokens,
+                lr=rate,
+                grad_norm=norm_value,
+                seconds=time.perf_counter() - began,
+            )
+        )
+
+    def _end_epoch(self, seconds: float) -> None:
+        done = self.progress
+        with optim.averaged(self.optimizer):
+            score = self.validate()
+            nats = score.nll / score.tokens
+            if not math.isfinite(nats):
+                self._diverge("validation")
+            self._emit(Validated(*self._place(), score=score, best=nats < done.best))
+        self.progress = _next_epoch(self.config, done, nats)
+        self.state = None
+        if self.progress.stale >= self.config.average_patience:
+            optim.start_averaging(self.optimizer, self.progress.step)
+        ended = EpochEnded(done.epoch + 1, done.step, nll=done.nll, tokens=done.tokens, seconds=seconds)
+        self._emit(ended)
+
+    def _rate(self, start: int) -> float:
+        progress = self.progress
+        epoch = progress.epoch + start / len(self.data.targets)
+        return optim.learning_rate(self.config, epoch=epoch, step=progress.step, falls=progress.falls)
+
+    def _clip(self) -> torch.Tensor:
+        """Clips the gradient where asked to, and returns its norm before."""
+        parameters = list(self.model.parameters())
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.clip is not None:
+            clip_grads_with_norm_(parameters, self.config.clip, norm)
+        return norm
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.autocast == "none":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _diverge(self, what: str) -> None:
+        self._emit(Diverged(*self._place(), what=what))
+        raise DivergedError(
+            f"the {what} is not finite after {self.progress.step} steps (epoch {self.progress.epoch + 1}, "
+            f"learning rate {self._rate(self.progress.position):g})"
+        )
+
+    def _place(self) -> tuple[int, int]:
+        return self.progress.epoch + 1, self.progress.step
+
+    def _active_tokens(self) -> int:
+        steps, width = self.data.targets.shape
+        return (steps - 1) * width + self.data.last
+
+    def _emit(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
+
+
+def _next_epoch(config: TrainConfig, done: Progress, nats: float) -> Progress:
+    """Where the run stands after an epoch with this validation."""
+    if nats < done.best:
+        return Progress(done.epoch + 1, done.step, best=nats, falls=done.falls)
+    waited = done.waited + 1
+    fall = waited > config.schedule_patience
+    return Progress(
+        done.epoch + 1,
+        done.step,
+        best=done.best,
+        stale=done.stale + 1,
+        waited=0 if fall else waited,
+        falls=done.falls + fall,
+    )
+
+
+def _derive(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])

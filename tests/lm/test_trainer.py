@@ -1,0 +1,248 @@
+import copy
+import io
+import math
+
+import pytest
+import torch
+
+from lm import stream
+from lm.config import TrainConfig
+from lm.evaluator import Score, evaluate
+from lm.events import Diverged, EpochEnded, Interrupted, Started, Stepped, Validated
+from lm.trainer import DivergedError, Progress, Trainer, _next_epoch
+
+
+@pytest.fixture
+def trainer(model, text, tokenizer):
+    """`trainer(listeners, train settings, **model settings)` over a text that ends raggedly in 3 columns."""
+
+    def make(listeners=(), settings=None, **model_settings):
+        net, valid = model(**model_settings), text(20, seed=1)
+        config = TrainConfig(**{"epochs": 2, "batch_size": 3, "window": "7", "lr": 0.5, **(settings or {})})
+        data = stream.columns(text(60).ids, config.batch_size, tokenizer.eos)
+        assert data.last < config.batch_size
+        score = lambda: evaluate(net, valid, tokenizer, protocol="columns", batch_size=2)  # noqa: E731
+        return Trainer(net, config, data, score, listeners)
+
+    return make
+
+
+def everything(trainer):
+    """Every tensor and number that a run ends with."""
+    found = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
+    kept = copy.deepcopy(trainer.state_dict())
+    for number, state in kept["optimizer"]["state"].items():
+        found |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+    found |= {f"state.{number}": value for number, value in enumerate(kept["state"])}
+    return found, kept["progress"], kept["optimizer"]["param_groups"]
+
+
+def assert_equal_to_the_bit(ours, theirs):
+    assert ours[1:] == theirs[1:]
+    assert ours[0].keys() == theirs[0].keys()
+    for name, value in ours[0].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, theirs[0][name]), name
+        else:
+            assert value == theirs[0][name], name
+
+
+CASES = {
+    "sgd": ({"weight_decay": 1e-6}, {}),
+    "momentum": ({"momentum": 0.9, "lr": 0.05, "schedule": "exponential"}, {"norm": "layer", "cell": "gru"}),
+    "asgd": ({"optimizer": "asgd", "average_patience": 0, "clip": 0.25}, {"norm": "rms"}),
+    "adam": ({"optimizer": "adam", "lr": 0.01, "schedule": "cosine"}, {"cell": "rnn_relu"}),
+    "adamw": ({"optimizer": "adamw", "lr": 0.01, "warmup_steps": 9}, {"norm": "none"}),
+    "plateau": ({"lr": 3.0, "clip": 0.5, "schedule": "plateau", "patience": 9}, {"cell": "rnn_tanh"}),
+    "cell norm": ({"window": "awd{9}"}, {"cell_norm": True, "num_layers": 2}),
+    "bfloat16": ({"autocast": "bfloat16"}, {"norm": "none"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_ends_with_the_same_bits(trainer, case):
+    settings, model_settings = CASES[case]
+    settings = {"epochs": 3, "window": "uniform{2..9}"} | settings
+    model_settings = {"dropout": 0.3, "embedding_dropout": 0.1} | model_settings
+    events, kept = [], {}
+    whole = trainer([events.append], settings, **model_settings)
+
+    def keep(event):
+        # inside the first epoch, inside the last one, and between two
+        if isinstance(event, EpochEnded) or (isinstance(event, Stepped) and event.step in (3, 5, 11)):
+            file = io.BytesIO()
+            torch.save({"model": whole.model.state_dict(), **whole.state_dict()}, file)
+            kept[event.step] = file.getvalue()
+
+    whole.listeners.append(keep)
+    whole.fit()
+    assert len(kept) >= 6
+    expected = everything(whole)
+    for step, saved in kept.items():
+        again = []
+        resumed = trainer([again.append], settings, seed=99, **model_settings)  # other weights, to be replaced
+        torch.manual_seed(step)
+        loaded = torch.load(io.BytesIO(saved), weights_only=True)
+        resumed.model.load_state_dict(loaded["model"])
+        resumed.load_state_dict(loaded)
+        resumed.fit()
+        assert_equal_to_the_bit(everything(resumed), expected)
+        assert logged(again) == logged(e for e in events if e.step > step)
+
+
+def logged(events):
+    """Every logged number but times, of the events that a resumed run repeats."""
+    rows = []
+    for event in events:
+        if isinstance(event, Stepped):
+            rows.append((event.step, event.epoch, event.nll, event.epoch_nll, event.lr, event.grad_norm))
+        elif isinstance(event, Validated):
+            rows.append((event.step, event.epoch, event.score, event.best))
+        elif isinstance(event, EpochEnded):
+            rows.append((event.step, event.epoch, event.nll, event.tokens))
+    return rows
+
+
+def test_the_loss_falls_and_every_token_counts_once_an_epoch(trainer, text):
+    events = []
+    run = trainer([events.append], {"epochs": 4, "lr": 3.0})
+    assert run.fit() == "epochs"
+    ended = [e for e in events if isinstance(e, EpochEnded)]
+    assert [e.tokens for e in ended] == [len(text(60).ids)] * 4
+    assert ended[-1].nll < ended[0].nll
+    steps = [e for e in events if isinstance(e, Stepped)]
+    assert [e.step for e in steps] == list(range(1, len(steps) + 1))
+    assert sum(e.nll * e.tokens for e in steps if e.epoch == 1) == pytest.approx(ended[0].nll)
+
+
+def test_the_order_of_events(trainer):
+    events = []
+    trainer([events.append], {"epochs": 2}).fit()
+    kinds = [type(e) for e in events if not isinstance(e, Stepped)]
+    assert kinds == [Started, Validated, EpochEnded, Validated, EpochEnded]
+    assert events[0].tokens == events[-1].tokens
+
+
+def test_the_state_is_carried_within_an_epoch_and_zero_at_its_start(trainer):
+    run = trainer((), {"epochs": 2})
+    seen = []
+    run.model.layers.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[1]) if layer.training else None)
+    run.fit()
+    per_epoch = len(seen) // 2
+    assert [state is None for state in seen] == ([True] + [False] * (per_epoch - 1)) * 2
+    assert not any(part.requires_grad for state in seen if state is not None for part in state)
+
+
+def test_one_seed_one_run(trainer):
+    runs = [trainer((), {"seed": seed, "window": "uniform{2..9}"}, dropout=0.5) for seed in (1, 1, 2)]
+    for number, run in enumerate(runs):
+        torch.manual_seed(number)  # what came before the run does not matter
+        run.fit()
+    first, again, other = (everything(run) for run in runs)
+    assert_equal_to_the_bit(first, again)
+    assert not torch.equal(first[0]["model.decoder.weight"], other[0]["model.decoder.weight"])
+
+
+def test_clipping_bounds_the_gradient_and_the_norm_is_from_before(trainer):
+    seen, events = [], []
+
+    def grads(_):
+        norms = [p.grad.norm() for p in run.model.parameters() if p.grad is not None]
+        if norms:
+            seen.append(torch.stack(norms).norm().item())
+
+    run = trainer([events.append, grads], {"clip": 0.05, "epochs": 1})
+    run.fit()
+    steps = [e for e in events if isinstance(e, Stepped)]
+    assert max(seen) <= 0.0501
+    assert min(e.grad_norm for e in steps) > 0.05
+
+
+def test_awd_windows_scale_the_rate(trainer):
+    events = []
+    trainer([events.append], {"window": "awd{10}", "epochs": 1}).fit()
+    steps = [e for e in events if isinstance(e, Stepped)]
+    lengths = [b.position - a for a, b in zip([0, *(e.position for e in steps)], steps, strict=False)]
+    assert [e.lr for e in steps] == [pytest.approx(0.5 * n / 10) for n in lengths]
+    assert len(set(lengths)) > 1
+
+
+def test_max_steps_stops_inside_an_epoch(trainer):
+    events = []
+    run = trainer([events.append], {"max_steps": 4, "epochs": 9})
+    assert run.fit() == "max_steps"
+    assert run.progress.step == 4
+    assert isinstance(events[-1], Interrupted)
+    assert run.fit() == "max_steps"
+    assert run.progress.step == 4
+
+
+def test_a_request_to_stop_ends_after_the_step(trainer):
+    events = []
+    run = trainer([events.append, lambda e: run.stop("SIGTERM") if e.step == 3 else None], {})
+    assert run.fit() == "SIGTERM"
+    assert run.progress.step == 3
+    assert events[-1] == Interrupted(1, 3, "SIGTERM")
+
+
+def test_early_stopping(trainer):
+    run = trainer((), {"lr": 1e-12, "epochs": 50, "patience": 2})
+    scores = iter([3.0, 2.0, 2.0, 2.5, 1.0])
+    run.validate = lambda: Score("columns", 1.0, 1.0, next(scores), 1)
+    assert run.fit() == "patience"
+    assert (run.progress.epoch, run.progress.best, run.progress.stale) == (4, 2.0, 2)
+
+
+def test_plateau_history():
+    config = TrainConfig(schedule="plateau", schedule_patience=1)
+    progress, seen = Progress(), []
+    for nats in (3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 1.0, 1.1):
+        progress = _next_epoch(config, progress, nats)
+        seen.append((progress.falls, progress.stale))
+    assert seen == [(0, 0), (0, 0), (0, 1), (1, 2), (1, 3), (2, 4), (2, 0), (2, 1)]
+
+
+def test_asgd_validates_the_average_and_trains_the_weights(trainer):
+    run = trainer((), {"optimizer": "asgd", "epochs": 1, "lr": 2.0})
+    seen = []
+    validate = run.validate
+    run.validate = lambda: (seen.append(run.model.decoder.weight.detach().clone()), validate())[1]
+    run.fit()
+    state = run.optimizer.state[run.model.decoder.weight]
+    assert torch.equal(seen[0], state["ax"])
+    assert not torch.equal(run.model.decoder.weight, state["ax"])
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "validation"])
+def test_what_is_not_finite_stops_the_run_before_the_weights_move(trainer, where):
+    events = []
+    run = trainer([events.append], {"epochs": 1})
+    if where == "loss":
+        run.listeners.append(
+            lambda e: torch.nn.init.constant_(run.model.decoder.bias, math.nan) if e.step == 3 else None
+        )
+    elif where == "gradient":
+        run.listeners.append(lambda e: poison(run.model) if e.step == 3 else None)
+    else:
+        run.validate = lambda: Score("columns", math.nan, math.nan, math.nan, 1)
+    with pytest.raises(DivergedError, match=f"the {where}.* is not finite after"):
+        run.fit()
+    assert isinstance(events[-1], Diverged)
+    assert not any(isinstance(e, EpochEnded) for e in events)
+    if where != "validation":
+        assert run.progress.step == 3
+        assert torch.isfinite(run.model.embedding.weight).all()
+
+
+def poison(model):
+    model.embedding.weight.register_hook(lambda grad: grad * math.inf)
+
+
+def test_listeners_see_the_weights_that_were_scored(trainer):
+    """Saving the best inside the event keeps the average; `last` is saved after, with the weights."""
+    seen = {}
+    run = trainer((), {"optimizer": "asgd", "epochs": 1, "lr": 2.0})
+    run.listeners.append(lambda e: seen.update({type(e): run.model.decoder.weight.detach().clone()}))
+    run.fit()
+    assert not torch.equal(seen[Validated], seen[EpochEnded])
+    assert torch.equal(seen[Validated], run.optimizer.state[run.model.decoder.weight]["ax"])
