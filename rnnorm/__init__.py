@@ -1,4 +1,4 @@
-"""rnnorm: recurrent layers with online, layer, RMS or no normalization at every pre-activation, drop-in for torch.nn's."""
+"""rnnorm: recurrent layers with online, layer, RMS or no normalization at every pre-activation, torch.nn's drop-in."""
 
 from rnnorm import norms
 from rnnorm._layers import GRU, LSTM, RNN

@@ -71,7 +71,7 @@ class Recurrent(RecurrentModule):
 
     def extra_repr(self) -> str:
         options = [f"{self.input_size}, {self.hidden_size}"]
-        defaults = {
+        defaults: dict[str, object] = {
             "num_layers": 1,
             "bias": True,
             "batch_first": False,
@@ -188,7 +188,7 @@ class Recurrent(RecurrentModule):
         return x, [torch.stack(values) for values in last]
 
     def _dropped(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """Dropout between layers; of packed samples it draws only theirs, as torch does, so equal seeds drop equally."""
+        """Dropout between layers; of packed samples it draws only theirs, as torch does: equal seeds drop equally."""
         if lengths is None:
             return F.dropout(x, self.dropout)
         real = (torch.arange(x.size(0))[:, None] < lengths[None, :]).flatten().nonzero()[:, 0].to(x.device)
@@ -197,7 +197,7 @@ class Recurrent(RecurrentModule):
 
     @classmethod
     def from_torch(cls, layer: nn.RNNBase, **options: Any) -> Any:
-        """The layer with a copy of the weights and options of torch's `layer`; `norm=` and the like as in the constructor.
+        """The layer with a copy of the weights and options of torch's `layer`; `norm=` and others as in constructing.
 
         Raises `TypeError` if `layer` is not torch's layer of this kind.
         """
@@ -237,7 +237,8 @@ class LSTM(Recurrent):
     `rnnorm.norms` or one of "online", "layer", "rms", "none"; `backend` "auto" or a name from `rnnorm.backends()`.
     Parameters and buffers besides torch's: `norm_weight_l{k}`, `norm_bias_l{k}` [4H] and, for online, `norm_mean_l{k}`,
     `norm_var_l{k}`, `norm_u_l{k}`, `norm_v_l{k}` [4H]; with `cell_norm` the same as `cell_norm_*` [H].
-    Raises `ValueError` or `TypeError` for options that make no sense. Source: Chiley et al., 2019 (arXiv 1905.05894), section 4.
+    Raises `ValueError` or `TypeError` for options that make no sense.
+    Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), section 4.
     """
 
     _torch_options = (*Recurrent._torch_options, "proj_size")

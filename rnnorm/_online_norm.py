@@ -75,11 +75,13 @@ class OnlineNorm(StreamModule):
             raise ValueError(f"input must have shape (N, C = {self.num_features}, *); got {tuple(input.shape)}")
         if not input.is_floating_point() or statistics_dtype(input.dtype) != self.mean.dtype:
             raise ValueError(
-                f"input must suit the statistics' dtype {self.mean.dtype}; got {input.dtype}; convert one with .to(dtype)"
+                f"input must suit the statistics' dtype {self.mean.dtype}; got {input.dtype}; "
+                "convert one with .to(dtype)"
             )
         if input.device != self.mean.device:
             raise ValueError(
-                f"input must be on the module's device {self.mean.device}; got {input.device}; move one with .to(device)"
+                f"input must be on the module's device {self.mean.device}; got {input.device}; "
+                "move one with .to(device)"
             )
         if input.numel() == 0:
             return input.clone()

@@ -36,7 +36,8 @@ class Online:
     H units of a gate, `"clamp"` clips to [-5, 5].
 
     `alpha_fwd`, `alpha_bwd` in (0, 1] are the decay factors of the statistics and of the control process.
-    Raises `ValueError` for values outside their range. Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), eq. 8-12.
+    Raises `ValueError` for values outside their range.
+    Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), eq. 8-12.
     """
 
     alpha_fwd: float = 8191 / 8192

@@ -77,10 +77,10 @@ def sequence_backward(
     return [operands.x.new_empty(0) if grad is None else grad for grad in grads]
 
 
-def _wanted(name: str, operand: Tensor | None, need_input: bool, need_weights: bool) -> bool:
+def _wanted(name: str, need_input: bool, need_weights: bool) -> bool:
     if name in ("h", "c"):
-        return operand is not None
-    return operand is not None and (need_input if name == "x" else need_weights)
+        return True
+    return need_input if name == "x" else need_weights
 
 
 @sequence_backward.register_fake
@@ -88,7 +88,7 @@ def _(grad_y: Any, grad_h: Any, grad_c: Any, saved: Any, need_input: bool, need_
     operands, _spec = _unpack(args)
     return [
         torch.empty_like(operand, memory_format=torch.contiguous_format)
-        if _wanted(name, operand, need_input, need_weights)
+        if operand is not None and _wanted(name, need_input, need_weights)
         else operands.x.new_empty(0)
         for name, operand in zip(DIFFERENTIABLE, operands, strict=False)
     ]
@@ -118,7 +118,7 @@ def _sequence_gradient(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     _once(ctx, repeatable=not ctx.spec.controlled or ctx.spec.alpha_bwd == 1)
     count = len(DIFFERENTIABLE)
     differentiable, (lengths, *saved) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-    operands = Operands(*differentiable, *ctx.streams, lengths)
+    operands = Operands._make((*differentiable, *ctx.streams, lengths))
     needed = dict(zip(Operands._fields, ctx.needs_input_grad, strict=False))
     need_weights = any(needed[name] for name in DIFFERENTIABLE if name not in ("x", "h", "c"))
     grad_c = grads[2] if operands.c is not None else None

@@ -128,7 +128,8 @@ def run(operands: Operands, spec: Spec) -> Results:
         if o.weight_hr is not None:
             new_h = F.linear(new_h.to(dtype), o.weight_hr).to(wide)
         h = h.index_put((rows,), new_h)
-        c = None if c is None else c.index_put((rows,), new_c)
+        if c is not None and new_c is not None:
+            c = c.index_put((rows,), new_c)
         ys[t] = torch.zeros_like(ys[t]).index_put((rows,), new_h)
     empty = o.x.new_empty(0)
     moved = spec.controlled

@@ -11,7 +11,7 @@ from rnnorm.ops.reference import Reference
 from rnnorm.ops.scripted import Scripted
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailable(RuntimeError):  # noqa: N818
     """A backend that was asked for by name cannot run this call."""
 
 

@@ -281,8 +281,8 @@ def _backward(
     grad_z: Tensor,
     grad_cell_z: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """All steps, last first. Writes the gradients of the input and recurrent parts [S, G*H], of the hidden values [S, P]
-    and of the affine outputs. Returns those of the first h, c.
+    """All steps, last first. Writes the gradients of the input and recurrent parts [S, G*H], of the hidden values
+    [S, P] and of the affine outputs. Returns those of the first h, c.
     """
     narrow = weight_hh.dtype
     H = gates.size(1)
