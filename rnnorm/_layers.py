@@ -58,11 +58,9 @@ class Recurrent(RecurrentModule):
         self.reset_parameters()
 
     def _suffixes(self) -> list[list[str]]:
-        """For each layer, the suffix of each direction's parameters."""
         directions = ("", "_reverse")[: 1 + self.bidirectional]
         return [[f"_l{layer}{direction}" for direction in directions] for layer in range(self.num_layers)]
 
-    @property
     def _has_c(self) -> bool:
         return "c" in CELLS[self.cell].states
 
@@ -149,8 +147,8 @@ class Recurrent(RecurrentModule):
             dtype = x.dtype if wanted is None else wanted
             return [torch.zeros(rows, x.size(1), widths[n], dtype=dtype, device=x.device) for n in names]
         given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        if len(given) != len(names) or (self._has_c == isinstance(hx, Tensor)):
-            form = "a pair (h_0, c_0)" if self._has_c else "one tensor h_0"
+        if len(given) != len(names) or (self._has_c() == isinstance(hx, Tensor)):
+            form = "a pair (h_0, c_0)" if self._has_c() else "one tensor h_0"
             came = "one tensor" if isinstance(hx, Tensor) else f"a {type(hx).__name__} of {len(given)}"
             raise ValueError(f"the state hx must be {form}; got {came}")
         states = []
@@ -164,7 +162,7 @@ class Recurrent(RecurrentModule):
         return states
 
     def _returned(self, last: list[Tensor]) -> State:
-        return (last[0], last[1]) if self._has_c else last[0]
+        return (last[0], last[1]) if self._has_c() else last[0]
 
     def _run(self, x: Tensor, state: list[Tensor], lengths: Tensor | None, packed: bool) -> tuple[Tensor, list[Tensor]]:
         wanted = autocast_dtype(x)
@@ -175,7 +173,7 @@ class Recurrent(RecurrentModule):
         for layer, suffixes in enumerate(self._suffixes()):
             outputs = []
             for direction, suffix in enumerate(suffixes):
-                h, c = state[0][row], state[1][row] if self._has_c else None
+                h, c = state[0][row], state[1][row] if self._has_c() else None
                 results = ops.run(self._operands(suffix, x, h, c, lengths), self._spec(reverse=direction == 1))
                 self._move_streams(suffix, results)
                 outputs.append(results.y)

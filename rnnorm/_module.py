@@ -80,6 +80,10 @@ class RecurrentModule(StreamModule):
                     buffer = torch.empty(channels, device=device, dtype=wide)
                     self.register_buffer(f"{prefix}_{stream}{suffix}", buffer)
 
+    def _suffixes(self) -> list[list[str]]:
+        """For each layer, the suffix of each direction's parameters."""
+        raise AssertionError("said by layers and cells")
+
     def reset_parameters(self) -> None:
         """Draw the weights as torch does, uniformly within 1/sqrt(H), and start norms and streams afresh."""
         bound = 1.0 / math.sqrt(self.hidden_size)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnorm import norms, ops
+from rnnorm import norms
 from rnnorm._module import STREAMS, StreamModule
 from rnnorm.ops.call import statistics_dtype
 
@@ -72,7 +72,7 @@ class OnlineNorm(StreamModule):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input` (N, C) or (N, C, *), in the order of its samples."""
         if input.dim() < 2 or input.size(1) != self.num_features:
-            raise ValueError(f"input must have shape (N, C = {self.num_features}, *); got {tuple(input.shape)}")
+            raise ValueError(f"input must have shape (N, C = {self.num_features}, *); got {list(input.shape)}")
         if not input.is_floating_point() or statistics_dtype(input.dtype) != self.mean.dtype:
             raise ValueError(
                 f"input must suit the statistics' dtype {self.mean.dtype}; got {input.dtype}; "
@@ -87,8 +87,6 @@ class OnlineNorm(StreamModule):
             return input.clone()
         x = input.reshape(input.size(0), self.num_features, -1).to(self.mean.dtype)
         if self.training:
-            if not torch.jit.is_scripting():
-                ops.refuse_recomputation()
             y, _, mean, var = torch.ops.rnnorm.online_norm(
                 x, self.mean, self.var, self.u, self.v, self.alpha_fwd, self.alpha_bwd, self.eps
             )

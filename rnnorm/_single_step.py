@@ -11,7 +11,7 @@ from rnnorm._layers import rnn_cell
 from rnnorm._module import RecurrentModule, autocast_dtype
 
 
-class _CellModule(RecurrentModule):
+class CellModule(RecurrentModule):
     proj_size = 0
 
     def __init__(
@@ -35,6 +35,9 @@ class _CellModule(RecurrentModule):
         self._set_options(norm, cell_norm, backend)
         self._register("", input_size, device, dtype)
         self.reset_parameters()
+
+    def _suffixes(self) -> list[list[str]]:
+        return [[""]]
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, norm={self.norm}"
@@ -78,12 +81,12 @@ class _CellModule(RecurrentModule):
         return (last[0], last[1]) if c is not None else last[0]
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
-        from rnnorm._torchscript import scriptable_cell
+        from rnnorm._torchscript import scriptable
 
-        return scriptable_cell(self)
+        return scriptable(self)
 
 
-class LSTMCell(_CellModule):
+class LSTMCell(CellModule):
     """One step of `rnnorm.LSTM`, called as `torch.nn.LSTMCell`: `(h', c') = cell(x, (h, c))`."""
 
     def __init__(
@@ -101,7 +104,7 @@ class LSTMCell(_CellModule):
         super().__init__("lstm", input_size, hidden_size, bias, norm, cell_norm, backend, device, dtype)
 
 
-class GRUCell(_CellModule):
+class GRUCell(CellModule):
     """One step of `rnnorm.GRU`, called as `torch.nn.GRUCell`: `h' = cell(x, h)`."""
 
     def __init__(
@@ -118,7 +121,7 @@ class GRUCell(_CellModule):
         super().__init__("gru", input_size, hidden_size, bias, norm, False, backend, device, dtype)
 
 
-class RNNCell(_CellModule):
+class RNNCell(CellModule):
     """One step of `rnnorm.RNN`, called as `torch.nn.RNNCell`: `h' = cell(x, h)`."""
 
     def __init__(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rnnorm.ops import stream
 from rnnorm.ops.call import DIFFERENTIABLE, MOVED_IN_BACKWARD, Operands, Results, Spec, results_like
-from rnnorm.ops.errors import DOUBLE_BACKWARD, SECOND_BACKWARD
+from rnnorm.ops.errors import DOUBLE_BACKWARD, RECOMPUTATION, SECOND_BACKWARD
 from rnnorm.ops.registry import by_name
 
 _SCALARS = {str: "str", float: "float", bool: "bool"}
@@ -31,6 +31,12 @@ def _operands_schema(mutable: Sequence[str] = ()) -> str:
 _SPEC_SCHEMA = ", ".join(f"{_SCALARS[kind]} {name}" for name, kind in Spec.__annotations__.items())
 
 
+def refuse_recomputation() -> None:
+    """Raise when called from within a backward pass, as activation checkpointing does to recompute a forward."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(RECOMPUTATION)
+
+
 def _unpack(args: Sequence[Any]) -> tuple[Operands, Spec]:
     split = len(Operands._fields)
     return Operands(*args[:split]), Spec(*args[split:])
@@ -43,6 +49,8 @@ def _unpack(args: Sequence[Any]) -> tuple[Operands, Spec]:
 )
 def sequence(*args: Any) -> Results:
     operands, spec = _unpack(args)
+    if spec.controlled:
+        refuse_recomputation()
     # Statistics stay in their own dtype whatever autocast does to products.
     with torch.autocast(operands.x.device.type, enabled=False):
         return by_name(spec.backend).forward(operands, spec)
@@ -137,6 +145,7 @@ def online_norm(
     x: Tensor, mean: Tensor, var: Tensor, u: Tensor, v: Tensor, alpha_fwd: float, alpha_bwd: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`y`, reciprocal deviations, new mean and var for samples `x` [N, C, D] in order; u, v are for the backward."""
+    refuse_recomputation()
     with torch.autocast(x.device.type, enabled=False):
         y, rstd, mean, var = stream.online_norm(x.to(mean.dtype), mean, var, alpha_fwd, eps)
         return y.contiguous(), rstd, mean, var

@@ -1,0 +1,274 @@
+"""The adapter to TorchScript: what `torch.jit.script` compiles in place of a layer or cell (`__prepare_scriptable__`).
+
+A substitute is the same layer under a subclass: it shares parameters, buffers and their names, behaves the same in
+eager mode (`torch.jit.script` leaves substitutes inside the eager parent), and has a `forward` that TorchScript reads.
+Differences when scripted: no `PackedSequence` (use `lengths`, a tensor); the backend is fixed when scripting;
+autocast does not reach the layer, so half-precision input is widened to the weights' dtype.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rnnorm._cells import CELLS
+from rnnorm._layers import GRU, LSTM, RNN, Recurrent
+from rnnorm._module import RecurrentModule
+from rnnorm._single_step import CellModule, GRUCell, LSTMCell, RNNCell
+from rnnorm.ops.call import DIFFERENTIABLE
+from rnnorm.ops.registry import BackendUnavailable, choose
+
+
+class _Options(NamedTuple):
+    cell: str
+    norm: str
+    guard: str
+    eps: float
+    alpha_fwd: float
+    alpha_bwd: float
+    cell_norm: bool
+    backend: str
+
+
+def _suited(name: str, value: Tensor, weight: Tensor) -> Tensor:
+    if weight.dtype == torch.float32 and (value.dtype == torch.bfloat16 or value.dtype == torch.float16):
+        value = value.to(weight.dtype)
+    if value.dtype != weight.dtype:
+        raise ValueError(f"{name} must have the weights' dtype {weight.dtype}; got {value.dtype}")
+    if value.device != weight.device:
+        raise ValueError(f"{name} must be on the weights' device {weight.device}; got {value.device}")
+    return value
+
+
+def _suited_states(names: list[str], given: list[Tensor], shapes: list[list[int]], weight: Tensor) -> list[Tensor]:
+    """The first states, zero if none is given."""
+    if len(given) == 0:
+        return [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for shape in shapes]
+    states: list[Tensor] = []
+    for k, value in enumerate(given):
+        if value.size() != shapes[k]:
+            raise ValueError(f"the state {names[k]} must have shape {shapes[k]}; got {value.size()}")
+        states.append(_suited("the state", value, weight))
+    return states
+
+
+def _suited_lengths(lengths: Tensor, T: int, N: int) -> Tensor:
+    if lengths.is_floating_point() or lengths.dim() != 1 or lengths.size(0) != N:
+        raise ValueError(f"lengths must hold one integer for each of the N = {N} sequences; got {lengths}")
+    if N > 0 and (int(lengths.min()) < 1 or int(lengths.max()) > T):
+        raise ValueError(f"lengths must lie in 1..T = 1..{T}; got {lengths}")
+    return lengths.to(torch.device("cpu"), torch.int64)
+
+
+class _Scriptable(RecurrentModule):
+    """What the substitutes share. No annotations of the base classes reach TorchScript through these."""
+
+    options: _Options
+    state_names: list[str]
+    suffixes: list[str]
+    weights: list[dict[str, Tensor]]  # for each suffix, the parameters by operand name
+
+    def _sequence(
+        self, row: int, x: Tensor, h: Tensor, c: Tensor | None, lengths: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        w, o, suffix = self.weights[row], self.options, self.suffixes[row]
+        streams: dict[str, Tensor] = {}
+        for name, buffer in self.named_buffers():
+            streams[name] = buffer
+        save = torch.is_grad_enabled() and (
+            x.requires_grad
+            or h.requires_grad
+            or (c is not None and c.requires_grad)
+            or any([weight.requires_grad for weight in w.values()])  # noqa: C419
+        )
+        y, last_h, last_c, mean, var, cell_mean, cell_var, _saved = torch.ops.rnnorm.sequence(
+            *(x, h, c, w["weight_ih"], w["weight_hh"], w.get("bias_ih"), w.get("bias_hh"), w.get("weight_hr")),
+            *(w.get("norm_weight"), w.get("norm_bias"), w.get("cell_norm_weight"), w.get("cell_norm_bias")),
+            *(streams.get("norm_mean" + suffix), streams.get("norm_var" + suffix)),
+            *(streams.get("norm_u" + suffix), streams.get("norm_v" + suffix)),
+            *(streams.get("cell_norm_mean" + suffix), streams.get("cell_norm_var" + suffix)),
+            *(streams.get("cell_norm_u" + suffix), streams.get("cell_norm_v" + suffix), lengths),
+            *(o.cell, o.norm, o.guard, o.eps, o.alpha_fwd, o.alpha_bwd, o.cell_norm),
+            *(self.training, reverse, save, o.backend),
+        )
+        if self.training and o.norm == "online":
+            streams["norm_mean" + suffix].copy_(mean.detach())
+            streams["norm_var" + suffix].copy_(var.detach())
+            if o.cell_norm:
+                streams["cell_norm_mean" + suffix].copy_(cell_mean.detach())
+                streams["cell_norm_var" + suffix].copy_(cell_var.detach())
+        return y, last_h, last_c
+
+
+class _ScriptableLayer(_Scriptable, Recurrent):
+    def _layers(self, input: Tensor, hx: list[Tensor], lengths: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        if input.dim() != 2 and input.dim() != 3:
+            raise ValueError(f"input must have 3 dimensions, or 2 for one sequence; got shape {input.size()}")
+        single = input.dim() == 2
+        x = input.unsqueeze(1) if single else input
+        if self.batch_first and not single:
+            x = x.transpose(0, 1)
+        T, N, width = x.size()
+        if width != self.input_size or T == 0:
+            raise ValueError(f"input must hold a step and have input_size = {self.input_size}; got {input.size()}")
+        weight = self.weights[0]["weight_ih"]
+        x = _suited("input", x, weight)
+        rows, units = len(self.suffixes), self.hidden_size
+        shapes = [[rows, N, self.proj_size if self.proj_size > 0 else units], [rows, N, units]]
+        given = [state.unsqueeze(1) for state in hx] if single else hx
+        states = _suited_states(self.state_names, given, shapes[: len(self.state_names)], weight)
+        if lengths is not None:
+            lengths = _suited_lengths(lengths, T, N)
+        hs: list[Tensor] = []
+        cs: list[Tensor] = []
+        directions = 2 if self.bidirectional else 1
+        for layer in range(self.num_layers):
+            outputs: list[Tensor] = []
+            for direction in range(directions):
+                row = layer * directions + direction
+                c = states[1][row] if len(states) == 2 else None
+                y, last_h, last_c = self._sequence(row, x, states[0][row], c, lengths, direction == 1)
+                outputs.append(y)
+                hs.append(last_h)
+                cs.append(last_c)
+            x = torch.cat(outputs, 2)
+            if layer + 1 < self.num_layers and self.dropout > 0:
+                x = F.dropout(x, self.dropout, self.training)
+        last = [torch.stack(hs)]
+        if len(states) == 2:
+            last.append(torch.stack(cs))
+        if single:
+            return x.squeeze(1), [state.squeeze(1) for state in last]
+        return (x.transpose(0, 1) if self.batch_first else x), last
+
+
+class _ScriptableCell(_Scriptable, CellModule):
+    def _step(self, input: Tensor, hx: list[Tensor]) -> list[Tensor]:
+        if input.dim() != 1 and input.dim() != 2:
+            raise ValueError(f"input must have shape (N, I) or (I,); got {input.size()}")
+        single = input.dim() == 1
+        x = input.unsqueeze(0) if single else input
+        if x.size(1) != self.input_size:
+            raise ValueError(f"input's last dimension must be input_size = {self.input_size}; got {x.size(1)}")
+        weight = self.weights[0]["weight_ih"]
+        x = _suited("input", x, weight)
+        shape = [x.size(0), self.hidden_size]
+        given = [state.unsqueeze(0) for state in hx] if single else hx
+        states = _suited_states(self.state_names, given, [shape] * len(self.state_names), weight)
+        c = states[1] if len(states) == 2 else None
+        _, last_h, last_c = self._sequence(0, x.unsqueeze(0), states[0], c, None, False)
+        last = [last_h, last_c] if len(states) == 2 else [last_h]
+        return [state.squeeze(0) for state in last] if single else last
+
+
+class _LSTM(_ScriptableLayer, LSTM):
+    def forward(  # type: ignore[override]
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if torch.jit.is_scripting():
+            given: list[Tensor] = []
+            if hx is not None:
+                given = [hx[0], hx[1]]
+            y, last = self._layers(input, given, lengths)
+            return y, (last[0], last[1])
+        else:
+            return Recurrent.forward(self, input, hx, lengths=lengths)  # type: ignore[return-value]
+
+
+class _OneStateLayer(_ScriptableLayer):
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if torch.jit.is_scripting():
+            given: list[Tensor] = []
+            if hx is not None:
+                given = [hx]
+            y, last = self._layers(input, given, lengths)
+            return y, last[0]
+        else:
+            return Recurrent.forward(self, input, hx, lengths=lengths)  # type: ignore[return-value]
+
+
+class _GRU(_OneStateLayer, GRU):
+    pass
+
+
+class _RNN(_OneStateLayer, RNN):
+    pass
+
+
+class _LSTMCell(_ScriptableCell, LSTMCell):
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if torch.jit.is_scripting():
+            given: list[Tensor] = []
+            if hx is not None:
+                given = [hx[0], hx[1]]
+            last = self._step(input, given)
+            return last[0], last[1]
+        else:
+            return CellModule.forward(self, input, hx)
+
+
+class _OneStateCell(_ScriptableCell):
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if torch.jit.is_scripting():
+            given: list[Tensor] = []
+            if hx is not None:
+                given = [hx]
+            return self._step(input, given)[0]
+        else:
+            return CellModule.forward(self, input, hx)
+
+
+class _GRUCell(_OneStateCell, GRUCell):
+    pass
+
+
+class _RNNCell(_OneStateCell, RNNCell):
+    pass
+
+
+_SUBSTITUTES: dict[type[RecurrentModule], type[RecurrentModule]] = {
+    LSTM: _LSTM,
+    GRU: _GRU,
+    RNN: _RNN,
+    LSTMCell: _LSTMCell,
+    GRUCell: _GRUCell,
+    RNNCell: _RNNCell,
+}
+
+
+def scriptable(module: RecurrentModule) -> Any:
+    """What TorchScript compiles for a layer or cell.
+
+    Raises `TypeError` for a subclass with a `forward` of its own, `BackendUnavailable` for a backend that cannot run
+    the weights' device and dtype, or that is no operator.
+    """
+    original, substitute = next(pair for pair in _SUBSTITUTES.items() if isinstance(module, pair[0]))
+    if type(module).forward not in (original.forward, substitute.forward):
+        raise TypeError(
+            f"torch.jit.script needs rnnorm's own forward; got {type(module).__name__}, which has another; "
+            "hold the layer as a member instead"
+        )
+    suffixes = [suffix for layer in module._suffixes() for suffix in layer]
+    weights = [
+        {name: p for name in DIFFERENTIABLE if (p := module._parameters.get(name + suffix)) is not None}
+        for suffix in suffixes
+    ]
+    first = weights[0]["weight_ih"]
+    spec = module._spec()
+    backend = choose(spec.backend, first.device, first.dtype, spec)
+    if backend.differentiable:
+        raise BackendUnavailable(
+            f"backend {backend.name!r} cannot run under TorchScript: it is no operator; choose another backend"
+        )
+    new: Any = substitute.__new__(substitute)
+    new.__dict__ = dict(module.__dict__)
+    new.state_names = list(CELLS[module.cell].states)
+    new.suffixes, new.weights = suffixes, weights
+    new.options = _Options(**{name: getattr(spec._replace(backend=backend.name), name) for name in _Options._fields})
+    return new
