@@ -1,0 +1,169 @@
+"""The product cell x norm x guard x options in one place: parity, mutation, gradient and golden tests all run over it.
+
+`run(case, backend)` gives every named output, gradient and state of some windows with carried state;
+`assert_close` compares two such records. A new row of `rnnorm.ops.registry.BACKENDS` is tested by itself.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnnorm
+from rnnorm import norms
+from rnnorm.ops import registry, stream
+
+CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lstm": ("LSTM", {}),
+    "lstm-cell_norm": ("LSTM", {"cell_norm": True}),
+    "lstm-proj": ("LSTM", {"proj_size": 3}),
+    "lstm-proj-cell_norm": ("LSTM", {"proj_size": 3, "cell_norm": True}),
+    "gru": ("GRU", {}),
+    "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+}
+NORMS: dict[str, norms.Spec] = {
+    **{f"online-{guard}": norms.Online(0.9, 0.8, guard=guard) for guard in norms.GUARDS},
+    "online-bare": norms.Online(0.95, 0.7, eps=1e-3, affine=False, guard="scale"),
+    "layer": norms.Layer(),
+    "layer-bare": norms.Layer(eps=1e-3, affine=False),
+    "rms": norms.RMS(),
+    "none": norms.resolve("none"),
+}
+UNSORTED = (4, 7, 1, 5, 7)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "deep": {"num_layers": 2, "bidirectional": True},
+    "lengths": {"bidirectional": True, "bias": False, "lengths": UNSORTED},
+    "eval": {"training": False, "lengths": UNSORTED},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    id: str
+    layer: str
+    norm: norms.Spec
+    options: dict[str, Any] = field(default_factory=dict)
+    T: int = 7
+    N: int = 5
+    I: int = 4  # noqa: E741
+    H: int = 6
+    lengths: tuple[int, ...] | None = None
+    training: bool = True
+    windows: int = 2
+
+    def build(self, backend: str, dtype: torch.dtype = torch.float64) -> Any:
+        """The layer, with affine parameters and streams away from where they start."""
+        torch.manual_seed(1)
+        made = getattr(rnnorm, self.layer)(self.I, self.H, norm=self.norm, backend=backend, dtype=dtype, **self.options)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, value in made.state_dict().items():
+                if "norm_var" in name:
+                    value.copy_(0.5 + torch.rand(value.shape, generator=generator, dtype=torch.float64))
+                elif "norm" in name:
+                    value.add_(0.3 * torch.randn(value.shape, generator=generator, dtype=torch.float64))
+        return made.train(self.training)
+
+
+def _case(cell: str, norm: str, option: str) -> Case:
+    layer, own = CELLS[cell]
+    more = dict(OPTIONS[option])
+    lengths, training = more.pop("lengths", None), more.pop("training", True)
+    return Case(f"{cell}-{norm}-{option}", layer, NORMS[norm], {**own, **more}, lengths=lengths, training=training)
+
+
+PRODUCT = [
+    _case(cell, norm, option)
+    for cell in CELLS
+    for norm in NORMS
+    for option in OPTIONS
+    if not (norm == "none" and "cell_norm" in cell)
+]
+
+
+def _sized(cell: str, norm: str, name: str, **sizes: Any) -> Case:
+    return replace(_case(cell, norm, "plain"), id=f"{cell}-{norm}-{name}", **sizes)
+
+
+# Sizes at which loops, blocks and views have their edges.
+ODD = [
+    _sized(cell, norm, name, **sizes)
+    for cell in ("lstm", "lstm-proj-cell_norm", "gru", "rnn_tanh")
+    for norm in ("online-scale", "layer")
+    for name, sizes in {
+        "T1": {"T": 1},
+        "N1": {"N": 1},
+        "T1N1": {"T": 1, "N": 1},
+        "I1": {"I": 1},
+        "H7": {"H": 7, "I": 7},
+        "two_blocks": {"N": stream.BLOCK + 6, "T": 2},
+        "one_block": {"N": stream.BLOCK, "T": 2, "H": 4},
+        "ragged_blocks": {"N": stream.BLOCK + 6, "T": 3, "lengths": tuple(1 + n % 3 for n in range(stream.BLOCK + 6))},
+        "full_lengths": {"lengths": (7,) * 5},
+        "three_windows": {"windows": 3, "lengths": (2, 7, 7, 3, 1)},
+    }.items()
+] + [_sized(cell, "online-scale", "H1", H=1, I=1) for cell in ("lstm", "gru", "rnn_tanh")]
+
+ALL = PRODUCT + ODD
+BY_ID = {case.id: case for case in ALL}
+assert len(BY_ID) == len(ALL)
+
+CANDIDATES = [backend.name for backend in registry.BACKENDS if backend.name != "reference"]
+
+
+def skip_unless_runs(backend: str, device: str = "cpu") -> None:
+    """Skip, with the reason, where this machine cannot run the backend."""
+    reason = registry.by_name(backend).why_not(torch.device(device), torch.float32, None)
+    if reason is not None:
+        pytest.skip(f"backend {backend!r}: {reason}")
+
+
+def run(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Every output, gradient and state of the case's windows, by name."""
+    layer = case.build(backend, dtype)
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    found: dict[str, Tensor] = {}
+    rows = layer.num_layers * (1 + layer.bidirectional)
+    out = layer.proj_size or case.H
+    state = [draw(rows, case.N, width) for width in ((out, case.H) if case.layer == "LSTM" else (out,))]
+    for w in range(case.windows):
+        layer.zero_grad()
+        x = draw(case.T, case.N, case.I).requires_grad_()
+        state = [value.detach().requires_grad_() for value in state]
+        lengths = None if case.lengths is None else list(case.lengths)
+        y, last = layer(x, tuple(state) if case.layer == "LSTM" else state[0], lengths=lengths)
+        lasts = list(last) if case.layer == "LSTM" else [last]
+        outputs = dict(zip(("y", "h", "c"), (y, *lasts), strict=False))
+        torch.autograd.backward(list(outputs.values()), [draw(*value.shape) for value in outputs.values()])
+        found |= {f"{name}[{w}]": value.detach() for name, value in outputs.items()}
+        leaves = dict(zip(("x", "h_0", "c_0"), (x, *state), strict=False)) | dict(layer.named_parameters())
+        for name, leaf in leaves.items():
+            assert leaf.grad is not None, name
+            found[f"grad {name}[{w}]"] = leaf.grad.clone()
+        found |= {f"{name}[{w}]": value.clone() for name, value in layer.named_buffers()}
+        state = lasts
+    return found
+
+
+# Of the largest value of each tensor. Rounding grows with the length of the control process, not with the dtype alone.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        got = found[name]
+        assert got.shape == wanted.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(wanted.shape)}"
+        assert got.dtype == wanted.dtype, f"{name}: {got.dtype}, expected {wanted.dtype}"
+        if wanted.numel():
+            error = (got - wanted).abs().max().item()
+            bound = tolerance * max(wanted.abs().max().item(), 1e-3)
+            assert error <= bound, f"{name}: off by {error:.3g}, more than {bound:.3g}"
