@@ -41,12 +41,8 @@ class Row:
 
 
 CORPORA: dict[str, Row] = {
-    "python-docs": Row(
-        python_docs.load, "the documentation inside CPython, words; made here, no network", {}
-    ),
-    "markov": Row(
-        lambda _: markov.load(), "a generated text of exactly known entropy; made here, kept nowhere", {}
-    ),
+    "python-docs": Row(python_docs.load, "the documentation inside CPython, words; made here, no network", {}),
+    "markov": Row(lambda _: markov.load(), "a generated text of exactly known entropy; made here, kept nowhere", {}),
     "ptb": Row(
         lambda place: hub.load("ptb", place),
         "Penn Treebank, 10,000 words; your files or the hub (under the LDC's agreement)",
@@ -125,9 +121,7 @@ def _describe(corpus: Corpus, data_dir: Path) -> str:
     lines = [f"{corpus.name}"]
     for split, text in corpus.splits.items():
         tokens = len(text) + sum(len(words(line)) for line in text)
-        lines.append(
-            f"  {split:5}  {len(text):>7,} lines  {tokens:>9,} tokens  sha256 {corpus.sha256(split)}"
-        )
+        lines.append(f"  {split:5}  {len(text):>7,} lines  {tokens:>9,} tokens  sha256 {corpus.sha256(split)}")
     row = CORPORA.get(corpus.name)
     if row and row.known:
         lines.append("  verified: it is the published corpus")

@@ -52,9 +52,7 @@ def read(folder: Path) -> dict[str, list[str]]:
         UserError: the folder or a split is missing, a split is empty (zero lines), or is not UTF-8.
     """
     if not folder.is_dir():
-        raise UserError(
-            f"a text folder must be a folder; {folder} is not; give one that holds train.txt and so on"
-        )
+        raise UserError(f"a text folder must be a folder; {folder} is not; give one that holds train.txt and so on")
     splits = {}
     for split, path in files(folder).items():
         splits[split] = split_lines(read_text(path, f"the {split} split"))

@@ -61,15 +61,12 @@ def load(name: str, folder: Path) -> dict[str, list[str]]:
         UserError: no answer from the hub (how to place the files), or a text that is not the published one.
     """
     source = SOURCES[name]
-    here = folder.is_dir() and any(
-        (folder / family.format(s)).exists() for family in FAMILIES for s in SPLITS
-    )
+    here = folder.is_dir() and any((folder / family.format(s)).exists() for family in FAMILIES for s in SPLITS)
     splits = read(folder) if here else _download(name, source, folder)
     if wrong := faults(splits, source.known):
         place = f"{folder} holds another text" if here else f"the hub's {source.repository} gave another text"
         raise UserError(
-            f"{name} must be the published corpus; {place} ({'; '.join(wrong)}); "
-            f"{_how_to_place(source, folder)}"
+            f"{name} must be the published corpus; {place} ({'; '.join(wrong)}); {_how_to_place(source, folder)}"
         )
     if not here:
         for split, lines in splits.items():

@@ -2,11 +2,12 @@
 
 Documents: each topic of `pydoc_data.topics`, and each module of the standard library (its docstrings, then
 the comments that stand on lines of their own), read from the sources and never imported. The text is made the
-way Penn Treebank's language-model files were:
+Treebank's way:
 
 - one sentence or list item a line; code, tables, signatures and grammar rules are left out;
-- lower case; a number is `N`; punctuation is dropped, so `os.path` and `run_module()` come apart into words;
-  hyphens and digits inside a word stay; `doesn't` is `does n't` and `it's` is `it 's`;
+- lower case; a number is `N`; `.,;:?!()` are words of their own where they end or enclose something, other
+  punctuation is dropped, so `os.path` and `run_module()` come apart into `os path` and `run module`; hyphens and
+  digits inside a word stay; `doesn't` is `does n't` and `it's` is `it 's`;
 - a sentence that came before, in any document, is left out: no test sentence is in train;
 - words rarer than the vocabulary holds, counted in train alone, are written `<unk>`.
 
@@ -18,6 +19,7 @@ import ast
 import contextlib
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -55,8 +57,8 @@ _MANIFEST = "manifest.json"
 _ITEM = re.compile(r"\n[ \t]*\n|\n(?=[ \t]*[*-] )")
 _CODE = re.compile(r">>>|::=|^\s*\$ |^\s*[*=~^-]{4,}\s*$", re.MULTILINE)
 _SENTENCE = re.compile(r"(?<=[.?!:])(?<!e\.g\.)(?<!i\.e\.)[\"')\]]*\s+(?=[\"'(*A-Z_])")
-_ADDRESS = re.compile(r"\S+(?:://|@)\S+")
-_TOKEN = re.compile(r"\d+(?:[.,]\d+)*(?![^\W_])|[^\W_]+(?:['-][^\W_]+)*")
+_NOISE = re.compile(r"\S+(?:://|@)\S+|\(\)")
+_TOKEN = re.compile(r"[ei]\.[ge]\.|\d+(?:[.,]\d+)*(?![^\W_])|[^\W_]+(?:['-][^\W_]+)*|[.,;:?!](?![^\W_])|[()]")
 _CONTRACTION = re.compile(r"(n't|'(?:s|re|ve|ll|d|m))$")
 
 
@@ -157,30 +159,37 @@ def sentences(passage: str) -> Iterator[list[str]]:
         for sentence in _SENTENCE.split(" ".join(item.split())):
             symbols = sum(not (c.isalnum() or c in " .,-'\"()") for c in sentence)
             found = tokens(sentence)
-            plain = sum(word.isalpha() and len(word) > 1 for word in found)
-            if len(found) >= 4 and symbols <= 0.06 * len(sentence) and plain >= 0.6 * len(found):
+            words = _words(found)
+            plain = sum(word.isalpha() and len(word) > 1 for word in words)
+            if len(words) >= 4 and symbols <= 0.06 * len(sentence) and plain >= 0.6 * len(words):
                 yield found
+
+
+def _words(found: Iterable[str]) -> tuple[str, ...]:
+    return tuple(word for word in found if word[0].isalnum())
 
 
 def tokens(sentence: str) -> list[str]:
     """Returns the words of a sentence, as the head of this file says."""
     found: list[str] = []
-    for word in _TOKEN.findall(_ADDRESS.sub(" ", sentence).lower().replace("\u2019", "'")):
-        if word.replace(".", "").replace(",", "").isdigit():
+    for word in _TOKEN.findall(_NOISE.sub(" ", sentence).lower().replace("\u2019", "'")):
+        if word[0].isdigit() and word.replace(".", "").replace(",", "").isdigit():
             found.append("N")
         else:
             found += _CONTRACTION.sub(r" \1", word).split()
-    return found
+    return list(itertools.dropwhile(lambda word: word in ".,;:?!)", found))
 
 
 def build(raw: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
     """Turns (name, passages) into the three splits."""
     seen: set[tuple[str, ...]] = set()
-    texts: dict[str, list[tuple[str, ...]]] = {}
+    texts: dict[str, list[list[str]]] = {}
     for name, passages in raw:
-        fresh = dict.fromkeys(tuple(found) for passage in passages for found in sentences(passage))
-        texts[name] = [sentence for sentence in fresh if sentence not in seen]
-        seen.update(fresh)
+        texts[name] = []
+        for found in (found for passage in passages for found in sentences(passage)):
+            if (words := _words(found)) not in seen:
+                seen.add(words)
+                texts[name].append(found)
     where = _assign({name: sum(len(line) + 1 for line in text) for name, text in texts.items()})
     splits = {s: [line for name in texts if where[name] == s for line in texts[name]] for s in SPLITS}
     if not all(splits.values()):
@@ -190,10 +199,12 @@ def build(raw: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
         )
     counts = Counter(word for line in splits["train"] for word in line)
     kept = {word for word, count in counts.most_common(VOCABULARY - len((UNK, EOS))) if count >= RAREST}
-    return {
+    written = {
         split: [" ".join(word if word in kept else UNK for word in line) for line in lines]
         for split, lines in splits.items()
     }
+    train = set(written["train"])  # rare words gone, a few held-out lines are the same as one of train
+    return {s: lines if s == "train" else [x for x in lines if x not in train] for s, lines in written.items()}
 
 
 def _assign(sizes: Mapping[str, int]) -> dict[str, str]:
