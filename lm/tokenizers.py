@@ -25,9 +25,7 @@ KINDS = ("word", "char", "bpe", "unigram")
 EOS_PIECE = 1  # its id in every sentencepiece model of ours
 DEFAULT_PIECES = 8000  # size of a sentencepiece vocabulary when none is asked for
 
-_WORD = re.compile(
-    r"[^ \t\n\r\x0b\x0c]+"
-)  # str.split would also cut at no-break spaces and other Unicode blanks
+_WORD = re.compile(r"[^ \t\n\r\x0b\x0c]+")  # str.split would also cut at no-break spaces and other Unicode blanks
 
 
 def words(line: str) -> list[str]:
@@ -193,9 +191,7 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
                 return found
     except (KeyError, TypeError, ValueError, RuntimeError):
         pass
-    raise UserError(
-        f"a tokenizer's state must be what its state() gave; {str(state)[:60]!r} came; train it again"
-    )
+    raise UserError(f"a tokenizer's state must be what its state() gave; {str(state)[:60]!r} came; train it again")
 
 
 def save(tokenizer: Tokenizer, path: Path) -> None:
@@ -208,9 +204,7 @@ def load(path: Path) -> Tokenizer:
     try:
         state = json.loads(read_text(Path(path), "a tokenizer"))
     except json.JSONDecodeError as fault:
-        raise UserError(
-            f"a tokenizer file must be JSON; {path}: {fault}; train the tokenizer again"
-        ) from None
+        raise UserError(f"a tokenizer file must be JSON; {path}: {fault}; train the tokenizer again") from None
     return from_state(state)
 
 
@@ -264,7 +258,7 @@ def _train_pieces(kind: str, lines: Iterable[str], size: int | None) -> Pieces:
     model = io.BytesIO()
     try:
         SentencePieceTrainer.Train(
-            sentence_iterator=_escaped(lines),  # an iterator: of a list only the first part is read
+            sentence_iterator=_escaped(lines),
             model_writer=model,
             model_type=kind,
             vocab_size=DEFAULT_PIECES if size is None else size,
@@ -291,9 +285,7 @@ def _train_pieces(kind: str, lines: Iterable[str], size: int | None) -> Pieces:
 
 def _misfit(kind: str, size: int | None, fault: str) -> UserError:
     if "sentences_.empty()" in fault:
-        return UserError(
-            f"a {kind} vocabulary must be trained on text; blank lines alone came; give more text"
-        )
+        return UserError(f"a {kind} vocabulary must be trained on text; blank lines alone came; give more text")
     if most := re.search(r"too high .* <= (\d+)", fault):
         return UserError(
             f"a {kind} vocabulary of this text must have at most {most[1]} pieces; {size} came; "

@@ -1,0 +1,146 @@
+"""The stream by hand; the windows of any plan over any columns partition it."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from lm import stream, tokenizers
+from lm.errors import UserError
+
+POLICIES = some.one_of(
+    some.integers(1, 12).map(str),
+    some.tuples(some.integers(1, 9), some.integers(0, 9)).map(lambda p: f"uniform{{{p[0]}..{p[0] + p[1]}}}"),
+    some.integers(1, 20).map(lambda n: f"awd{{{n}}}"),
+)
+
+
+def test_a_stream_is_the_words_of_each_line_then_eos():
+    lines = ["the cat  sat ", "", "\tthe <unk>\r", "caf\u00e9 dog"]
+    table = tokenizers.train("word", lines[:3])
+    found = stream.encode(lines, table)
+    the, unk, eos = table.encode("the")[0], table.unk, table.eos
+    cat, sat = table.encode("cat sat")
+    assert found.ids.tolist() == [the, cat, sat, eos, eos, the, unk, eos, unk, unk, eos]
+    assert found.ids.dtype == np.int64
+    assert (found.words, found.eos, found.unk) == (7, 4, 3)
+    assert found.bytes == len("the cat sat\n\nthe <unk>\ncaf\u00e9 dog\n".encode())
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_every_tokenizer_sees_one_space_between_words(kind: str):
+    table = tokenizers.train(kind, ["a b"])
+    assert stream.encode(["  a \t b "], table).ids.tolist() == [*table.encode("a b"), table.eos]
+
+
+def test_no_line_is_no_token():
+    found = stream.encode([], tokenizers.train("word", ["a"]))
+    assert (found.ids.shape, found.words, found.eos, found.bytes) == ((0,), 0, 0, 0)
+
+
+def test_columns_by_hand():
+    cut = stream.columns(np.arange(10, 21), 4, eos=7)
+    assert cut.targets.tolist() == [[10, 13, 16, 19], [11, 14, 17, 20], [12, 15, 18, 0]]
+    assert cut.inputs.tolist() == [[7, 12, 15, 18], [10, 13, 16, 19], [11, 14, 17, 0]]
+    assert cut.last == 3
+    first, last = cut.window(0, 1), cut.window(1, 3)
+    assert first.lengths is None
+    assert first.mask is None
+    assert last.lengths is not None
+    assert last.mask is not None
+    assert last.lengths.tolist() == [2, 2, 2, 1]
+    assert last.mask.tolist() == [[True] * 4, [True, True, True, False]]
+
+
+def test_nothing_is_padded_when_the_columns_are_equal():
+    cut = stream.columns(np.arange(12), 4, eos=0)
+    assert cut.last == 4
+    assert cut.window(2, 3).mask is None
+    assert cut.window(0, 3).lengths is None
+
+
+@settings(deadline=None, max_examples=200)
+@given(some.data(), some.integers(1, 9), POLICIES, some.integers(0, 2**63 - 1), some.integers(0, 5))
+def test_windows_partition_the_stream(data, width: int, policy: str, seed: int, epoch: int):
+    ids = np.array(data.draw(some.lists(some.integers(0, 30), min_size=2 * width, max_size=150)))
+    cut = stream.columns(ids, width, eos=31)
+    steps = len(cut.targets)
+    read: list[list[tuple[int, int]]] = [[] for _ in range(width)]
+    windows = stream.plan(policy, steps, seed, epoch)
+    assert windows[0][0] == 0
+    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(windows))
+    assert windows[-1][1] == steps
+    assert windows[-1][1] - windows[-1][0] > 1
+    for start, stop in windows:
+        window = cut.window(start, stop)
+        lengths = torch.full((width,), stop - start) if window.lengths is None else window.lengths
+        assert lengths.min() >= 1
+        for b, length in enumerate(lengths.tolist()):
+            pairs = zip(window.inputs[:length, b].tolist(), window.targets[:length, b].tolist(), strict=True)
+            read[b] += pairs
+            assert not window.targets[length:, b].any()
+            if window.mask is not None:
+                assert window.mask[:, b].tolist() == [i < length for i in range(stop - start)]
+    pairs = [pair for column in read for pair in column]
+    assert [target for _, target in pairs] == ids.tolist()
+    assert [token for token, _ in pairs] == [31, *ids[:-1].tolist()]
+    sizes = [len(column) for column in read]
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_plan_is_of_its_seed_and_epoch():
+    plan = stream.plan("uniform{2..128}", 5000, 3, 1)
+    assert plan == stream.plan("uniform{2..128}", 5000, 3, 1)
+    assert plan != stream.plan("uniform{2..128}", 5000, 3, 2)
+    assert plan != stream.plan("uniform{2..128}", 5000, 4, 1)
+    lengths = [stop - start for start, stop in plan[:-1]]
+    assert min(lengths) >= 2
+    assert max(lengths) <= 128
+
+
+def test_a_fixed_plan_joins_a_last_window_of_one():
+    assert stream.plan(4, 9, 0, 0) == [(0, 4), (4, 9)]
+    assert stream.plan("4", 10, 0, 0) == [(0, 4), (4, 8), (8, 10)]
+    assert stream.plan(1, 3, 0, 0) == [(0, 1), (1, 3)]
+    assert stream.plan(64, 1, 0, 0) == [(0, 1)]
+
+
+def test_every_length_of_a_uniform_range_is_drawn():
+    law, generator = stream.policy("uniform{2..5}"), np.random.default_rng(0)
+    assert {law.draw(generator) for _ in range(200)} == {2, 3, 4, 5}
+    assert law.rate_scale(3) == 1.0
+
+
+def test_the_awd_law():
+    law, generator = stream.policy("awd{70}"), np.random.default_rng(0)
+    lengths = np.array([law.draw(generator) for _ in range(20000)])
+    halved = lengths < 52
+    assert abs(halved.mean() - 0.05) < 0.01
+    assert abs(lengths[~halved].mean() - 69.5) < 0.2  # int() takes half a step off the normal's mean
+    assert abs(lengths[~halved].std() - 5) < 0.2
+    assert abs(lengths[halved].mean() - 34.5) < 1
+    assert min(stream.policy("awd{5}").draw(generator) for _ in range(100)) == 5
+    assert law.rate_scale(35) == 0.5
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "uniform{5..2}", "uniform{0..4}", "awd{0}", "6.5", "", "uniform", True])
+def test_a_wrong_policy_names_the_forms(text):
+    with pytest.raises(UserError, match=r"such as 64, uniform\{2..128\} or awd\{70\}; .* came"):
+        stream.policy(text)
+
+
+@pytest.mark.parametrize("width", [6, 0])
+def test_too_few_tokens(width: int):
+    with pytest.raises(UserError, match=f"at least 2 tokens for each of its columns; 11 tokens came for {width}"):
+        stream.columns(np.arange(11), width, eos=0)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 4), (-1, 2), (2, 2), (2, 3)])
+def test_a_window_outside_or_too_short_is_refused(start: int, stop: int):
+    cut = stream.columns(np.arange(11), 4, eos=0)
+    with pytest.raises(ValueError, match="must"):
+        cut.window(start, stop)
