@@ -118,9 +118,12 @@ def _foreign(folder: Path, fault: str) -> UserError:
 
 def documents(library: Path) -> Iterator[tuple[str, list[str]]]:
     """Yields (name, passages of raw text) for every topic and every module, in an order of names."""
-    from pydoc_data.topics import topics
+    texts: Mapping[str, str] = {}
+    with contextlib.suppress(ImportError):  # some systems package it apart
+        from pydoc_data import topics
 
-    for topic, text in sorted(topics.items()):
+        texts = topics.topics
+    for topic, text in sorted(texts.items()):
         yield f"topic {topic}", [text]
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
@@ -192,11 +195,6 @@ def build(raw: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
                 texts[name].append(found)
     where = _assign({name: sum(len(line) + 1 for line in text) for name, text in texts.items()})
     splits = {s: [line for name in texts if where[name] == s for line in texts[name]] for s in SPLITS}
-    if not all(splits.values()):
-        raise UserError(
-            "python-docs is made from the sources of Python's standard library and pydoc_data; this Python "
-            "came without them; use a complete Python, or give a folder of your own text"
-        )
     counts = Counter(word for line in splits["train"] for word in line)
     kept = {word for word, count in counts.most_common(VOCABULARY - len((UNK, EOS))) if count >= RAREST}
     written = {
@@ -204,7 +202,13 @@ def build(raw: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
         for split, lines in splits.items()
     }
     train = set(written["train"])  # rare words gone, a few held-out lines are the same as one of train
-    return {s: lines if s == "train" else [x for x in lines if x not in train] for s, lines in written.items()}
+    final = {s: lines if s == "train" else [x for x in lines if x not in train] for s, lines in written.items()}
+    if not all(final.values()):
+        raise UserError(
+            "python-docs is made from the sources of Python's standard library and pydoc_data; this Python "
+            "came without them; use a complete Python, or give a folder of your own text"
+        )
+    return final
 
 
 def _assign(sizes: Mapping[str, int]) -> dict[str, str]:
