@@ -1,6 +1,6 @@
 """Penn Treebank and WikiText-2: files the user placed, else the hub through `datasets`; always verified."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ class Source:
     repository: str
     options: Mapping[str, str]
     column: str
-    line: str
+    line: Callable[[str], str]
     family: str
     known: Mapping[str, Known]
 
@@ -31,7 +31,7 @@ SOURCES = {
         "ptb-text-only/ptb_text_only",
         {"revision": "refs/convert/parquet"},  # its script form is refused by datasets >= 4
         "sentence",
-        " {} ",
+        " {} ".format,
         FAMILIES[1],
         {
             "train": Known(42_068, 929_589, "f26c4b92c5fdc7b3f8c7cdcb991d8420"),
@@ -43,7 +43,7 @@ SOURCES = {
         "Salesforce/wikitext",
         {"name": "wikitext-2-v1"},
         "text",
-        "{}",
+        lambda row: row or " ",  # the published blank line
         FAMILIES[2],
         {
             "train": Known(36_718, 2_088_628),
@@ -95,6 +95,6 @@ def _download(name: str, source: Source, folder: Path) -> dict[str, list[str]]:
             f"{_how_to_place(source, folder)}"
         ) from None
     return {
-        split: [source.line.format(text.rstrip("\n")) for text in rows[key][source.column]]
+        split: [source.line(text.rstrip("\n")) for text in rows[key][source.column]]
         for split, key in zip(SPLITS, ("train", "validation", "test"), strict=True)
     }

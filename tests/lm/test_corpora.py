@@ -165,10 +165,11 @@ def test_counts_are_verified_where_no_hash_is_known():
 
 
 def test_what_is_published_stands_here():
-    """`../shared/design/perplexity.md`'s table, tokens being words and one <eos> a line."""
+    """The counts in print, tokens being words and one <eos> a line."""
     known = hub.SOURCES["ptb"].known
     assert [(k.lines, k.tokens) for k in known.values()] == [(42068, 929589), (3370, 73760), (3761, 82430)]
     wikitext = hub.SOURCES["wikitext-2"].known
+    assert [hub.SOURCES["wikitext-2"].line(row) for row in ("", " = a = ")] == [" ", " = a = "]
     assert (wikitext["valid"].tokens, wikitext["test"].tokens) == (217646, 245569)
 
 
