@@ -12,7 +12,7 @@ import torch
 
 from lm import files
 from lm.errors import UserError
-from lm.events import EpochEnded, Event, Interrupted, Stepped, Validated
+from lm.events import EpochEnded, Event, Interrupted, Started, Stepped, Validated
 
 FORMAT = "rnnorm.lm.checkpoint"
 VERSION = 1
@@ -97,7 +97,8 @@ class Checkpoints:
         match event:
             case Validated(best=True):
                 save(self.folder / "best.pt", self.weights())
-            case EpochEnded() | Interrupted():
+            # at the start too: a folder that cannot be written is found before any work is done
+            case Started() | EpochEnded() | Interrupted():
                 save(self.folder / "last.pt", self.snapshot())
             # the last step of an epoch is saved with its validation, by EpochEnded
             case Stepped() if event.position < event.length and self._is_due(event.step):

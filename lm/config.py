@@ -4,12 +4,13 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lm import stream
+from lm.corpora import CORPORA
 from lm.errors import UserError
 from lm.files import read_text
 
@@ -39,6 +40,9 @@ class DataConfig(Section):
     )
     dir: str = Field(default="data", description="folder where corpora are kept")
     tokenizer: Literal["word", "char", "bpe", "unigram"] = Field(default="word", description="what a token is")
+    tokenizer_file: str | None = Field(
+        default=None, description="a tokenizer that `tokenizer train` wrote; none: train one on the training text"
+    )
     vocab_size: Count | None = Field(
         default=None, description="most pieces of the vocabulary; none: the tokenizer's own"
     )
@@ -241,6 +245,16 @@ def _value(text: str) -> Any:
         return text
 
 
+def absolute(data: DataConfig) -> DataConfig:
+    """Returns the section with whole paths, so that a run folder can be used from any working folder."""
+    changed: dict[str, str] = {"dir": str(Path(data.dir).resolve())}
+    if data.source not in CORPORA and Path(data.source).is_dir():
+        changed["source"] = str(Path(data.source).resolve())
+    if data.tokenizer_file is not None:
+        changed["tokenizer_file"] = str(Path(data.tokenizer_file).resolve())
+    return data.model_copy(update=changed)
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """Returns every setting under its full name, such as `train.lr`; an absent value is "none"."""
     return {
@@ -256,16 +270,23 @@ def to_toml(config: Config) -> str:
     for section, table in config.model_dump().items():
         lines.append(f"[{section}]")
         for key, value in table.items():
-            field = Config.model_fields[section].annotation.model_fields[key]  # type: ignore[union-attr]
-            written = tomli_w.dumps({key: "none" if value is None else value}).strip()
-            lines += [f"# {field.description}", written]
+            lines += [f"# {_meaning(section, key)}", f"{key} = {_written(value)}"]
         lines.append("")
     return "\n".join(lines)
 
 
 def describe() -> Iterator[str]:
     """Yields one line for each key: its full name, default and meaning."""
-    for name, default in flatten(Config()).items():
-        section, key = name.split(".")
-        field = Config.model_fields[section].annotation.model_fields[key]  # type: ignore[union-attr]
-        yield f"{name}={default}  {field.description}"
+    for section, table in Config().model_dump().items():
+        for key, default in table.items():
+            yield f"{section}.{key}={_written(default)}  {_meaning(section, key)}"
+
+
+def _meaning(section: str, key: str) -> str:
+    field = Config.model_fields[section].annotation.model_fields[key]  # type: ignore[union-attr]
+    choices = " | ".join(get_args(field.annotation)) if get_origin(field.annotation) is Literal else ""
+    return f"{field.description} ({choices})" if choices else f"{field.description}"
+
+
+def _written(value: Any) -> str:
+    return tomli_w.dumps({"": "none" if value is None else value}).partition(" = ")[2].strip()

@@ -1,10 +1,10 @@
 """Perplexity by named protocols. An evaluation moves nothing: no stream, no mode, no random number."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -56,6 +56,16 @@ class Score:
     vocabulary_sha256: str = ""
 
 
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values with None for each that is infinite or not a number, which JSON cannot hold."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def record(score: Score) -> dict[str, Any]:
+    """Returns the whole score as JSON can hold it."""
+    return finite(asdict(score))
+
+
 def evaluate(
     model: "LanguageModel",
     stream: Stream,
@@ -86,7 +96,7 @@ def evaluate(
         cut = columns(stream.ids, 1 if protocol == "exact" else batch_size, tokenizer.eos)
         nll, scored = _nll(model, cut, chunk).numpy(), _active(cut)
         score = summarize(nll[scored], cut.targets.numpy()[scored], stream, tokenizer, protocol)
-    unigram = None if train_counts is None else unigram_perplexity(train_counts, stream)
+    unigram = None if train_counts is None else unigramperplexity(train_counts, stream)
     return replace(score, unigram_ppl=unigram, data_sha256=data_sha256, vocabulary_sha256=tokenizer.sha256)
 
 
@@ -95,10 +105,10 @@ def token_nlls(model: "LanguageModel", stream: Stream, tokenizer: Tokenizer, chu
     return _nll(model, columns(stream.ids, 1, tokenizer.eos), chunk).flatten().numpy()
 
 
-def unigram_perplexity(counts: Tensor, stream: Stream) -> float:
+def unigramperplexity(counts: Tensor, stream: Stream) -> float:
     """Returns the perplexity per word of the model p(token) = (count + 1) / (all counts + V)."""
     log_probs = torch.log((counts.double() + 1) / (counts.sum().double() + len(counts))).numpy()
-    return _perplexity(-float(log_probs[stream.ids].sum()), stream.words + stream.eos)
+    return perplexity(-float(log_probs[stream.ids].sum()), stream.words + stream.eos)
 
 
 @contextmanager
@@ -144,15 +154,15 @@ def summarize(nll: np.ndarray, targets: np.ndarray, stream: Stream, tokenizer: T
         raise RuntimeError("an evaluation must score every <eos> and <unk> of its stream once")
     return Score(
         protocol=protocol,
-        ppl=_perplexity(total, units),
-        ppl_per_token=_perplexity(total, tokens),
+        ppl=perplexity(total, units),
+        ppl_per_token=perplexity(total, tokens),
         nll=total,
         tokens=tokens,
         words=stream.words,
         eos=stream.eos,
         unk=stream.unk,
-        ppl_without_eos=_perplexity(float(nll[~is_eos].sum()), stream.words),
-        ppl_without_unk=_perplexity(float(nll[~is_unk].sum()), units - stream.unk),
+        ppl_without_eos=perplexity(float(nll[~is_eos].sum()), stream.words),
+        ppl_without_unk=perplexity(float(nll[~is_unk].sum()), units - stream.unk),
         bits_per_word=total / math.log(2) / units,
         bits_per_byte=total / math.log(2) / stream.bytes,
     )
@@ -170,10 +180,11 @@ def _trimmed(ids: np.ndarray) -> Columns:
 
 def _chunk_mean(nll: Tensor) -> Score:
     chunks = nll.split(_CHUNK_MEAN_STEPS)
-    ppl = sum(len(chunk) * _perplexity(float(chunk.sum()), chunk.numel()) for chunk in chunks) / len(nll)
+    ppl = sum(len(chunk) * perplexity(float(chunk.sum()), chunk.numel()) for chunk in chunks) / len(nll)
     return Score("chunk-mean", ppl, ppl, float(nll.sum()), nll.numel())
 
 
-def _perplexity(nats: float, count: int) -> float:
+def perplexity(nats: float, count: int) -> float:
+    """Returns exp(nats / count); infinity where that is too large, not-a-number where there is nothing."""
     mean = nats / count if count else math.nan
     return math.inf if mean > 700 else math.exp(mean)

@@ -16,10 +16,16 @@ class Event:
 
 @dataclass(frozen=True)
 class Started(Event):
-    """The run begins, or goes on from a checkpoint. `tokens`: predictions in one epoch."""
+    """The run begins, or goes on from a checkpoint.
+
+    Attributes:
+        epochs: as many as there will be at most.
+        tokens: predictions in one epoch; `epoch_tokens` of them are done in the present one.
+    """
 
     epochs: int
     tokens: int
+    epoch_tokens: int
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Trainer:
         Raises:
             DivergedError: the loss, the gradient or a validation is not finite; the event came before.
         """
-        self._emit(Started(*self._place(), self.config.epochs, int(self._active_tokens())))
+        self._emit(Started(*self._place(), self.config.epochs, self._active_tokens(), self.progress.tokens))
         while (reason := self._ended()) is None:
             began = time.perf_counter()
             for start, stop in self._windows():

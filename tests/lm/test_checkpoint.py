@@ -8,7 +8,7 @@ from lm import checkpoint
 from lm.checkpoint import Checkpoints
 from lm.errors import UserError
 from lm.evaluator import Score
-from lm.events import EpochEnded, Interrupted, Stepped, Validated
+from lm.events import EpochEnded, Interrupted, Started, Stepped, Validated
 
 PAYLOAD = {
     "config": {"train": {"lr": 1.0}},
@@ -119,6 +119,7 @@ def test_which_event_saves_what(tmp_path):
     cases = [
         (Validated(1, 3, score, best=True), {"best.pt"}),
         (Validated(1, 3, score, best=False), set()),
+        (Started(1, 0, 5, 100, 0), {"last.pt"}),
         (EpochEnded(1, 3, 1.0, 10, 1.0), {"last.pt"}),
         (Interrupted(1, 3, "SIGINT"), {"last.pt"}),
         (stepped(4), {"last.pt"}),

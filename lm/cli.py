@@ -1,0 +1,240 @@
+"""The command line: `python -m lm` and `rnnlm`. Wiring and words only; the work is in the other modules."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+import rnnorm
+from lm import config, corpora, run, tokenizers
+from lm.config import Config
+from lm.errors import UserError
+from lm.evaluator import Score, record
+from lm.sample import sample as draw_sample
+from lm.trainer import DivergedError
+
+_SETTINGS = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
+_KEYS = "\b\nEvery key of --set, its default and meaning:\n" + "\n".join(f"  {line}" for line in config.describe())
+_STOPPED = {"SIGINT": 130, "SIGTERM": 143}
+
+_data_dir = click.option("--dir", "data_dir", type=Path, default=Path("data"), help="Where corpora are kept.")
+_backend = click.option("--backend", help="What runs the recurrence; `python -m rnnorm` lists them.")
+_device = click.option("--device", help="cpu, cuda or cuda:0.")
+_which = click.option("--checkpoint", "which", type=click.Choice(["best", "last"]), default="best", help="Which one.")
+_run_argument = click.argument("folder", metavar="RUN", type=Path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 2 for a fault of the input, 1 for a run that diverged."""
+    try:
+        result = cli.main(arguments, prog_name="rnnlm", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as fault:
+        click.echo(fault.format_message(), err=True)
+        return 2
+    except click.ClickException as fault:
+        return _fail(fault.format_message(), 2)
+    except (UserError, rnnorm.BackendUnavailable) as fault:
+        return _fail(str(fault), 2)
+    except OSError as fault:
+        return _fail(f"{fault.filename or 'a file'}: {fault.strerror or fault}", 2)
+    except DivergedError as fault:
+        return _fail(f"{fault}; lower train.lr or set train.clip, in another run folder", 1)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("stopped; what was not saved before is lost", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"error: {message}", err=True)
+    return code
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+@click.group(context_settings=_SETTINGS)
+@click.version_option(rnnorm.__version__)
+def cli() -> None:
+    """Train, evaluate and sample recurrent language models with normalization inside the recurrence."""
+
+
+@cli.command(epilog=_KEYS)
+@click.option(
+    "--preset", help="Settings by name, or a TOML file; `rnnlm config --list` names them.  [default: default]"
+)
+@click.option("--data", help="A corpus by name (`rnnlm data list`), or a folder with train, valid and test.")
+@click.option("--run", "folder", type=Path, help="Run folder.  [default: runs/PRESET-DATA]")
+@click.option("--resume", type=click.Choice(["auto", "never"]), default="auto", help="Go on where the folder's run is.")
+@click.option("--overwrite", is_flag=True, help="Move a folder that holds a run aside, and begin anew.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, such as train.lr=0.5.")
+@_backend
+@_device
+@click.option("--seed", type=int, help="Of weights, dropout and windows.")
+def train(
+    preset: str | None,
+    data: str | None,
+    folder: Path | None,
+    resume: str,
+    overwrite: bool,
+    assignments: tuple[str, ...],
+    **options: Any,
+) -> int:
+    """Train a model, or go on with a run that was stopped.
+
+    A run folder that already holds a run goes on with its own settings, so `rnnlm train --run FOLDER` is
+    enough. Ctrl-C finishes the step, saves, and stops.
+    """
+    given = {f"train.{name}": value for name, value in options.items() if value is not None}
+    settings = compose(preset, data, folder, assignments, given)
+    source = Path(settings.data.source).name
+    folder = folder or Path("runs") / f"{Path(preset or 'default').stem}-{source}"
+    outcome = run.train(settings, folder, resume=resume, overwrite=overwrite, say=_say)
+    if outcome.score is None:
+        _say(f"stopped by {outcome.reason} after step {outcome.step}; saved; go on with: rnnlm train --run {folder}")
+        return _STOPPED.get(outcome.reason, 1)
+    click.echo(f"{folder}: {outcome.step:,} steps, {outcome.speed}")
+    click.echo(f"valid perplexity {outcome.score.ppl:,.2f} (exact, best checkpoint)")
+    click.echo(f"TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")
+    return 0
+
+
+def compose(
+    preset: str | None, data: str | None, folder: Path | None, assignments: Sequence[str], given: dict[str, Any]
+) -> Config:
+    """Returns the settings: of the preset, else of the run that the folder holds, else the default ones; changed
+    by the options, and by the assignments last."""
+    held = None if folder is None else folder / "config.toml"
+    if preset is None and held is not None and held.is_file():
+        tables = config.read_toml(held, "a run's configuration")
+    else:
+        tables = config.preset(preset or "default")
+    tables = config.override(tables, [])
+    for name, value in given.items():
+        section, key = name.split(".")
+        tables.setdefault(section, {})[key] = value
+    if data is not None:
+        tables.setdefault("data", {})["source"] = data
+    settings = config.build(config.override(tables, assignments))
+    return settings.model_copy(update={"data": config.absolute(settings.data)})
+
+
+@cli.command("eval")
+@_run_argument
+@click.option("--split", type=click.Choice(corpora.SPLITS), default="valid", help="Of the corpus.")
+@click.option("--protocol", type=click.Choice(["exact", "chunk-mean"]), help="How.  [default: the run's]")
+@click.option("--data", help="Another corpus, by name or folder.  [default: the run's]")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole record.")
+@_which
+@_backend
+@_device
+def evaluate(
+    folder: Path,
+    split: str,
+    protocol: str | None,
+    data: str | None,
+    as_json: bool,
+    which: str,
+    backend: str | None,
+    device: str | None,
+) -> None:
+    """Measure the perplexity of a run's model."""
+    trained = run.load(folder, which=which, backend=backend or "auto", device=device or "cpu")
+    score = run.score(trained, split, protocol=protocol, data=data)
+    if as_json:
+        click.echo(json.dumps({"split": split, **record(score)}, indent=2))
+    else:
+        click.echo(report(split, score))
+
+
+def report(split: str, score: Score) -> str:
+    """Returns a score as lines for a person."""
+    lines = [f"{split} perplexity {score.ppl:,.2f} ({score.protocol}, {score.tokens:,} tokens)"]
+    rows = {
+        "unigram model": score.unigram_ppl,
+        "per token": score.ppl_per_token if score.ppl_per_token != score.ppl else None,
+        "without <eos>": score.ppl_without_eos,
+        "without <unk>": score.ppl_without_unk,
+        "bits per word": score.bits_per_word,
+        "bits per byte": score.bits_per_byte,
+    }
+    return "\n".join(lines + [f"  {name:14} {value:12,.3f}" for name, value in rows.items() if value is not None])
+
+
+@cli.command()
+@_run_argument
+@click.option("--prompt", default="", help="Text to go on from.")
+@click.option("--length", type=int, default=100, help="Tokens to draw.")
+@click.option("--temperature", type=float, default=1.0, help="Below 1 is safer, 0 is greedy.")
+@click.option("--top-k", type=int, help="Draw among so many likeliest tokens.")
+@click.option("--top-p", type=float, help="Draw among the likeliest tokens that hold this probability.")
+@click.option("--seed", type=int, default=0, help="Of the draws.")
+@_which
+@_backend
+@_device
+def sample(folder: Path, which: str, backend: str | None, device: str | None, **options: Any) -> None:
+    """Print text drawn from a run's model."""
+    trained = run.load(folder, which=which, backend=backend or "auto", device=device or "cpu")
+    click.echo(draw_sample(trained.model, trained.tokenizer, **options))
+
+
+@cli.command("config")
+@click.option("--preset", default="default", help="Settings by name, or a TOML file.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, such as train.lr=0.5.")
+@click.option("--list", "listing", is_flag=True, help="Name the presets instead.")
+def show_config(preset: str, assignments: tuple[str, ...], listing: bool) -> None:
+    """Print settings as TOML with a description of each key; a file of them is a preset of one's own."""
+    if listing:
+        click.echo("\n".join(f"{name:18} {text}" for name, text in config.presets().items()))
+    else:
+        click.echo(config.to_toml(config.build(config.override(config.preset(preset), assignments))), nl=False)
+
+
+@cli.group()
+def data() -> None:
+    """List, fetch and verify corpora."""
+
+
+@data.command("list")
+@_data_dir
+def list_data(data_dir: Path) -> None:
+    """Name the corpora and say which are here."""
+    click.echo(corpora.listing(data_dir))
+
+
+@data.command("get")
+@click.argument("name")
+@_data_dir
+def get_data(name: str, data_dir: Path) -> None:
+    """Make or fetch a corpus and keep it."""
+    click.echo(corpora.get(name, data_dir))
+
+
+@data.command("check")
+@click.argument("name")
+@_data_dir
+def check_data(name: str, data_dir: Path) -> None:
+    """Verify a corpus that is here, or a folder: sizes, checksums."""
+    click.echo(corpora.check(name, data_dir))
+
+
+@cli.group("tokenizer")
+def tokenizer_group() -> None:
+    """Make tokenizers."""
+
+
+@tokenizer_group.command("train")
+@click.option("--kind", type=click.Choice(tokenizers.KINDS), default="bpe", help="What a token is.")
+@click.option("--size", type=int, help="Most pieces of the vocabulary.  [default: the kind's own]")
+@click.option("--data", "source", default="python-docs", help="A corpus by name or folder; its training text is read.")
+@click.option("--out", type=Path, required=True, help="JSON file to write; `--set data.tokenizer_file=` takes it.")
+@_data_dir
+def train_tokenizer(kind: str, size: int | None, source: str, out: Path, data_dir: Path) -> None:
+    """Train a tokenizer on a corpus and keep it in a file."""
+    if out.exists():
+        raise UserError(f"a tokenizer is written to a new file; {out} exists; choose another, or move it away")
+    tokenizer = tokenizers.train(kind, corpora.load(source, data_dir).splits["train"], size)
+    tokenizers.save(tokenizer, out)
+    click.echo(f"{out}: {kind} vocabulary of {tokenizer.size:,}, sha256 {tokenizer.sha256}")

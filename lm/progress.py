@@ -1,0 +1,91 @@
+"""The listener that shows a person how a run is doing: one moving line, or plain lines where nobody watches."""
+
+import sys
+from typing import Any, TextIO
+
+from lm.evaluator import perplexity
+from lm.events import Diverged, EpochEnded, Event, Interrupted, Started, Stepped, Validated
+
+_FORMAT = "{desc} {percentage:3.0f}%|{bar:20}| {rate_fmt}{postfix}, {remaining} left"
+
+
+class Progress:
+    """Shows epoch, tokens/s, training perplexity of the epoch so far, time left; and a line for each epoch.
+
+    Arguments:
+        pieces_per_word: of the training text, so that its perplexity is per word as the validation's is.
+        stream: where to; the moving line only appears on a terminal.
+
+    Attributes:
+        tokens, seconds: trained on by this process, and what its steps took.
+    """
+
+    def __init__(self, pieces_per_word: float = 1.0, stream: TextIO | None = None) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self.pieces_per_word = pieces_per_word
+        self.tokens = 0
+        self.seconds = 0.0
+        self._epochs = 0
+        self._valid = ""
+        self._bar: Any = None
+
+    @property
+    def speed(self) -> str:
+        """Tokens/s so far, as text."""
+        return f"{self.tokens / self.seconds:,.0f} tokens/s" if self.seconds else "no step taken"
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._epochs = event.epochs
+                if self.stream.isatty():
+                    self._open(event)
+            case Stepped():
+                self.tokens += event.tokens
+                self.seconds += event.seconds
+                if self._bar is not None:
+                    self._move(event)
+            case Validated():
+                best = ", best so far" if event.best else ""
+                self._valid = f"valid ppl {event.score.ppl:,.2f} ({event.score.protocol}{best})"
+            case EpochEnded():
+                self._write(
+                    f"epoch {event.epoch}/{self._epochs}: train ppl {self._ppl(event.nll, event.tokens)}, "
+                    f"{self._valid}, {self.speed}"
+                )
+            case Interrupted() | Diverged():
+                self.close()
+
+    def close(self) -> None:
+        """Takes the moving line away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _open(self, event: Started) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=event.epochs * event.tokens,
+            initial=(event.epoch - 1) * event.tokens + event.epoch_tokens,
+            unit=" tokens",
+            unit_scale=True,
+            bar_format=_FORMAT,
+            file=self.stream,
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def _move(self, event: Stepped) -> None:
+        self._bar.set_description(f"epoch {event.epoch}/{self._epochs}", refresh=False)
+        self._bar.set_postfix_str(f"ppl {self._ppl(event.epoch_nll, event.epoch_tokens)}", refresh=False)
+        self._bar.update(event.tokens)
+
+    def _ppl(self, nats: float, tokens: int) -> str:
+        return f"{perplexity(nats * self.pieces_per_word, tokens):,.2f}"
+
+    def _write(self, line: str) -> None:
+        if self._bar is None:
+            print(line, file=self.stream, flush=True)
+        else:
+            self._bar.write(line, file=self.stream)

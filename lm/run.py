@@ -1,0 +1,404 @@
+"""A run folder from settings to scores: what `train`, `eval` and `sample` do, without the command line.
+
+config.toml  tokenizer.json  metrics.jsonl  tensorboard/  checkpoints/last.pt  checkpoints/best.pt
+"""
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rnnorm
+from lm import checkpoint, config, corpora, files, optim, stream, tokenizers
+from lm.checkpoint import Checkpoints
+from lm.config import Config
+from lm.corpora import Corpus
+from lm.errors import UserError
+from lm.evaluator import Score, evaluate
+from lm.events import Scored
+from lm.model import LanguageModel
+from lm.progress import Progress
+from lm.stream import Stream
+from lm.tokenizers import Tokenizer
+from lm.tracking import JsonLines, TensorBoard
+from lm.trainer import DivergedError, Trainer
+
+Say = Callable[[str], None]
+
+# What a run may be continued with another value of: nothing that its past steps depended on.
+_MAY_CHANGE = {
+    *("data.source", "data.dir"),  # the text itself is known by its checksum
+    *("train.epochs", "train.max_steps", "train.patience", "train.backend", "train.device", "train.log_every"),
+    *("checkpoint.every_steps", "eval.protocol", "eval.chunk"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: why, after how many steps, its exact score on valid, and its speed as text."""
+
+    reason: str
+    step: int
+    score: Score | None
+    speed: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model out of a run folder, ready to be evaluated or sampled from."""
+
+    config: Config
+    tokenizer: Tokenizer
+    model: LanguageModel
+    train_counts: Tensor
+    data_sha256: Mapping[str, str]
+    step: int
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The training text and all that follows from it."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    train: Stream
+    valid: Stream
+    counts: Tensor
+    sha256: dict[str, str]
+
+    @property
+    def pieces_per_word(self) -> float:
+        return len(self.train.ids) / (self.train.words + self.train.eos)
+
+
+def train(
+    settings: Config, folder: Path, *, resume: str = "auto", overwrite: bool = False, say: Say = print
+) -> Outcome:
+    """Trains in a run folder, from its last checkpoint where it has one.
+
+    Arguments:
+        resume: `auto` goes on where the folder's run stopped; `never` only starts in an empty folder.
+        overwrite: move a folder that holds another run out of the way, to a name beside it.
+        say: receives lines for a person.
+
+    Raises:
+        UserError: settings that cannot work here; a folder that holds another run; a damaged checkpoint; a
+            text that changed. Nothing is written then.
+        DivergedError: see `Trainer.fit`; the last good checkpoint stays.
+    """
+    require_backend(settings.train.backend)
+    device = require_device(settings.train.device)
+    aside = _claim(folder, settings, resume, overwrite)
+    saved = None if aside else _last(folder)
+    text = _text(settings, saved)
+    model = _model(settings, text.tokenizer, device)
+    trainer = _trainer(model, settings, text, device)
+    if saved is not None:
+        _restore(model, saved, folder)
+        trainer.load_state_dict(saved)
+    if aside:
+        folder.rename(aside)
+        say(f"{folder}: what was there is now in {aside}")
+    _describe(say, settings, text, model)
+    say(f"run folder {folder}: " + (f"goes on after step {saved['progress']['step']}" if saved else "a new run"))
+    files.write_whole(folder / "config.toml", config.to_toml(settings).encode())
+    tokenizers.save(text.tokenizer, folder / "tokenizer.json")
+    return _fit(trainer, settings, folder, text, say)
+
+
+def load(folder: Path, *, which: str = "best", backend: str = "auto", device: str = "cpu") -> Trained:
+    """Returns the model of a run folder.
+
+    Arguments:
+        which: the checkpoint, `best` (on the validation text) or `last`.
+
+    Raises:
+        UserError: no such run; a damaged checkpoint, or one of another vocabulary or model.
+    """
+    require_backend(backend)
+    place = require_device(device)
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"a run must be a folder that `train` made; {folder} is not; check the path")
+    saved = checkpoint.load(folder / "checkpoints" / f"{which}.pt")
+    settings = config.build(saved["config"])
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"backend": backend})})
+    tokenizer = tokenizers.from_state(saved["tokenizer"])
+    _same_vocabulary(folder, tokenizer)
+    model = _model(settings, tokenizer, place)
+    _restore(model, saved, folder)
+    step = saved["progress"]["step"]
+    return Trained(settings, tokenizer, model, saved["train_counts"], saved["data_sha256"], step)
+
+
+def score(
+    trained: Trained, split: str, *, protocol: str | None = None, chunk: int | None = None, data: str | None = None
+) -> Score:
+    """Returns the score of a run's model on a split of its own corpus, or of another with the same tokenizer."""
+    settings = trained.config
+    corpus = corpora.load(data or settings.data.source, Path(settings.data.dir))
+    return evaluate(
+        trained.model,
+        stream.encode(corpus.splits[split], trained.tokenizer),
+        trained.tokenizer,
+        protocol=protocol or settings.eval.protocol,
+        chunk=chunk or settings.eval.chunk,
+        train_counts=trained.train_counts,
+        data_sha256=corpus.sha256(split),
+    )
+
+
+def require_backend(name: str) -> None:
+    """Raises UserError unless the recurrence can run by this name here."""
+    known = rnnorm.backends()
+    if name != "auto" and name not in known:
+        raise UserError(f"a backend must be one of auto, {', '.join(known)}; {name!r} came; choose one of these")
+    if name != "auto" and known[name] is not None:
+        raise UserError(f"backend {name} must be able to run here; {known[name]}; choose another, or auto")
+
+
+def require_device(name: str) -> torch.device:
+    """Returns the device of this name, or raises UserError."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as fault:
+        why = str(fault).strip().splitlines()[0]
+        raise UserError(f"a device must be one that torch can use here; {name!r} came ({why}); use cpu") from None
+    return device
+
+
+def _claim(folder: Path, settings: Config, resume: str, overwrite: bool) -> Path | None:
+    """Refuses a folder that is not for this run; returns where to move it aside to, if that was asked for."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"a run folder must be empty or a run's own; {folder} is neither; choose another with --run")
+    if overwrite:
+        number = 1
+        while (aside := folder.with_name(f"{folder.resolve().name}.old{number}")).exists():
+            number += 1
+        return aside
+    ways = "choose another with --run, or give --overwrite, which moves the folder aside"
+    if resume == "never":
+        raise UserError(f"a run that never resumes needs an empty folder; {folder} holds a run; {ways}")
+    held = _held(folder)
+    names = {
+        name
+        for name, value in config.flatten(held).items()
+        if value != config.flatten(settings)[name] and not _may_change(name, settings)
+    }
+    if names:
+        ours, theirs = config.flatten(settings), config.flatten(held)
+        told = "; ".join(f"{name} is {theirs[name]} there and {ours[name]} here" for name in sorted(names))
+        raise UserError(f"a run goes on with its own configuration; {folder} holds another: {told}; {ways}")
+    return None
+
+
+def _held(folder: Path) -> Config:
+    """The configuration of the run in a folder: its checkpoint's, since its file may have been edited."""
+    saved = _last(folder)
+    if saved is not None:
+        return config.build(saved["config"])
+    return config.build(config.read_toml(folder / "config.toml", "a run's configuration"))
+
+
+def _may_change(name: str, settings: Config) -> bool:
+    ends = name in ("train.epochs", "train.max_steps")
+    return name in _MAY_CHANGE and not (ends and settings.train.schedule == "cosine")
+
+
+def _last(folder: Path) -> dict[str, Any] | None:
+    path = folder / "checkpoints" / "last.pt"
+    if path.exists():
+        saved = checkpoint.load(path)
+        _same_vocabulary(folder, tokenizers.from_state(saved["tokenizer"]))
+        return saved
+    if path.with_name("best.pt").exists():
+        raise UserError(f"a run goes on from {path}, which is missing; best.pt is there; choose another with --run")
+    return None
+
+
+def _same_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
+    path = folder / "tokenizer.json"
+    if path.exists() and tokenizers.load(path).sha256 != tokenizer.sha256:
+        raise UserError(
+            f"a checkpoint must be of its folder's vocabulary; the one in {folder} has another than {path.name}; "
+            "put each checkpoint back into its own run folder"
+        )
+
+
+def _text(settings: Config, saved: Mapping[str, Any] | None) -> _Text:
+    """The corpus and its tokenizer: a saved run's own, or one trained on the training text."""
+    data = settings.data
+    corpus = corpora.load(data.source, Path(data.dir))
+    sha256 = {split: corpus.sha256(split) for split in ("train", "valid")}
+    if saved is not None:
+        for split, value in sha256.items():
+            if saved["data_sha256"][split] != value:
+                raise UserError(
+                    f"a run goes on with the text it began with; the {split} text of {data.source} is another; "
+                    "restore it, or begin another run with --run"
+                )
+        tokenizer = tokenizers.from_state(saved["tokenizer"])
+    elif data.tokenizer_file is not None:
+        tokenizer = tokenizers.load(Path(data.tokenizer_file))
+    else:
+        tokenizer = tokenizers.train(data.tokenizer, corpus.splits["train"], data.vocab_size)
+    ids, valid = (stream.encode(corpus.splits[split], tokenizer) for split in ("train", "valid"))
+    counts = torch.bincount(torch.from_numpy(ids.ids), minlength=tokenizer.size)
+    return _Text(corpus, tokenizer, ids, valid, counts, sha256)
+
+
+def _model(settings: Config, tokenizer: Tokenizer, device: torch.device) -> LanguageModel:
+    torch.manual_seed(settings.train.seed)
+    return LanguageModel(settings.model, tokenizer.size, settings.train.backend).to(device)
+
+
+def _restore(model: LanguageModel, saved: Mapping[str, Any], folder: Path) -> None:
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as fault:
+        why = " ".join(str(fault).split())[:200]
+        raise UserError(
+            f"a checkpoint must hold the model of its configuration; the one in {folder} does not ({why}); "
+            "take another checkpoint"
+        ) from None
+
+
+def _trainer(model: LanguageModel, settings: Config, text: _Text, device: torch.device) -> Trainer:
+    options = settings.train
+    width = min(options.valid_batch_size, max(1, len(text.valid.ids) // 2))
+
+    def validate() -> Score:
+        return evaluate(
+            model,
+            text.valid,
+            text.tokenizer,
+            protocol="columns",
+            batch_size=width,
+            chunk=settings.eval.chunk,
+            train_counts=text.counts,
+            data_sha256=text.sha256["valid"],
+        )
+
+    data = stream.columns(text.train.ids, options.batch_size, text.tokenizer.eos)
+    return Trainer(model, options, data, validate)
+
+
+def _describe(say: Say, settings: Config, text: _Text, model: LanguageModel) -> None:
+    shape, tokenizer = settings.model, text.tokenizer
+    size = sum(parameter.numel() for parameter in model.parameters())
+    say(
+        f"data {text.corpus.name}: {len(text.train.ids):,} tokens to train on, {len(text.valid.ids):,} to validate, "
+        f"{tokenizer.kind} vocabulary of {tokenizer.size:,}"
+    )
+    say(
+        f"model {shape.num_layers}x{shape.hidden_size} {shape.cell}, norm {shape.norm}, "
+        f"{'tied' if shape.tied else 'untied'}, {size:,} parameters"
+    )
+
+
+def _fit(trainer: Trainer, settings: Config, folder: Path, text: _Text, say: Say) -> Outcome:
+    step, options = trainer.progress.step, settings.train
+    shared = (step, options.log_every)
+    json_lines = JsonLines(folder / "metrics.jsonl", *shared, text.pieces_per_word)
+    tensorboard = TensorBoard(
+        folder / "tensorboard",
+        *shared,
+        trainer.model,
+        text.tokenizer,
+        config.flatten(settings),
+        text.pieces_per_word,
+    )
+    progress = Progress(text.pieces_per_word)
+    saves = _checkpoints(trainer, settings, folder, text)
+    trainer.listeners += [json_lines, tensorboard, progress, saves]
+    try:
+        with _signals(trainer):
+            reason = trainer.fit()
+        score = None
+        if reason in ("epochs", "max_steps", "patience"):
+            progress.close()
+            score = _final(trainer, settings, folder, text, saves)
+            event = Scored(trainer.progress.epoch, trainer.progress.step, "valid", score)
+            json_lines(event)
+            tensorboard(event)
+        return Outcome(reason, trainer.progress.step, score, progress.speed)
+    except DivergedError as fault:
+        raise DivergedError(f"{fault}; the last good checkpoint is {_kept(folder)}") from None
+    finally:
+        progress.close()
+        tensorboard.close()
+
+
+def _kept(folder: Path) -> str:
+    path = folder / "checkpoints" / "last.pt"
+    return f"{path} (step {checkpoint.load(path)['progress']['step']})"
+
+
+def _checkpoints(trainer: Trainer, settings: Config, folder: Path, text: _Text) -> Checkpoints:
+    def weights() -> dict[str, Any]:
+        return {
+            "config": settings.model_dump(),
+            "tokenizer": text.tokenizer.state(),
+            "data_sha256": text.sha256,
+            "train_counts": text.counts,
+            "model": trainer.model.state_dict(),
+            "progress": trainer.state_dict()["progress"],
+        }
+
+    return Checkpoints(
+        folder / "checkpoints",
+        lambda: {**weights(), **trainer.state_dict()},
+        weights,
+        settings.checkpoint.every_steps,
+    )
+
+
+def _final(trainer: Trainer, settings: Config, folder: Path, text: _Text, saves: Checkpoints) -> Score:
+    """The exact score of the best weights on the validation text; they are then in the model."""
+    if trainer.progress.position:  # max_steps ended the run inside an epoch, which is not validated yet
+        with optim.averaged(trainer.optimizer):
+            now = trainer.validate()
+            if not math.isfinite(now.nll):
+                raise DivergedError("the validation is not finite")
+            if now.nll / now.tokens < trainer.progress.best:
+                checkpoint.save(saves.folder / "best.pt", saves.weights())
+    best = saves.folder / "best.pt"
+    _restore(trainer.model, checkpoint.load(best), folder)
+    return evaluate(
+        trainer.model,
+        text.valid,
+        text.tokenizer,
+        chunk=settings.eval.chunk,
+        train_counts=text.counts,
+        data_sha256=text.sha256["valid"],
+    )
+
+
+@contextmanager
+def _signals(trainer: Trainer) -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM end the run after its present step; a second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _: Any) -> None:
+        trainer.stop(signal.Signals(number).name)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
