@@ -96,7 +96,7 @@ def evaluate(
         cut = columns(stream.ids, 1 if protocol == "exact" else batch_size, tokenizer.eos)
         nll, scored = _nll(model, cut, chunk).numpy(), _active(cut)
         score = summarize(nll[scored], cut.targets.numpy()[scored], stream, tokenizer, protocol)
-    unigram = None if train_counts is None else unigramperplexity(train_counts, stream)
+    unigram = None if train_counts is None else unigram_perplexity(train_counts, stream)
     return replace(score, unigram_ppl=unigram, data_sha256=data_sha256, vocabulary_sha256=tokenizer.sha256)
 
 
@@ -105,7 +105,7 @@ def token_nlls(model: "LanguageModel", stream: Stream, tokenizer: Tokenizer, chu
     return _nll(model, columns(stream.ids, 1, tokenizer.eos), chunk).flatten().numpy()
 
 
-def unigramperplexity(counts: Tensor, stream: Stream) -> float:
+def unigram_perplexity(counts: Tensor, stream: Stream) -> float:
     """Returns the perplexity per word of the model p(token) = (count + 1) / (all counts + V)."""
     log_probs = torch.log((counts.double() + 1) / (counts.sum().double() + len(counts))).numpy()
     return perplexity(-float(log_probs[stream.ids].sum()), stream.words + stream.eos)
