@@ -15,9 +15,7 @@ def read_text(path: Path, what: str) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise UserError(
-            f"{what} must be a file; {path} does not exist; put it there or name another"
-        ) from None
+        raise UserError(f"{what} must be a file; {path} does not exist; put it there or name another") from None
     except UnicodeDecodeError as fault:
         raise UserError(
             f"{what} must be UTF-8 text; {path} has byte 0x{fault.object[fault.start]:02x} at byte offset "

@@ -93,9 +93,7 @@ class Columns:
         if stop < steps or self.last == width:
             return Window(inputs, targets, None, None)
         if stop - start == 1:
-            raise ValueError(
-                "a window over the ragged last row must have two rows or more; join it to the one before"
-            )
+            raise ValueError("a window over the ragged last row must have two rows or more; join it to the one before")
         lengths = torch.full((width,), stop - start)
         lengths[self.last :] -= 1
         mask = torch.arange(stop - start)[:, None] < lengths
