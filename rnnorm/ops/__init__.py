@@ -4,7 +4,7 @@ import torch
 
 from rnnorm.ops import library
 from rnnorm.ops.call import DIFFERENTIABLE, Operands, Results, Spec
-from rnnorm.ops.registry import BackendUnavailable, backends, choose, names
+from rnnorm.ops.registry import BackendUnavailable, backends, by_name, chosen, names
 
 __all__ = [
     "BackendUnavailable",
@@ -19,7 +19,7 @@ __all__ = [
 
 def run(operands: Operands, spec: Spec) -> Results:
     """Run a sequence on the backend that `spec.backend` names (`"auto"`: the best one that can)."""
-    backend = choose(spec.backend, operands.x.device, operands.x.dtype, spec)
+    backend = by_name(chosen(spec.backend, operands.x.device, operands.x.dtype, spec))
     if backend.differentiable:
         if spec.controlled:
             library.refuse_recomputation()

@@ -1,4 +1,9 @@
-"""What is said when a gradient is asked for that a backend cannot give."""
+"""What is said when a backend cannot give a gradient, and the kind of reason that is worth a warning."""
+
+
+class Failure(str):
+    """Why a backend that should run here cannot: `"auto"` says it once, since the user may want to mend it."""
+
 
 SECOND_BACKWARD = (
     "an online-normalized graph can be run backward once: its control process moves u and v, so a second backward "

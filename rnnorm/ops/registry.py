@@ -1,5 +1,7 @@
 """The backends, in order of preference, and the only place that chooses between them."""
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -7,6 +9,8 @@ import torch
 from torch import Tensor
 
 from rnnorm.ops.call import Operands, Results, Spec
+from rnnorm.ops.errors import Failure
+from rnnorm.ops.native import Native
 from rnnorm.ops.reference import Reference
 from rnnorm.ops.scripted import Scripted
 
@@ -41,7 +45,7 @@ class Backend(Protocol):
         """Gradients of the differentiable operands for those of `y`, `h`, `c`; moves u and v in place."""
 
 
-BACKENDS: list[Backend] = [Scripted(), Reference()]
+BACKENDS: list[Backend] = [Native(), Scripted(), Reference()]
 
 
 def names() -> list[str]:
@@ -55,10 +59,20 @@ def by_name(name: str) -> Backend:
     raise ValueError(f"backend must be one of {', '.join(map(repr, ['auto', *names()]))}; got {name!r}")
 
 
+@functools.cache
+def _warn_once(name: str, reason: str) -> None:
+    warnings.warn(f"rnnorm goes on without its faster backend {name!r}: {reason}", RuntimeWarning, stacklevel=2)
+
+
 def choose(wanted: str, device: torch.device, dtype: torch.dtype, spec: Spec | None) -> Backend:
     """The backend of that name, or for `"auto"` the first that can run the call."""
     if wanted == "auto":
-        return next(b for b in BACKENDS if b.why_not(device, dtype, spec) is None)
+        for backend in BACKENDS:
+            reason = backend.why_not(device, dtype, spec)
+            if reason is None:
+                return backend
+            if isinstance(reason, Failure):
+                _warn_once(backend.name, reason)
     backend = by_name(wanted)
     reason = backend.why_not(device, dtype, spec)
     if reason is not None:
@@ -66,6 +80,12 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, spec: Spec | N
             f"backend {wanted!r} cannot run this call: {reason}; backend='auto' chooses one that can"
         )
     return backend
+
+
+@torch.compiler.assume_constant_result
+def chosen(wanted: str, device: torch.device, dtype: torch.dtype, spec: Spec) -> str:
+    """The chosen backend's name; a constant for `torch.compile`, which need not look into how it is found."""
+    return choose(wanted, device, dtype, spec).name
 
 
 def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:

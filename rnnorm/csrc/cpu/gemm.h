@@ -1,0 +1,148 @@
+// Matrix products of one thread: row-major A [M, K] times packed B, by oneDNN's micro-kernel or by at::addmm.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace rnnorm {
+
+// Whether the micro-kernel exists in this torch and can be generated for this processor.
+inline bool micro_kernel_works() {
+#if defined(CPUBLAS_BRGEMM_F32F32F32)
+  static const bool works = [] {
+    try {
+      const float a[16 * 16] = {}, b[16 * 16] = {};
+      float c[16 * 16];
+      at::native::cpublas::brgemm(16, 16, 16, 16, 16, 16, false, a, b, c, false);
+      at::native::cpublas::brgemm_release(false);
+      return true;
+    } catch (const std::exception&) {
+      return false;
+    }
+  }();
+  return works;
+#else
+  return false;
+#endif
+}
+
+template <typename T>
+struct Gemm {
+  bool micro = false;
+
+  // C [M, N] (+)= A [M, K] B [K, N], leading dimensions in elements.
+  void operator()(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc,
+                  bool add) const {
+    if (M == 0 || N == 0) return;
+    if (K == 0) {
+      if (!add)
+        for (int64_t m = 0; m < M; ++m) std::fill(C + m * ldc, C + m * ldc + N, T(0));
+      return;
+    }
+#if defined(CPUBLAS_BRGEMM_F32F32F32)
+    if constexpr (std::is_same_v<T, float>) {
+      if (micro) {
+        at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, B, C, false);
+        return;
+      }
+    }
+#endif
+    const at::AutoDispatchBelowAutograd below;
+    const auto options = at::TensorOptions(c10::CppTypeToScalarType<T>::value);
+    const at::Tensor a = at::from_blob(const_cast<T*>(A), {M, K}, {lda, 1}, options);
+    const at::Tensor b = at::from_blob(const_cast<T*>(B), {K, N}, {ldb, 1}, options);
+    at::Tensor c = at::from_blob(C, {M, N}, {ldc, 1}, options);
+    at::addmm_out(c, c, a, b, add ? 1 : 0, 1);
+  }
+
+  // The micro-kernel may hold a hardware context on this thread.
+  void release() const {
+#if defined(CPUBLAS_BRGEMM_F32F32F32)
+    if (micro) at::native::cpublas::brgemm_release(false);
+#endif
+  }
+};
+
+// Columns cut into slices for the micro-kernel: at most four vectors of 16 wide, so that registers are left for seven rows
+// at a time, and of even width, since a narrow rest would run at a fraction of the speed.
+class Slices {
+ public:
+  explicit Slices(int64_t columns) : columns_(columns), vectors_((columns + 15) / 16), count_((vectors_ + 3) / 4) {}
+
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t slice) const { return std::min(columns_, vectors_ * slice / count_ * 16); }
+  int64_t width(int64_t slice) const { return begin(slice + 1) - begin(slice); }
+
+ private:
+  int64_t columns_, vectors_, count_;
+};
+
+// B [K, columns], packed slice by slice.
+template <typename T>
+class Panels {
+ public:
+  Panels(int64_t K, int64_t columns) : K_(K), slices_(columns), data_(new T[K * columns]) {}
+
+  // Columns [first, first + count) become the transpose of `count` rows of `source` (row stride `ld`).
+  void pack_rows(int64_t first, int64_t count, const T* source, int64_t ld) {
+    constexpr int64_t tile = 16;
+    for (int64_t slice = 0; slice < slices_.count(); ++slice) {
+      const int64_t start = slices_.begin(slice), w = slices_.width(slice);
+      T* out = data_.get() + start * K_ - start;
+      const int64_t c_begin = std::max(first, start), c_end = std::min(first + count, start + w);
+      for (int64_t c0 = c_begin; c0 < c_end; c0 += tile)
+        for (int64_t k0 = 0; k0 < K_; k0 += tile)
+          for (int64_t k = k0; k < std::min(k0 + tile, K_); ++k)
+            for (int64_t c = c0; c < std::min(c0 + tile, c_end); ++c) out[k * w + c] = source[(c - first) * ld + k];
+    }
+  }
+
+  // All columns are those of `source` (row stride `ld`).
+  void pack_columns(const T* source, int64_t ld) {
+    for (int64_t slice = 0; slice < slices_.count(); ++slice) {
+      const int64_t start = slices_.begin(slice), w = slices_.width(slice);
+      for (int64_t k = 0; k < K_; ++k) std::copy_n(source + k * ld + start, w, data_.get() + start * K_ + k * w);
+    }
+  }
+
+  // C [M, columns] = A [M, K] B, plus what C holds (`add`) or a row of biases (not null).
+  void multiply(const Gemm<T>& gemm, int64_t M, const T* A, int64_t lda, T* C, int64_t ldc, bool add,
+                const T* bias = nullptr) const {
+    constexpr int64_t rows = 56;  // eight times seven
+    for (int64_t slice = 0; slice < slices_.count(); ++slice) {
+      const int64_t start = slices_.begin(slice), w = slices_.width(slice);
+      for (int64_t m = 0; m < M; m += rows) {
+        const int64_t count = std::min(rows, M - m);
+        T* block = C + m * ldc + start;
+        if (bias != nullptr)
+          for (int64_t i = 0; i < count; ++i) std::copy_n(bias + start, w, block + i * ldc);
+        gemm(count, w, K_, A + m * lda, lda, data_.get() + start * K_, w, block, ldc, add || bias != nullptr);
+      }
+    }
+  }
+
+ private:
+  int64_t K_;
+  Slices slices_;
+  std::unique_ptr<T[]> data_;
+};
+
+// `out` [columns, rows] = transpose of `in` [rows, columns] (row stride `ld`).
+template <typename T>
+void transpose(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out) {
+  constexpr int64_t tile = 16;
+  for (int64_t r0 = 0; r0 < rows; r0 += tile)
+    for (int64_t c0 = 0; c0 < columns; c0 += tile)
+      for (int64_t c = c0; c < std::min(c0 + tile, columns); ++c)
+        for (int64_t r = r0; r < std::min(r0 + tile, rows); ++r) out[c * rows + r] = in[r * ld + c];
+}
+
+}  // namespace rnnorm

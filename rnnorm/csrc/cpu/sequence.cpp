@@ -1,0 +1,722 @@
+// A recurrent layer and direction over a whole sequence on the CPU: rnnorm_cpu::forward and rnnorm_cpu::backward.
+//
+// One parallel region lives for the whole time loop. Each thread owns a range of hidden units with all their gates, so
+// streams, norms and gates are local to it; threads meet once per step, when the new h is complete, and once more where a
+// norm reduces over the units of a gate. The recurrent product runs on weights packed once per call, by the micro-kernel
+// of gemm.h. Nothing is allocated or dispatched inside a step.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <memory>
+
+#include "../cell.h"
+#include "gemm.h"
+#include "math.h"
+#include "norm.h"
+#include "team.h"
+#include "walk.h"
+
+namespace rnnorm {
+namespace {
+
+using at::Tensor;
+using Operands = c10::List<std::optional<Tensor>>;
+
+// The order of rnnorm.ops.call.Operands.
+enum Operand {
+  X, H0, C0, WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, WEIGHT_HR, NORM_WEIGHT, NORM_BIAS, CELL_WEIGHT, CELL_BIAS,
+  MEAN, VAR, U, V, CELL_MEAN, CELL_VAR, CELL_U, CELL_V, LENGTHS
+};
+// The order of what the forward keeps for the backward.
+enum Kept { HIDDEN, CELL_STATE, NEW_PART, Y, RSTD, SCALE, CELL_Y, CELL_RSTD, CELL_SCALE, KEPT };
+
+struct Options {
+  Cell cell;
+  Kind kind;
+  Guard guard;
+  double eps, alpha_fwd, alpha_bwd, scale_eps, limit;
+  bool cell_norm, training, reverse, save, micro;
+};
+
+template <typename T>
+T* pointer(const Tensor& tensor) {
+  return tensor.defined() && tensor.numel() > 0 ? tensor.data_ptr<T>() : nullptr;
+}
+
+// The tensors and sizes of one call. Every operand is contiguous, on the CPU, of the statistics dtype.
+template <typename T>
+struct Call {
+  Options options;
+  std::vector<Tensor> tensors;
+  Walk walk;
+  int64_t I, H, P, G, C;
+  Tensor samples;  // [S, I]
+
+  Call(const Operands& operands, const Options& options)
+      : options(options), tensors(unpacked(operands)),
+        walk(tensors[X].size(0), tensors[X].size(1), pointer<int64_t>(tensors[LENGTHS]), options.reverse),
+        I(tensors[X].size(2)), P(tensors[H0].size(1)), G(gates_of(options.cell)) {
+    C = tensors[WEIGHT_IH].size(0);
+    H = C / G;
+    samples = tensors[X];
+    if (!walk.dense) {
+      samples = empty({walk.S, I});
+      gather(get(X), I, walk.position, samples.data_ptr<T>());
+    }
+  }
+
+  static std::vector<Tensor> unpacked(const Operands& operands) {
+    std::vector<Tensor> found;
+    for (const std::optional<Tensor>& operand : operands) found.push_back(operand.value_or(Tensor()));
+    return found;
+  }
+
+  T* get(Operand which) const { return pointer<T>(tensors[which]); }
+  Tensor empty(at::IntArrayRef shape) const { return at::empty(shape, tensors[X].options()); }
+  Tensor zeros(at::IntArrayRef shape) const { return at::zeros(shape, tensors[X].options()); }
+
+  static void gather(const T* rows, int64_t width, const std::vector<int64_t>& index, T* out) {
+    for (size_t s = 0; s < index.size(); ++s) std::copy_n(rows + index[s] * width, width, out + s * width);
+  }
+
+  // Fewer than a vector of units a thread is not worth a barrier.
+  int threads() const { return static_cast<int>(std::clamp<int64_t>(H / 16, 1, at::get_num_threads())); }
+
+  // `h` or `c` [*, width] of sample s before its step.
+  const T* before(const T* initial, const T* history, int64_t width, int64_t s) const {
+    const int64_t previous = walk.before[s];
+    return previous < 0 ? initial + walk.row[s] * width : history + previous * width;
+  }
+
+  Norm<T> norm(bool of_cell, const std::vector<Tensor>& kept) const {
+    Norm<T> norm;
+    norm.kind = of_cell && !options.cell_norm ? Kind::none : options.kind;
+    norm.guard = norm.kind == Kind::none ? Guard::none : options.guard;
+    norm.training = options.training;
+    norm.eps = options.eps;
+    norm.alpha_fwd = options.alpha_fwd;
+    norm.alpha_bwd = options.alpha_bwd;
+    norm.scale_eps = options.scale_eps;
+    norm.limit = options.limit;
+    norm.G = of_cell ? 1 : G;
+    norm.H = H;
+    norm.weight = get(of_cell ? CELL_WEIGHT : NORM_WEIGHT);
+    norm.bias = get(of_cell ? CELL_BIAS : NORM_BIAS);
+    norm.u = get(of_cell ? CELL_U : U);
+    norm.v = get(of_cell ? CELL_V : V);
+    if (!kept.empty() && (norm.kind != Kind::none || !of_cell)) {
+      norm.y = pointer<T>(kept[of_cell ? CELL_Y : Y]);
+      norm.rstd = pointer<T>(kept[of_cell ? CELL_RSTD : RSTD]);
+      norm.scale = pointer<T>(kept[of_cell ? CELL_SCALE : SCALE]);
+    }
+    return norm;
+  }
+
+  std::vector<Tensor> kept() const {
+    const int64_t S = walk.T * walk.N;  // not only the real samples: shapes do not depend on the values of lengths
+    const bool normed = options.kind != Kind::none, scaled = options.guard == Guard::scale;
+    const bool online = options.kind == Kind::online, lstm = options.cell == Cell::lstm;
+    const bool cell = options.cell_norm;
+    std::vector<Tensor> kept(KEPT);
+    kept[HIDDEN] = empty({S, P});
+    kept[CELL_STATE] = lstm ? empty({S, H}) : empty({0});
+    kept[NEW_PART] = options.cell == Cell::gru ? empty({S, H}) : empty({0});
+    kept[Y] = empty({S, C});
+    kept[RSTD] = normed ? empty({S, online ? C : G}) : empty({0});
+    kept[SCALE] = normed && scaled ? empty({S, G}) : empty({0});
+    kept[CELL_Y] = cell ? empty({S, H}) : empty({0});
+    kept[CELL_RSTD] = cell ? empty({S, online ? H : 1}) : empty({0});
+    kept[CELL_SCALE] = cell && scaled ? empty({S, 1}) : empty({0});
+    return kept;
+  }
+};
+
+template <typename T>
+struct Forward {
+  Call<T> call;
+  Gemm<T> gemm;
+  std::vector<Tensor> kept;
+  Norm<T> norm, cell_norm;
+  Tensor hidden, cell_state, projected;  // [S, P], [S, H], [S, H] before projection
+  std::vector<Tensor> statistics;        // mean, var, cell mean, cell var: copies that move
+
+  Forward(const Operands& operands, const Options& options)
+      : call(operands, options), gemm{options.micro}, kept(options.save ? call.kept() : std::vector<Tensor>()),
+        norm(call.norm(false, kept)), cell_norm(call.norm(true, kept)) {
+    const int64_t S = call.walk.S;
+    hidden = options.save ? kept[HIDDEN] : call.empty({S, call.P});
+    cell_state = options.save ? kept[CELL_STATE] : call.empty({options.cell == Cell::lstm ? S : 0, call.H});
+    if (call.get(WEIGHT_HR) != nullptr) projected = call.empty({S, call.H});
+    for (Operand which : {MEAN, VAR, CELL_MEAN, CELL_VAR}) {
+      const Tensor& statistic = call.tensors[which];
+      statistics.push_back(statistic.defined() ? statistic.clone() : call.empty({0}));
+    }
+    norm.mean = pointer<T>(statistics[0]);
+    norm.var = pointer<T>(statistics[1]);
+    cell_norm.mean = pointer<T>(statistics[2]);
+    cell_norm.var = pointer<T>(statistics[3]);
+  }
+
+  std::vector<Tensor> run() {
+    const int threads = call.threads();
+    Exchange<T> exchange(threads, 2 * call.walk.N * call.G);
+    if (call.walk.S > 0) Team::run(threads, [&](int id, Team& team) { work(id, team, exchange); });
+    return results();
+  }
+
+  void work(int id, Team& team, Exchange<T>& exchange) {
+    const Walk& walk = call.walk;
+    const int64_t H = call.H, P = call.P, G = call.G, N = walk.N;
+    const Range units = part_of(H, id, team.size()), outputs = part_of(P, id, team.size());
+    const int64_t u = units.size(), W = G * u;
+    const bool gru = call.options.cell == Cell::gru;
+    Worker<T> me{id, team, exchange, units, std::vector<T>(2 * N * G)};
+
+    InputPart input(*this, units);
+    // The GRU's recurrent part of n meets its reset gate before it meets the input part.
+    const int64_t joined = gru ? 2 * u : W;
+    Panels<T> recurrent(P, joined), fresh(P, gru ? u : 0), projection(H, projected.defined() ? outputs.size() : 0);
+    const T* weight = call.get(WEIGHT_HH);
+    for (int64_t g = 0; g < G; ++g) {
+      Panels<T>& panels = gru && g == 2 ? fresh : recurrent;
+      panels.pack_rows(gru && g == 2 ? 0 : g * u, u, weight + (g * H + units.begin) * P, P);
+    }
+    if (projected.defined())
+      projection.pack_rows(0, outputs.size(), call.get(WEIGHT_HR) + outputs.begin * H, H);
+
+    std::vector<T> gathered(walk.dense ? 0 : N * P), new_part(gru ? N * u : 0), c(N * u);
+    T* h = hidden.data_ptr<T>();
+    for (const Step& step : walk.steps) {
+      if (step.count == 0) continue;
+      const T* h_before = state_before(step, gathered);
+      T* pre = input.of(step);
+      recurrent.multiply(gemm, step.count, h_before, P, pre, W, true);
+      if (gru) {
+        fresh.multiply(gemm, step.count, h_before, P, new_part.data(), u, false);
+        gru_step(me, step, pre, new_part.data(), h_before, h);
+      } else if (call.options.cell == Cell::lstm) {
+        lstm_step(me, step, pre, c.data(), projected.defined() ? projected.data_ptr<T>() : h);
+      } else {
+        rnn_step(me, step, pre, h);
+      }
+      team.wait();
+      if (projected.defined()) {
+        projection.multiply(gemm, step.count, projected.data_ptr<T>() + step.first * H, H,
+                            h + step.first * P + outputs.begin, P, false);
+        team.wait();
+      }
+    }
+    gemm.release();
+  }
+
+  // The input part of this thread's units, biases included, computed for many samples at a time: enough for a good product,
+  // few enough to stay in the cache until their step comes.
+  class InputPart {
+   public:
+    InputPart(const Forward& forward, Range units)
+        : forward_(forward), W_(forward.call.G * units.size()), panels_(forward.call.I, W_), bias_(W_),
+          capacity_(std::min(std::max<int64_t>(256, forward.call.walk.N), forward.call.walk.S)), part_(new T[capacity_ * W_]) {
+      const Call<T>& call = forward.call;
+      const T *b = call.get(BIAS_IH), *b_hidden = call.get(BIAS_HH);
+      const int64_t u = units.size();
+      for (int64_t g = 0; g < call.G; ++g) {
+        const int64_t channel = g * call.H + units.begin;
+        panels_.pack_rows(g * u, u, call.get(WEIGHT_IH) + channel * call.I, call.I);
+        // The GRU's recurrent bias of n stays with its recurrent part.
+        const bool apart = call.options.cell == Cell::gru && g == 2;
+        for (int64_t j = 0; j < u && b != nullptr; ++j)
+          bias_[g * u + j] = b[channel + j] + (apart ? T(0) : b_hidden[channel + j]);
+      }
+    }
+
+    // [count, W] of a step's samples, free to be overwritten.
+    T* of(const Step& step) {
+      if (step.first < first_ || step.first + step.count > end_) {
+        const int64_t S = forward_.call.walk.S, I = forward_.call.I;
+        // In a reverse direction, the samples that come next lie before this step.
+        first_ = forward_.call.options.reverse ? std::max<int64_t>(0, step.first + step.count - capacity_) : step.first;
+        end_ = std::min(first_ + capacity_, S);
+        panels_.multiply(forward_.gemm, end_ - first_, forward_.call.samples.template data_ptr<T>() + first_ * I, I,
+                         part_.get(), W_, false, bias_.data());
+      }
+      return part_.get() + (step.first - first_) * W_;
+    }
+
+   private:
+    const Forward& forward_;
+    int64_t W_;
+    Panels<T> panels_;
+    std::vector<T> bias_;
+    int64_t capacity_, first_ = 0, end_ = 0;
+    std::unique_ptr<T[]> part_;
+  };
+
+  // h of the step's rows before it, [count, P] contiguous.
+  const T* state_before(const Step& step, std::vector<T>& gathered) const {
+    const T *initial = call.get(H0), *history = hidden.data_ptr<T>();
+    if (call.walk.dense) return call.before(initial, history, call.P, step.first);
+    for (int64_t i = 0; i < step.count; ++i)
+      std::copy_n(call.before(initial, history, call.P, step.first + i), call.P, gathered.data() + i * call.P);
+    return gathered.data();
+  }
+
+  void lstm_step(Worker<T>& me, const Step& step, T* pre, T* c_new, T* out) {
+    const int64_t u = me.units.size(), H = call.H, W = 4 * u, first = me.units.begin;
+    T* history = cell_state.data_ptr<T>();
+    norm_forward(norm, me, 0, 4, step.first, step.count, pre, W);
+    for (int64_t i = 0; i < step.count; ++i) {
+      const int64_t s = step.first + i;
+      const T* __restrict q = pre + i * W;
+      const T* __restrict c = call.before(call.get(C0), history, H, s) + first;
+      T* __restrict now = c_new + i * u;
+#pragma omp simd
+      for (int64_t j = 0; j < u; ++j)
+        now[j] = sigmoid(q[u + j]) * c[j] + sigmoid(q[j]) * tangent(q[2 * u + j]);
+    }
+    norm_forward(cell_norm, me, 0, 1, step.first, step.count, c_new, u);
+    for (int64_t i = 0; i < step.count; ++i) {
+      const int64_t s = step.first + i;
+      const T* __restrict q = pre + i * W + 3 * u;
+      const T* __restrict now = c_new + i * u;
+      T* __restrict kept_c = history + s * H + first;
+      T* __restrict h = out + s * H + first;
+#pragma omp simd
+      for (int64_t j = 0; j < u; ++j) {
+        kept_c[j] = now[j];
+        h[j] = sigmoid(q[j]) * tangent(now[j]);
+      }
+    }
+  }
+
+  void gru_step(Worker<T>& me, const Step& step, T* pre, T* new_part, const T* h_before, T* out) {
+    const int64_t u = me.units.size(), H = call.H, W = 3 * u, first = me.units.begin;
+    const T* bias = call.get(BIAS_HH);
+    norm_forward(norm, me, 0, 2, step.first, step.count, pre, W);
+    for (int64_t i = 0; i < step.count; ++i) {
+      T* __restrict q = pre + i * W;
+      T* __restrict part = new_part + i * u;
+      if (bias != nullptr) {
+        const T* b = bias + 2 * H + first;
+#pragma omp simd
+        for (int64_t j = 0; j < u; ++j) part[j] += b[j];
+      }
+#pragma omp simd
+      for (int64_t j = 0; j < u; ++j) q[2 * u + j] += sigmoid(q[j]) * part[j];
+      if (call.options.save)
+        std::copy_n(part, u, kept[NEW_PART].template data_ptr<T>() + (step.first + i) * H + first);
+    }
+    norm_forward(norm, me, 2, 3, step.first, step.count, pre + 2 * u, W);
+    for (int64_t i = 0; i < step.count; ++i) {
+      const T* __restrict q = pre + i * W;
+      const T* __restrict h = h_before + i * H + first;
+      T* __restrict now = out + (step.first + i) * H + first;
+#pragma omp simd
+      for (int64_t j = 0; j < u; ++j) {
+        const T n = tangent(q[2 * u + j]);
+        now[j] = n + sigmoid(q[u + j]) * (h[j] - n);
+      }
+    }
+  }
+
+  void rnn_step(Worker<T>& me, const Step& step, T* pre, T* out) {
+    const int64_t u = me.units.size(), H = call.H, first = me.units.begin;
+    norm_forward(norm, me, 0, 1, step.first, step.count, pre, u);
+    const bool tanh = call.options.cell == Cell::rnn_tanh;
+    for (int64_t i = 0; i < step.count; ++i) {
+      const T* __restrict q = pre + i * u;
+      T* __restrict now = out + (step.first + i) * H + first;
+      if (tanh) {
+#pragma omp simd
+        for (int64_t j = 0; j < u; ++j) now[j] = tangent(q[j]);
+      } else {
+        for (int64_t j = 0; j < u; ++j) now[j] = q[j] < 0 ? T(0) : q[j];
+      }
+    }
+  }
+
+  // y [T, N, P], h [N, P], c [N, H], the four statistics, then what was kept.
+  std::vector<Tensor> results() {
+    const Walk& walk = call.walk;
+    const int64_t P = call.P, H = call.H;
+    Tensor y = walk.dense && !call.options.save ? hidden.view({walk.T, walk.N, P}) : Tensor();
+    if (!y.defined() && walk.dense) y = hidden.clone().view({walk.T, walk.N, P});
+    if (!y.defined()) {
+      y = call.zeros({walk.T, walk.N, P});
+      for (int64_t s = 0; s < walk.S; ++s)
+        std::copy_n(hidden.data_ptr<T>() + s * P, P, y.data_ptr<T>() + walk.position[s] * P);
+    }
+    const bool lstm = call.options.cell == Cell::lstm;
+    Tensor h = call.empty({walk.N, P}), c = lstm ? call.empty({walk.N, H}) : call.empty({0});
+    call.gather(hidden.data_ptr<T>(), P, walk.last, h.data_ptr<T>());
+    if (lstm) call.gather(cell_state.data_ptr<T>(), H, walk.last, c.data_ptr<T>());
+    std::vector<Tensor> out{y, h, c};
+    out.insert(out.end(), statistics.begin(), statistics.end());
+    out.insert(out.end(), kept.begin(), kept.end());
+    return out;
+  }
+};
+
+template <typename T>
+struct Backward {
+  Call<T> call;
+  Gemm<T> gemm;
+  std::vector<Tensor> kept;
+  Norm<T> norm, cell_norm;
+  Tensor grad_y, grad_h, grad_c;                  // [S, P] or undefined, [N, P], [N, H] moved in place
+  Tensor grad_input_part, grad_hidden_part;       // [S, C]; the second differs from the first only in a GRU
+  Tensor grad_hidden, projected;                  // with a projection: [S, P], [S, H]
+  Tensor grad_affine, grad_cell_affine;           // [2, C], [2, H]
+  Tensor samples_before;                          // [S, P]: h before each sample
+  Tensor grad_x, grad_weight_ih, grad_weight_hh, grad_weight_hr, grad_bias_ih, grad_bias_hh;
+  bool need_input, need_weights;
+
+  Backward(const Operands& grads, const Operands& operands, const std::vector<Tensor>& kept, const Options& options,
+           bool need_input, bool need_weights)
+      : call(operands, options), gemm{options.micro}, kept(kept), norm(call.norm(false, kept)),
+        cell_norm(call.norm(true, kept)), need_input(need_input), need_weights(need_weights) {
+    const Walk& walk = call.walk;
+    const int64_t S = walk.S, P = call.P, H = call.H, C = call.C, I = call.I;
+    const std::vector<Tensor> given = Call<T>::unpacked(grads);
+    grad_y = given[0];
+    if (grad_y.defined() && !walk.dense) {
+      grad_y = call.empty({S, P});
+      call.gather(given[0].data_ptr<T>(), P, walk.position, grad_y.template data_ptr<T>());
+    }
+    grad_h = given[1].defined() ? given[1].clone() : call.zeros({walk.N, P});
+    const bool lstm = options.cell == Cell::lstm;
+    grad_c = lstm ? (given[2].defined() ? given[2].clone() : call.zeros({walk.N, H})) : call.empty({0});
+    grad_input_part = call.empty({S, C});
+    grad_hidden_part = options.cell == Cell::gru ? call.empty({S, C}) : grad_input_part;
+    if (call.get(WEIGHT_HR) != nullptr) {
+      grad_hidden = call.empty({S, P});
+      projected = call.empty({S, H});
+    }
+    grad_affine = call.zeros({norm.weight != nullptr ? 2 : 0, C});
+    grad_cell_affine = call.zeros({cell_norm.weight != nullptr ? 2 : 0, H});
+    norm.grad_weight = pointer<T>(grad_affine);
+    norm.grad_bias = norm.grad_weight == nullptr ? nullptr : norm.grad_weight + C;
+    cell_norm.grad_weight = pointer<T>(grad_cell_affine);
+    cell_norm.grad_bias = cell_norm.grad_weight == nullptr ? nullptr : cell_norm.grad_weight + H;
+    grad_x = need_input ? call.empty({S, I}) : call.empty({0});
+    if (!need_weights) return;
+    samples_before = call.empty({S, P});
+    grad_weight_ih = call.zeros({C, I});
+    grad_weight_hh = call.zeros({C, P});
+    if (projected.defined()) grad_weight_hr = call.zeros({P, H});
+    if (call.get(BIAS_IH) != nullptr) {
+      grad_bias_ih = call.zeros({C});
+      grad_bias_hh = call.zeros({C});
+    }
+  }
+
+  std::vector<Tensor> run() {
+    const int threads = call.threads();
+    Exchange<T> exchange(threads, 2 * call.walk.N * call.G);
+    if (call.walk.S > 0) Team::run(threads, [&](int id, Team& team) { work(id, team, exchange); });
+    return results();
+  }
+
+  void work(int id, Team& team, Exchange<T>& exchange) {
+    const Walk& walk = call.walk;
+    const int64_t H = call.H, P = call.P, G = call.G, C = call.C, N = walk.N;
+    const Range units = part_of(H, id, team.size()), outputs = part_of(P, id, team.size());
+    const int64_t u = units.size(), p = outputs.size();
+    const bool gru = call.options.cell == Cell::gru;
+    Worker<T> me{id, team, exchange, units, std::vector<T>(2 * N * G)};
+    Panels<T> recurrent(C, p), projection(P, projected.defined() ? u : 0);
+    recurrent.pack_columns(call.get(WEIGHT_HH) + outputs.begin, P);
+    if (projected.defined()) projection.pack_columns(call.get(WEIGHT_HR) + units.begin, H);
+
+    // By row of the step: gradients of h (own outputs) and of what the projection takes in (own units).
+    std::vector<T> dh(N * p), d_out(projected.defined() ? N * u : 0), q(N * G * u), d(N * G * u), dc(N * u);
+    const T* dy = grad_y.defined() ? grad_y.data_ptr<T>() : nullptr;
+    T* from_later = grad_h.data_ptr<T>();
+    for (size_t k = walk.steps.size(); k-- > 0;) {
+      const Step step = walk.steps[k];
+      if (step.count == 0) continue;
+      for (int64_t i = 0; i < step.count; ++i) {
+        const int64_t s = step.first + i;
+        const T* later = from_later + walk.row[s] * P + outputs.begin;
+        for (int64_t j = 0; j < p; ++j)
+          dh[i * p + j] = later[j] + (dy != nullptr ? dy[s * P + outputs.begin + j] : T(0));
+      }
+      const T* dout = dh.data();
+      if (projected.defined()) {
+        for (int64_t i = 0; i < step.count; ++i)
+          std::copy_n(&dh[i * p], p, grad_hidden.data_ptr<T>() + (step.first + i) * P + outputs.begin);
+        team.wait();
+        projection.multiply(gemm, step.count, grad_hidden.data_ptr<T>() + step.first * P, P, d_out.data(), u, false);
+        dout = d_out.data();
+      }
+      norm_recompute(norm, me, 0, G, step.first, step.count, q.data(), G * u);
+      if (gru) {
+        gru_step(me, step, dout, q.data(), d.data());
+      } else if (call.options.cell == Cell::lstm) {
+        lstm_step(me, step, dout, q.data(), d.data(), dc.data());
+      } else {
+        rnn_step(me, step, dout, q.data(), d.data());
+      }
+      team.wait();
+      // Own columns of the gradient of h before the step, straight to its rows where they are all active.
+      const T* parts = grad_hidden_part.data_ptr<T>() + step.first * C;
+      const bool direct = walk.dense && !gru;
+      recurrent.multiply(gemm, step.count, parts, C, direct ? from_later + outputs.begin : dh.data(), direct ? P : p,
+                         false);
+      if (!direct) finish_state(step, outputs, dh, gru ? d.data() : nullptr, G * u);
+    }
+    team.wait();
+    if (need_input) multiply_inputs(id, team.size());
+    if (need_weights) {
+      gather_before(id, team.size());
+      team.wait();
+      multiply_weights(id, team.size());
+    }
+    gemm.release();
+  }
+
+  // Scatter the gradient of h before the step to its rows; a GRU adds the direct path that its step left in `direct`.
+  void finish_state(const Step& step, Range outputs, const std::vector<T>& dh, const T* direct, int64_t ld) {
+    const int64_t p = outputs.size();
+    for (int64_t i = 0; i < step.count; ++i) {
+      T* later = grad_h.data_ptr<T>() + call.walk.row[step.first + i] * call.P + outputs.begin;
+      for (int64_t j = 0; j < p; ++j) later[j] = dh[i * p + j] + (direct != nullptr ? direct[i * ld + j] : T(0));
+    }
+  }
+
+  // Write the gradients of pre-activations `d` [count, G*u] to their places; add them to the biases'.
+  void store(const Worker<T>& me, const Step& step, int g0, int g1, const T* d, int64_t ld, Tensor& parts, Tensor& bias) {
+    const int64_t u = me.units.size();
+    for (int64_t g = g0; g < g1; ++g) {
+      const int64_t channel = g * call.H + me.units.begin;
+      T* sum = bias.defined() ? bias.data_ptr<T>() + channel : nullptr;
+      for (int64_t i = 0; i < step.count; ++i) {
+        const T* __restrict from = d + i * ld + (g - g0) * u;
+        std::copy_n(from, u, parts.data_ptr<T>() + (step.first + i) * call.C + channel);
+        if (sum == nullptr) continue;
+#pragma omp simd
+        for (int64_t j = 0; j < u; ++j) sum[j] += from[j];
+      }
+    }
+  }
+
+  void lstm_step(Worker<T>& me, const Step& step, const T* dh, T* q, T* d, T* dc) {
+    const int64_t u = me.units.size(), H = call.H, W = 4 * u, first = me.units.begin;
+    const T* history = kept[CELL_STATE].template data_ptr<T>();
+    T *carried = grad_c.data_ptr<T>(), *inside = projected.defined() ? projected.data_ptr<T>() : nullptr;
+    for (int64_t i = 0; i < step.count; ++i) {
+      const int64_t s = step.first + i;
+      const T* __restrict c = history + s * H + first;
+      const T* __restrict later = carried + call.walk.row[s] * H + first;
+      T* __restrict o = q + i * W + 3 * u;
+      T* __restrict d_o = d + i * W + 3 * u;
+      const T* __restrict dhi = dh + i * u;
+      T* __restrict dci = dc + i * u;
+#pragma omp simd
+      for (int64_t j = 0; j < u; ++j) {
+        const T gate = sigmoid(o[j]), t = tangent(c[j]);
+        d_o[j] = dhi[j] * t * gate * (1 - gate);
+        dci[j] = later[j] + dhi[j] * gate * (1 - t * t);
+      }
+      if (inside != nullptr)
+        for (int64_t j = 0; j < u; ++j) inside[s * H + first + j] = sigmoid(o[j]) * tangent(c[j]);
+    }
+    norm_backward(cell_norm, me, 0, 1, step.first, step.count, history + step.first * H + first, H, dc, u);
+    for (int64_t i = 0; i < step.count; ++i) {
+      const int64_t s = step.first + i;
+      const T* __restrict c = call.before(call.get(C0), history, H, s) + first;
+      const T* __restrict qi = q + i * W;
+      T* __restrict di = d + i * W;
+      const T* __restrict dci = dc + i * u;
+      T* __restrict earlier = carried + call.walk.row[s] * H + first;
+#pragma omp simd
+      for (int64_t j = 0; j < u; ++j) {
+        const T in = sigmoid(qi[j]), forget = sigmoid(qi[u + j]), g = tangent(qi[2 * u + j]);
+        di[j] = dci[j] * g * in * (1 - in);
+        di[u + j] = dci[j] * c[j] * forget * (1 - forget);
+        di[2 * u + j] = dci[j] * in * (1 - g * g);
+        earlier[j] = dci[j] * forget;
+      }
+    }
+    norm_backward(norm, me, 0, 4, step.first, step.count, q, W, d, W);
+    store(me, step, 0, 4, d, W, grad_input_part, grad_bias_ih);
+  }
+
+  // Leaves dh * z, the direct path to h before the step, in the first third of `d`'s rows.
+  void gru_step(Worker<T>& me, const Step& step, const T* dh, T* q, T* d) {
+    const int64_t u = me.units.size(), H = call.H, W = 3 * u, first = me.units.begin;
+    const T *initial = call.get(H0), *history = kept[HIDDEN].template data_ptr<T>();
+    const T* parts = kept[NEW_PART].template data_ptr<T>();
+    for (int64_t i = 0; i < step.count; ++i) {
+      const T* __restrict qi = q + i * W;
+      const T* __restrict dhi = dh + i * u;
+      T* __restrict di = d + i * W;
+#pragma omp simd
+      for (int64_t j = 0; j < u; ++j) {
+        const T n = tangent(qi[2 * u + j]);
+        di[2 * u + j] = dhi[j] * (1 - sigmoid(qi[u + j])) * (1 - n * n);
+      }
+    }
+    norm_backward(norm, me, 2, 3, step.first, step.count, q + 2 * u, W, d + 2 * u, W);
+    for (int64_t i = 0; i < step.count; ++i) {
+      const int64_t s = step.first + i;
+      const T* __restrict qi = q + i * W;
+      const T* __restrict dhi = dh + i * u;
+      const T* __restrict h = call.before(initial, history, H, s) + first;
+      const T* __restrict part = parts + s * H + first;
+      T* __restrict di = d + i * W;
+#pragma omp simd
+      for (int64_t j = 0; j < u; ++j) {
+        const T r = sigmoid(qi[j]), z = sigmoid(qi[u + j]), n = tangent(qi[2 * u + j]);
+        di[j] = di[2 * u + j] * part[j] * r * (1 - r);
+        di[u + j] = dhi[j] * (h[j] - n) * z * (1 - z);
+      }
+    }
+    norm_backward(norm, me, 0, 2, step.first, step.count, q, W, d, W);
+    store(me, step, 0, 3, d, W, grad_input_part, grad_bias_ih);
+    for (int64_t i = 0; i < step.count; ++i) {
+      const T* __restrict qi = q + i * W;
+      T* __restrict di = d + i * W;
+#pragma omp simd
+      for (int64_t j = 0; j < u; ++j) di[2 * u + j] *= sigmoid(qi[j]);
+    }
+    store(me, step, 0, 3, d, W, grad_hidden_part, grad_bias_hh);
+    for (int64_t i = 0; i < step.count; ++i)
+      for (int64_t j = 0; j < u; ++j) d[i * W + j] = dh[i * u + j] * sigmoid(q[i * W + u + j]);
+  }
+
+  void rnn_step(Worker<T>& me, const Step& step, const T* dh, T* q, T* d) {
+    const int64_t u = me.units.size();
+    const bool tanh = call.options.cell == Cell::rnn_tanh;
+    for (int64_t k = 0; k < step.count * u; ++k) {
+      const T h = tangent(q[k]);
+      d[k] = tanh ? dh[k] * (1 - h * h) : (q[k] > 0 ? dh[k] : T(0));
+    }
+    norm_backward(norm, me, 0, 1, step.first, step.count, q, u, d, u);
+    store(me, step, 0, 1, d, u, grad_input_part, grad_bias_ih);
+  }
+
+  // grad_x: this thread's share of the samples times the input weights.
+  void multiply_inputs(int id, int threads) {
+    constexpr int64_t rows = 56;
+    const Slices slices(call.I);
+    const Range share = part_of(call.walk.S, id, threads);
+    const T *parts = grad_input_part.data_ptr<T>(), *weight = call.get(WEIGHT_IH);
+    const int64_t I = call.I, C = call.C;
+    for (int64_t slice = 0; slice < slices.count(); ++slice) {
+      const int64_t column = slices.begin(slice);
+      for (int64_t s = share.begin; s < share.end; s += rows)
+        gemm(std::min(rows, share.end - s), slices.width(slice), C, parts + s * C, C, weight + column, I,
+             grad_x.data_ptr<T>() + s * I + column, I, false);
+    }
+  }
+
+  void gather_before(int id, int threads) {
+    const Range share = part_of(call.walk.S, id, threads);
+    const T *initial = call.get(H0), *history = kept[HIDDEN].template data_ptr<T>();
+    for (int64_t s = share.begin; s < share.end; ++s)
+      std::copy_n(call.before(initial, history, call.P, s), call.P, samples_before.data_ptr<T>() + s * call.P);
+  }
+
+  struct Product {
+    const Tensor& right;  // [S, K]
+    Tensor& gradient;     // [columns of left, K]
+  };
+
+  // For each product: gradient += left' [., S] right [S, K], for this thread's columns of `left` [S, columns].
+  void multiply_transposed(int id, int threads, const Tensor& left, std::initializer_list<Product> products) {
+    constexpr int64_t tall = 256, chunk = 56;
+    const int64_t S = call.walk.S, columns = left.size(1);
+    const Range share = part_of(columns, id, threads);
+    std::vector<T> packed(tall * chunk);
+    for (int64_t s = 0; s < S; s += tall) {
+      const int64_t depth = std::min(tall, S - s);
+      for (int64_t c = share.begin; c < share.end; c += chunk) {
+        const int64_t count = std::min(chunk, share.end - c);
+        transpose(left.data_ptr<T>() + s * columns + c, columns, depth, count, packed.data());
+        for (const Product& product : products) {
+          const int64_t K = product.right.size(1);
+          const Slices slices(K);
+          for (int64_t slice = 0; slice < slices.count(); ++slice) {
+            const int64_t k = slices.begin(slice);
+            gemm(count, slices.width(slice), depth, packed.data(), depth, product.right.template data_ptr<T>() + s * K + k,
+                 K, product.gradient.template data_ptr<T>() + c * K + k, K, true);
+          }
+        }
+      }
+    }
+  }
+
+  void multiply_weights(int id, int threads) {
+    const Tensor samples = call.samples.view({-1, call.I});
+    if (call.options.cell == Cell::gru) {
+      multiply_transposed(id, threads, grad_input_part, {{samples, grad_weight_ih}});
+      multiply_transposed(id, threads, grad_hidden_part, {{samples_before, grad_weight_hh}});
+    } else {
+      multiply_transposed(id, threads, grad_input_part, {{samples, grad_weight_ih}, {samples_before, grad_weight_hh}});
+    }
+    if (projected.defined()) multiply_transposed(id, threads, grad_hidden, {{projected, grad_weight_hr}});
+  }
+
+  // In the order of rnnorm.ops.call.DIFFERENTIABLE; what does not apply is empty.
+  std::vector<Tensor> results() {
+    const Walk& walk = call.walk;
+    if (need_input && !walk.dense) {
+      const Tensor compact = grad_x;
+      grad_x = call.zeros({walk.T * walk.N, call.I});
+      for (int64_t s = 0; s < walk.S; ++s)
+        std::copy_n(compact.data_ptr<T>() + s * call.I, call.I, grad_x.data_ptr<T>() + walk.position[s] * call.I);
+    }
+    if (need_input) grad_x = grad_x.view({walk.T, walk.N, call.I});
+    if (grad_bias_hh.defined() && call.options.cell != Cell::gru) grad_bias_hh.copy_(grad_bias_ih);
+    const auto affine = [](const Tensor& both, int64_t row) { return both.numel() ? both.select(0, row).clone() : Tensor(); };
+    std::vector<Tensor> out{grad_x, grad_h, grad_c, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh,
+                            grad_weight_hr, affine(grad_affine, 0), affine(grad_affine, 1),
+                            affine(grad_cell_affine, 0), affine(grad_cell_affine, 1)};
+    for (Tensor& gradient : out)
+      if (!gradient.defined()) gradient = call.empty({0});
+    return out;
+  }
+};
+
+Options options_of(std::string_view cell, std::string_view norm, std::string_view guard, at::ArrayRef<double> constants,
+                   bool cell_norm, bool training, bool reverse, bool save, bool micro) {
+  return {named<Cell>(cell_names, cell), named<Kind>(kind_names, norm), named<Guard>(guard_names, guard),
+          constants[0], constants[1], constants[2], constants[3], constants[4],
+          cell_norm, training, reverse, save, micro && micro_kernel_works()};
+}
+
+template <typename Function>
+auto by_dtype(const Operands& operands, const Function& function) {
+  const Tensor x = std::optional<Tensor>(operands.get(X)).value();
+  return x.scalar_type() == at::kDouble ? function(double()) : function(float());
+}
+
+std::vector<Tensor> forward(const Operands& operands, std::string_view cell, std::string_view norm,
+                            std::string_view guard, at::ArrayRef<double> constants, bool cell_norm, bool training,
+                            bool reverse, bool save, bool micro) {
+  const Options options = options_of(cell, norm, guard, constants, cell_norm, training, reverse, save, micro);
+  return by_dtype(operands, [&](auto zero) { return Forward<decltype(zero)>(operands, options).run(); });
+}
+
+std::vector<Tensor> backward(const Operands& grads, const Operands& operands, const std::vector<Tensor>& kept,
+                             std::string_view cell, std::string_view norm, std::string_view guard,
+                             at::ArrayRef<double> constants, bool cell_norm, bool training, bool reverse, bool micro,
+                             bool need_input, bool need_weights) {
+  const Options options = options_of(cell, norm, guard, constants, cell_norm, training, reverse, true, micro);
+  return by_dtype(operands, [&](auto zero) {
+    return Backward<decltype(zero)>(grads, operands, kept, options, need_input, need_weights).run();
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rnnorm_cpu, CPU, library) {
+  library.impl("forward", &forward);
+  library.impl("backward", &backward);
+}
+
+}  // namespace rnnorm

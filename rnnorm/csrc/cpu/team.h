@@ -1,0 +1,87 @@
+// The threads of one call: they live for the whole time loop and meet at a barrier that spins.
+#pragma once
+
+#include <omp.h>
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+namespace rnnorm {
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// The part of `count` items that belongs to thread `id` of `threads`.
+inline Range part_of(int64_t count, int id, int threads) {
+  return {count * id / threads, count * (id + 1) / threads};
+}
+
+// Between two steps there are microseconds of work: a system call would cost more than the wait.
+class Team {
+ public:
+  int size() const { return size_; }
+
+  void wait() {
+    const int generation = generation_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      generation_.store(generation + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
+      if (failed_.load(std::memory_order_relaxed)) throw std::runtime_error("rnnorm: another thread failed");
+      if (spins < 20000) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+  // Run `work(id, team)` on up to `threads` threads; the first exception of any of them is thrown here.
+  template <typename Work>
+  static void run(int threads, const Work& work) {
+    Team team;
+    std::exception_ptr failure;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp single
+      team.size_ = omp_get_num_threads();
+      try {
+        work(omp_get_thread_num(), team);
+      } catch (...) {
+        bool expected = false;
+        if (team.failed_.compare_exchange_strong(expected, true)) failure = std::current_exception();
+      }
+    }
+    if (failure) std::rethrow_exception(failure);
+  }
+
+ private:
+  int size_ = 1;
+  std::atomic<int> arrived_{0}, generation_{0};
+  std::atomic<bool> failed_{false};
+};
+
+// Sums over all units, which are spread over the threads: each writes its partial values, all meet, each reads all.
+// Two buffers in turn: a thread may still read one while another already writes the next.
+template <typename T>
+class Exchange {
+ public:
+  Exchange(int threads, int64_t values) : values_(values), buffer_(2 * threads * values) {}
+  T* mine(int id, int turn) { return buffer_.data() + (static_cast<int64_t>(turn & 1) * (buffer_.size() / 2)) + id * values_; }
+
+ private:
+  int64_t values_;
+  std::vector<T> buffer_;
+};
+
+}  // namespace rnnorm

@@ -1,0 +1,51 @@
+// The walk over a padded batch: which rows are active at each step, and where their samples lie.
+// Samples are numbered s = 0..S-1 over the real positions only, by step and then by row, so a dense batch has s = t*N + n.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace rnnorm {
+
+struct Step {
+  int64_t first, count;  // samples first .. first + count - 1
+};
+
+struct Walk {
+  int64_t T, N, S = 0;
+  bool dense;
+  std::vector<Step> steps;           // in processing order
+  std::vector<int64_t> row;          // [S] the sequence of a sample
+  std::vector<int64_t> position;     // [S] t*N + n in the padded arrays
+  std::vector<int64_t> before;       // [S] the sample of the same sequence that was processed before it, or -1
+  std::vector<int64_t> last;         // [N] the sample of each sequence that is processed last
+
+  Walk(int64_t T, int64_t N, const int64_t* lengths, bool reverse) : T(T), N(N), dense(true), last(N, -1) {
+    if (lengths != nullptr)
+      for (int64_t n = 0; n < N; ++n) dense = dense && lengths[n] == T;
+    row.reserve(T * N);
+    position.reserve(T * N);
+    std::vector<Step> ascending;
+    for (int64_t t = 0; t < T; ++t) {
+      const int64_t first = S;
+      for (int64_t n = 0; n < N; ++n)
+        if (lengths == nullptr || t < lengths[n]) {
+          row.push_back(n);
+          position.push_back(t * N + n);
+          ++S;
+        }
+      ascending.push_back({first, S - first});
+    }
+    before.assign(S, -1);
+    for (int64_t k = 0; k < T; ++k) {
+      const Step step = ascending[reverse ? T - 1 - k : k];
+      steps.push_back(step);
+      for (int64_t s = step.first; s < step.first + step.count; ++s) {
+        before[s] = last[row[s]];
+        last[row[s]] = s;
+      }
+    }
+  }
+};
+
+}  // namespace rnnorm

@@ -1,0 +1,14 @@
+// The schemas of the CPU operators; kernels are registered beside their code in cpu/.
+#include <torch/library.h>
+
+#include "cpu/gemm.h"
+
+TORCH_LIBRARY(rnnorm_cpu, library) {
+  library.def(
+      "forward(Tensor?[] operands, str cell, str norm, str guard, float[] constants, bool cell_norm, bool training, "
+      "bool reverse, bool save, bool micro) -> Tensor[]");
+  library.def(
+      "backward(Tensor?[] grads, Tensor?[] operands, Tensor[] kept, str cell, str norm, str guard, float[] constants, "
+      "bool cell_norm, bool training, bool reverse, bool micro, bool need_input, bool need_weights) -> Tensor[]");
+  library.def("has_micro_kernel() -> bool", [] { return rnnorm::micro_kernel_works(); });
+}

@@ -1,0 +1,181 @@
+"""Compiling the C++ operators, at first use: one library in a per-user cache, published by one atomic rename.
+
+There is no lock: processes that build at the same time each build their own and publish the same thing; one that is
+killed leaves a folder that nobody reads. `python -m rnnorm.ops.build` builds ahead of time.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from rnnorm.ops.errors import Failure
+
+_SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+_LAST_LINES = 12
+_STALE_SECONDS = 24 * 3600
+
+
+class BuildError(RuntimeError):
+    """The operators cannot be built here; the text says why, with the compiler's last lines."""
+
+
+def cache_folder() -> Path:
+    """`$RNNORM_CACHE`, or `rnnorm` in the user's cache folder."""
+    if chosen := os.environ.get("RNNORM_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnorm"
+
+
+def _sources() -> list[Path]:
+    return sorted(path for path in _SOURCES.rglob("*") if path.suffix in (".cpp", ".h") and "cuda" not in path.parts)
+
+
+def _flags() -> list[str]:
+    include = Path(torch.__file__).parent / "include"
+    machine = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "aarch64": ["-mcpu=native"]}
+    # No -ffast-math: infinities and NaN must stay what they are.
+    arithmetic = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    return [
+        *("-std=c++20", "-O3", "-fPIC", "-fopenmp", *arithmetic, *machine.get(platform.machine(), [])),
+        *(abi, f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"),
+    ]
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _compiler() -> str | None:
+    wanted = os.environ.get("CXX")
+    return next(
+        (path for name in ([wanted] if wanted else ["g++", "c++", "clang++"]) if (path := shutil.which(name))), None
+    )
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _name(compiler: str | None) -> str:
+    """The library's file name; without a compiler, a pattern that any compiler's build of these sources matches."""
+    texts = [f"{path.relative_to(_SOURCES)}\n{path.read_text()}" for path in _sources()]
+    base = _digest(*texts, torch.__version__, *_flags(), _processor())
+    if compiler is None:
+        return f"rnnorm_cpu-{base}-*.so"
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    return f"rnnorm_cpu-{base}-{_digest(compiler, version)}.so"
+
+
+def _compile(compiler: str, folder: Path, target: Path) -> None:
+    """Compile and link into `target`, a file in `folder`. Raises `BuildError` with the compiler's last lines."""
+    units = [path for path in _sources() if path.suffix == ".cpp"]
+    objects = [folder / f"{path.stem}.o" for path in units]
+    jobs = []
+    for unit, made in zip(units, objects, strict=True):
+        # To a file, not a pipe: nobody reads while several compilers run.
+        log = made.with_suffix(".log").open("w+")
+        command = [compiler, *_flags(), "-c", str(unit), "-o", str(made)]
+        jobs.append((subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log))
+    outputs = []
+    for process, log in jobs:
+        if process.wait() != 0:
+            log.seek(0)
+            outputs.append(log.read())
+        log.close()
+    if not outputs:
+        libraries = Path(torch.__file__).parent / "lib"
+        command = [compiler, "-shared", "-fopenmp", "-o", str(target), *map(str, objects)]
+        command += [f"-L{libraries}", "-ltorch_cpu", "-lc10"]
+        linked = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        outputs = [linked.stdout] if linked.returncode else []
+    if outputs:
+        last = "\n".join("\n".join(outputs).strip().splitlines()[-_LAST_LINES:])
+        raise BuildError(f"{compiler} could not build the CPU operators; its last lines:\n{last}")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed builds left behind long ago."""
+    for left in folder.glob("building-*"):
+        try:
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            continue
+
+
+def _build_in(cache: Path, compiler: str, name: str) -> Path:
+    cache.mkdir(parents=True, exist_ok=True)
+    _sweep(cache)
+    folder = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
+    try:
+        built = folder / name
+        _compile(compiler, folder, built)
+        with built.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(built, cache / name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return cache / name
+
+
+def library(quiet: bool = False) -> Path:
+    """The built library, from the cache or built now. Raises `BuildError`."""
+    compiler = _compiler()
+    name = _name(compiler)
+    cache = cache_folder()
+    if found := sorted(cache.glob(name)):
+        return found[0]
+    if compiler is None:
+        raise BuildError(
+            f"no C++ compiler was found ({os.environ.get('CXX') or 'g++, c++, clang++'}) and {cache} holds no library "
+            "built for these sources; install g++, or set CXX"
+        )
+    if not quiet:
+        print(
+            f"rnnorm: building its CPU operators with {compiler}, once for this torch; this takes up to a minute ...",
+            file=sys.stderr,
+            flush=True,
+        )
+    try:
+        return _build_in(cache, compiler, name)
+    except (OSError, BuildError) as problem:
+        # A folder that is read-only or full must not cost the user the operators: build for this process alone.
+        full = isinstance(problem, OSError) or "No space left" in str(problem) or "Read-only" in str(problem)
+        if not full:
+            raise
+        try:
+            return _build_in(Path(tempfile.mkdtemp(prefix="rnnorm-")), compiler, name)
+        except OSError as second:
+            raise BuildError(f"neither {cache} nor the temporary folder can be written: {problem}; {second}") from None
+
+
+@functools.cache
+def load() -> Failure | None:
+    """Load the operators into this process; None if they are there, else why not."""
+    try:
+        torch.ops.load_library(str(library()))
+    except (BuildError, OSError) as problem:
+        return Failure(problem)
+    return None
+
+
+if __name__ == "__main__":
+    try:
+        print(library())
+    except BuildError as problem:
+        sys.exit(f"error: {problem}")
