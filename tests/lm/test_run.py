@@ -1,0 +1,365 @@
+import json
+import signal
+import threading
+
+import pytest
+import torch
+
+from lm import checkpoint, config, run, tokenizers
+from lm.errors import UserError
+from lm.trainer import DivergedError
+
+
+@pytest.fixture
+def corpus(tmp_path, lines):
+    """A folder of three small splits."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split, count in (("train", 60), ("valid", 20), ("test", 20)):
+        (folder / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines(count, seed=count)))
+    return folder
+
+
+@pytest.fixture
+def settings(corpus):
+    """`settings("section.key=value", …)`: small and quick."""
+
+    def make(*assignments):
+        tables = {
+            "data": {"source": str(corpus)},
+            "model": {"hidden_size": 8, "dropout": 0.2},
+            "train": {"epochs": 2, "batch_size": 3, "window": "uniform{2..9}", "lr": 0.5, "log_every": 1, "clip": 1.0},
+        }
+        return config.build(config.override(tables, assignments))
+
+    return make
+
+
+@pytest.fixture
+def train(settings, tmp_path):
+    """`train("section.key=value", …, folder="run", …)`: runs in a folder; returns the outcome."""
+
+    def make(*assignments, folder="run", **options):
+        return run.train(settings(*assignments), tmp_path / folder, say=lambda _: None, **options)
+
+    return make
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_end(ours, theirs):
+    for name in ("last", "best"):
+        left, right = (checkpoint.load(f / "checkpoints" / f"{name}.pt") for f in (ours, theirs))
+        assert left.keys() == right.keys()
+        for key in left.keys() - {"config"}:
+            assert_equal(left[key], right[key], f"{name}.{key}")
+    assert measured(ours) == measured(theirs)
+
+
+def assert_equal(left, right, name):
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), name
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), name
+        for key in left:
+            assert_equal(left[key], right[key], f"{name}.{key}")
+    elif isinstance(left, list):
+        for number, (one, other) in enumerate(zip(left, right, strict=True)):
+            assert_equal(one, other, f"{name}.{number}")
+    else:
+        assert left == right, name
+
+
+def measured(folder):
+    """Every logged value but the times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def test_a_run_folder_holds_all_of_a_run(train, settings, tmp_path):
+    outcome = train()
+    folder = tmp_path / "run"
+    assert outcome.reason == "epochs"
+    assert outcome.score.protocol == "exact"
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.toml", "tokenizer.json", "metrics.jsonl", "tensorboard", "checkpoints")
+    }
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    assert config.build(config.read_toml(folder / "config.toml", "")) == settings()
+    kinds = [row["kind"] for row in measured(folder)]
+    assert kinds.count("valid") == kinds.count("epoch") == 2
+    assert kinds[-1] == "final"
+    trained = run.load(folder)
+    assert trained.tokenizer.sha256 == tokenizers.load(folder / "tokenizer.json").sha256
+    assert run.score(trained, "valid", protocol="exact").ppl == outcome.score.ppl
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "asgd", "adam"])
+def test_stopped_anywhere_and_resumed_ends_with_the_same_bits(train, tmp_path, optimizer, monkeypatch):
+    with_it = (f"train.optimizer={optimizer}", "train.lr=0.05", "train.schedule=plateau", "checkpoint.every_steps=4")
+    whole = train(*with_it, folder="whole")
+    stops = iter((2, 5, 5, whole.step - 1))
+    fit = run.Trainer.fit
+
+    def stopping(self):
+        at = next(stops, None)
+        if at is not None:
+            self.listeners.insert(0, lambda event: self.stop("SIGTERM") if event.step == at else None)
+        return fit(self)
+
+    monkeypatch.setattr(run.Trainer, "fit", stopping)
+    reasons = [train(*with_it, folder="stopped").reason for _ in range(5)]
+    assert reasons == ["SIGTERM"] * 4 + ["epochs"]
+    assert_same_end(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_crash_after_unsaved_steps_is_made_good(train, tmp_path, monkeypatch):
+    train("checkpoint.every_steps=3", folder="whole")
+    fit = run.Trainer.fit
+
+    def crashing(self):
+        def crash(event):
+            if event.step == 5:
+                raise MemoryError
+
+        self.listeners.append(crash)
+        return fit(self)
+
+    monkeypatch.setattr(run.Trainer, "fit", crashing)
+    with pytest.raises(MemoryError):
+        train("checkpoint.every_steps=3", folder="crashed")
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "crashed/checkpoints/last.pt")["progress"]["step"] == 3
+    train("checkpoint.every_steps=3", folder="crashed")
+    assert_same_end(tmp_path / "crashed", tmp_path / "whole")
+
+
+def test_more_epochs_continue_a_finished_run(train, tmp_path):
+    train("train.epochs=3", folder="whole")
+    train()
+    train("train.epochs=3")
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_max_steps_stops_and_more_steps_go_on(train, tmp_path):
+    train(folder="whole")
+    first = train("train.max_steps=3")
+    assert (first.reason, first.step) == ("max_steps", 3)
+    assert first.score is not None
+    train()
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_finished_run_only_scores_again(train, tmp_path):
+    first = train()
+    before = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
+    again = train()
+    assert (again.score, again.step, again.speed) == (first.score, first.step, "no step taken")
+    assert_equal(checkpoint.load(tmp_path / "run/checkpoints/last.pt"), before, "last")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["train.lr=0.25"], "train.lr is 0.5 there and 0.25 here"),
+        (
+            ["model.hidden_size=9", "train.seed=2"],
+            "model.hidden_size is 8 there and 9 here; train.seed is 1 there and 2",
+        ),
+    ],
+)
+def test_a_folder_of_another_configuration_is_refused(train, tmp_path, assignments, message):
+    train()
+    before = files_of(tmp_path / "run")
+    with pytest.raises(UserError, match=message + r".*give --overwrite"):
+        train(*assignments)
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_cosine_schedule_fixes_the_number_of_epochs(train):
+    train("train.schedule=cosine")
+    with pytest.raises(UserError, match=r"train\.epochs is 2 there and 3 here"):
+        train("train.schedule=cosine", "train.epochs=3")
+
+
+def test_an_edited_configuration_file_does_not_pass_for_the_runs_own(train, tmp_path):
+    train()
+    path = tmp_path / "run/config.toml"
+    path.write_text(path.read_text().replace("hidden_size = 8", "hidden_size = 9"))
+    with pytest.raises(UserError, match=r"model\.hidden_size is 8 there and 9 here"):
+        train("model.hidden_size=9")
+
+
+def test_overwrite_moves_the_old_run_aside(train, tmp_path):
+    train()
+    before = files_of(tmp_path / "run")
+    for number in (1, 2):
+        train(f"train.seed={number + 1}", overwrite=True)
+        assert (tmp_path / f"run.old{number}/checkpoints/last.pt").is_file()
+    assert files_of(tmp_path / "run.old1") == before
+    assert run.load(tmp_path / "run").config.train.seed == 3
+
+
+def test_never_resuming_needs_an_empty_folder(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    train("train.max_steps=1", resume="never")
+    with pytest.raises(UserError, match="a run that never resumes needs an empty folder"):
+        train("train.max_steps=1", resume="never")
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": "never"}])
+def test_a_folder_of_other_things_is_never_touched(train, tmp_path, options):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="must be empty or a run's own"):
+        train(**options)
+    assert files_of(tmp_path / "run") == {"thesis.tex": b"years of work"}
+
+
+def test_a_text_that_changed_is_refused(train, corpus, tmp_path):
+    train("train.max_steps=3")
+    before = files_of(tmp_path / "run")
+    with (corpus / "valid.txt").open("a") as file:
+        file.write("one more line\n")
+    with pytest.raises(UserError, match=r"goes on with the text it began with; the valid text of .* is another"):
+        train()
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_moved_text_is_the_same_text(train, corpus, tmp_path):
+    train("train.max_steps=3")
+    corpus.rename(tmp_path / "elsewhere")
+    assert train(f"data.source={tmp_path / 'elsewhere'}").reason == "epochs"
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_damaged_checkpoint_is_named(train, tmp_path, name):
+    train()
+    path = tmp_path / f"run/checkpoints/{name}.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=rf"a checkpoint must be a whole file; .*{name}\.pt"):
+        run.load(tmp_path / "run", which=name)
+    if name == "last":
+        with pytest.raises(UserError, match=r"last\.pt"):
+            train("train.epochs=3")
+
+
+def test_a_missing_last_checkpoint_does_not_cost_the_best(train, tmp_path):
+    train()
+    (tmp_path / "run/checkpoints/last.pt").unlink()
+    before = files_of(tmp_path / "run")
+    with pytest.raises(UserError, match=r"which is missing; best\.pt is there"):
+        train()
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(train, tmp_path, corpus):
+    train()
+    (corpus / "train.txt").write_text((corpus / "train.txt").read_text().replace("cat", "zebra"))
+    train(folder="other")
+    for name in ("best", "last"):
+        (tmp_path / f"other/checkpoints/{name}.pt").replace(tmp_path / f"run/checkpoints/{name}.pt")
+    with pytest.raises(UserError, match="must be of its folder's vocabulary"):
+        run.load(tmp_path / "run")
+    with pytest.raises(UserError, match="must be of its folder's vocabulary"):
+        train()
+
+
+def test_a_checkpoint_of_another_model_is_refused(train, tmp_path):
+    train("train.max_steps=1")
+    path = tmp_path / "run/checkpoints/best.pt"
+    saved = checkpoint.load(path)
+    saved["model"]["embedding.weight"] = torch.zeros(3, 3)
+    checkpoint.save(path, {key: value for key, value in saved.items() if key not in ("format", "version")})
+    with pytest.raises(UserError, match="must hold the model of its configuration"):
+        run.load(tmp_path / "run")
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="a run must be a folder that `train` made"):
+        run.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train.backend=fast", "a backend must be one of auto, .*reference.*'fast' came"),
+        ("train.device=cuda:99", "a device must be one that torch can use here; 'cuda:99' came"),
+        ("train.device=abacus", "a device must be one that torch can use here; 'abacus' came"),
+        ("data.source=nowhere", "'nowhere' came"),
+        ("train.batch_size=1000", "lower the batch size"),
+        ("data.vocab_size=1", "a vocabulary must have at least 3 pieces"),
+        ("data.tokenizer_file=none.json", "does not exist"),
+    ],
+)
+def test_settings_that_cannot_work_here_write_nothing(train, tmp_path, assignment, message):
+    with pytest.raises(UserError, match=message):
+        train(assignment)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverged_run_keeps_its_last_good_checkpoint(train, tmp_path, monkeypatch):
+    train("train.max_steps=4", "checkpoint.every_steps=2")
+    kept = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
+    fit = run.Trainer.fit
+
+    def poisoned(self):
+        self.listeners.insert(0, lambda e: self.model.decoder.bias.data.fill_(float("nan")) if e.step == 5 else None)
+        return fit(self)
+
+    monkeypatch.setattr(run.Trainer, "fit", poisoned)
+    with pytest.raises(DivergedError, match=r"the loss is not finite after 5 steps .*last\.pt \(step 4\)"):
+        train("checkpoint.every_steps=2")
+    after = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
+    assert_equal(after["model"], kept["model"], "model")
+    assert measured(tmp_path / "run")[-1]["kind"] == "diverged"
+    monkeypatch.undo()
+    assert train("checkpoint.every_steps=2").reason == "epochs"
+    assert not [row for row in measured(tmp_path / "run") if row["kind"] == "diverged"]
+
+
+def test_another_corpus_is_scored_with_the_same_vocabulary(train, tmp_path, lines):
+    train("train.max_steps=2")
+    other = tmp_path / "other"
+    other.mkdir()
+    for split in ("train", "valid", "test"):
+        (other / f"{split}.txt").write_text("the zebra sat\n" * 20)
+    score = run.score(run.load(tmp_path / "run"), "test", data=str(other))
+    assert (score.tokens, score.unk) == (80, 20)
+
+
+def test_the_unigram_model_is_of_the_training_text(train, tmp_path, corpus):
+    train("train.max_steps=2")
+    score = run.score(run.load(tmp_path / "run"), "test")
+    assert 2 < score.unigram_ppl < 13
+
+
+@pytest.mark.parametrize("kind", ["char", "unigram"])
+def test_other_tokenizers_train_and_score_per_word(train, tmp_path, kind):
+    outcome = train(f"data.tokenizer={kind}", "train.max_steps=3", *(["data.vocab_size=280"] * (kind == "unigram")))
+    assert outcome.score.tokens > outcome.score.words + outcome.score.eos
+    assert outcome.score.ppl > outcome.score.ppl_per_token
+    assert run.load(tmp_path / "run").tokenizer.kind == kind
+
+
+def test_a_tokenizer_file_is_taken(train, tmp_path, lines):
+    path = tmp_path / "tokenizer.json"
+    tokenizers.save(tokenizers.train("word", ["the cat"], None), path)
+    train(f"data.tokenizer_file={path}", "train.max_steps=2")
+    assert run.load(tmp_path / "run").tokenizer.size == 4
+
+
+def test_signal_handlers_are_put_back(train):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train("train.max_steps=1")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_run_in_a_thread_needs_no_signals(train):
+    reasons = []
+    thread = threading.Thread(target=lambda: reasons.append(train("train.max_steps=1").reason))
+    thread.start()
+    thread.join()
+    assert reasons == ["max_steps"]

@@ -1,0 +1,141 @@
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from lm.evaluator import Score
+from lm.events import Diverged, EpochEnded, Scored, Stepped, Validated
+from lm.tracking import JsonLines, TensorBoard
+
+SCORE = Score("columns", 50.0, 50.0, 40.0, 10, unk=0)
+
+
+def stepped(step, nll=2.0):
+    return Stepped(1, step, 5, 9, nll, 10, 20.0, 10, 0.1, 1.5, 0.5)
+
+
+def epoch(step):
+    return [Validated(1, step, SCORE, best=True), EpochEnded(1, step, 25.0, 10, 3.0)]
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_event_is_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = JsonLines(path, 0, log_every=2, pieces_per_word=2.0)
+    events = [*map(stepped, (1, 2, 3, 4)), *epoch(4), Scored(1, 4, "valid", SCORE), Diverged(2, 4, "loss")]
+    for event in events:
+        log(event)
+    found = rows(path)
+    assert [(row["kind"], row["step"]) for row in found] == [
+        *[("train", 2), ("train", 4), ("valid", 4), ("epoch", 4), ("final", 4), ("diverged", 4)]
+    ]
+    assert found[0] == {
+        "kind": "train",
+        "step": 2,
+        "epoch": 1,
+        "loss": 2.0,
+        "ppl": math.exp(4.0),
+        "lr": 0.1,
+        "grad_norm": 1.5,
+        "tokens_per_second": 20.0,
+    }
+    assert (found[2]["ppl"], found[2]["protocol"], found[2]["best"]) == (50.0, "columns", True)
+    assert (found[3]["loss"], found[3]["ppl"]) == (2.5, math.exp(5.0))
+
+
+def test_what_json_cannot_hold_is_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    JsonLines(path, 0, log_every=1)(stepped(1, nll=1e4))
+    assert "Infinity" not in path.read_text()
+    assert rows(path)[0]["ppl"] is None
+
+
+def test_a_resumed_log_continues_without_gap_or_double(tmp_path):
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    events = [*map(stepped, (1, 2, 3)), *epoch(3), *map(stepped, (4, 5, 6)), *epoch(6), Scored(2, 6, "valid", SCORE)]
+    log = JsonLines(whole, 0, log_every=1)
+    for event in events:
+        log(event)
+    for saved in (2, 3, 4, 6):
+        stopped.unlink(missing_ok=True)
+        log = JsonLines(stopped, 0, log_every=1)
+        for event in events:
+            log(event)  # all of it was logged, but only `saved` steps were saved
+        with stopped.open("a") as file:
+            file.write('{"kind": "train", "st')  # and the last line is torn
+        log = JsonLines(stopped, saved, log_every=1)
+        for event in events:
+            if event.step > saved or isinstance(event, Scored):
+                log(event)
+        assert stopped.read_text() == whole.read_text()
+
+
+def test_a_new_log_drops_what_an_unsaved_run_left(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    JsonLines(path, 0, log_every=1)(stepped(1))
+    JsonLines(path, 0, log_every=1)
+    assert path.read_text() == ""
+
+
+@pytest.fixture
+def board(tmp_path, model, tokenizer):
+    """`board(step)`: a sink into one folder, for a run that stands at this step."""
+    return lambda step: TensorBoard(tmp_path, step, 1, model(), tokenizer, {"train.lr": 0.1, "model.cell": "lstm"})
+
+
+def read(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_tensorboard_files_are_read_back(tmp_path, board):
+    sink = board(0)
+    for event in [*map(stepped, (1, 2)), *epoch(2), Scored(1, 2, "valid", SCORE)]:
+        sink(event)
+    sink.close()
+    found = read(tmp_path)
+    tags = found.Tags()
+    assert {"train/loss", "train/ppl", "train/lr", "train/grad_norm", "train/tokens_per_second"} <= set(tags["scalars"])
+    assert {"valid/loss", "valid/ppl", "epoch/ppl", "final/valid_ppl_columns"} <= set(tags["scalars"])
+    assert [event.step for event in found.Scalars("train/loss")] == [1, 2]
+    assert found.Scalars("valid/ppl")[0].value == 50.0
+    streams = {f"streams/norm_{name}_l0" for name in ("mean", "var", "u", "v")}
+    assert streams <= set(tags["histograms"])
+    assert found.Histograms("streams/norm_var_l0")[0].histogram_value.num == 48
+    assert any(tag.startswith("sample") for tag in tags["tensors"])
+    content = found.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert b"train.lr" in content
+    assert b"lstm" in content
+
+
+def test_tensorboard_continues_without_double(tmp_path, board):
+    first = board(0)
+    for event in [*map(stepped, (1, 2, 3, 4)), *epoch(4), Scored(1, 4, "valid", SCORE)]:
+        first(event)
+    first.close()
+    again = board(2)
+    for event in [*map(stepped, (3, 4)), *epoch(4), Scored(1, 4, "valid", SCORE)]:
+        again(event)
+    again.close()
+    finished = board(4)
+    finished(Scored(1, 4, "valid", SCORE))
+    finished.close()
+    found = read(tmp_path)
+    assert [event.step for event in found.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in found.Scalars("valid/ppl")] == [4]
+    assert len(found.Scalars("final/valid_ppl_columns")) == 1
+
+
+def test_importing_the_toolkit_loads_no_sink_and_no_corpus_library():
+    heavy = ("tensorboard", "torch.utils.tensorboard", "datasets", "sentencepiece", "pyarrow")
+    code = f"import lm.cli, sys; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
