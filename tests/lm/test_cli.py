@@ -1,0 +1,274 @@
+"""The command line: every verb through a real process, and every fault of the input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lm.cli import main
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+QUICK = ("--set", "model.hidden_size=8", "--set", "train.batch_size=3", "--set", "train.window=8")
+QUICK += ("--set", "train.lr=0.5", "--set", "train.clip=0.5", "--set", "train.log_every=1")
+
+
+@pytest.fixture
+def corpus(tmp_path, lines):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split, count in (("train", 60), ("valid", 20), ("test", 20)):
+        (folder / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines(count, seed=count)))
+    return folder
+
+
+@pytest.fixture
+def process(tmp_path):
+    """`process("train", …, code=0)`: runs `python -m lm` in an empty folder; returns stdout and stderr."""
+
+    def make(*arguments, code=0, program=("-m", "lm")):
+        found = subprocess.run(
+            [sys.executable, *program, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            timeout=120,
+        )
+        assert found.returncode == code, found.stdout + found.stderr
+        assert "Traceback" not in found.stderr
+        assert "Warning" not in found.stderr
+        return found.stdout, found.stderr
+
+    return make
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """The same without the seconds that a process takes to start."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(*arguments, code=0):
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == code
+        return capsys.readouterr()
+
+    return make
+
+
+@pytest.fixture
+def trained(call, corpus, tmp_path):
+    call("train", "--data", corpus, "--run", "run", "--set", "train.epochs=1", *QUICK)
+    return tmp_path / "run"
+
+
+def fault(call, *arguments, code=2):
+    """The one line that a fault of the input prints."""
+    out, err = call(*arguments, code=code)
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_train_eval_sample(process, corpus):
+    out, err = process("train", "--data", "text", "--set", "train.epochs=2", *QUICK)
+    assert re.search(r"epoch 1/2: train ppl [\d.,]+, valid ppl [\d.,]+ \(columns, best so far\), [\d,]+ tokens/s", err)
+    assert "data text:" in err
+    assert re.search(r"^runs/default-text: \d+ steps, [\d,]+ tokens/s$", out, re.MULTILINE)
+    valid = float(re.search(r"valid perplexity ([\d.,]+) \(exact, best checkpoint\)", out)[1])
+    assert "tensorboard --logdir runs/default-text/tensorboard" in out
+    out, _ = process("eval", "runs/default-text", "--json")
+    record = json.loads(out)
+    assert round(record["ppl"], 2) == valid
+    assert (record["split"], record["protocol"]) == ("valid", "exact")
+    assert {"nll", "tokens", "words", "eos", "unk", "ppl_without_eos", "bits_per_byte", "unigram_ppl"} <= set(record)
+    assert len(record["data_sha256"]) == len(record["vocabulary_sha256"]) == 64
+    out, _ = process("eval", "runs/default-text", "--split", "test", "--protocol", "chunk-mean")
+    assert out.startswith("test perplexity ")
+    assert "(chunk-mean, " in out
+    first, _ = process("sample", "runs/default-text", "--prompt", "the cat", "--length", "12", "--seed", "3")
+    again, _ = process("sample", "runs/default-text", "--prompt", "the cat", "--length", "12", "--seed", "3")
+    assert first == again
+    assert first.startswith("the cat")
+
+
+def test_a_run_goes_on_from_its_folder_alone(call, trained):
+    _, err = call("train", "--run", trained, "--set", "train.epochs=2")
+    assert re.search(r"goes on after step \d+", err)
+    assert "epoch 2/2" in err
+    assert "epoch 1/2" not in err
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(call, corpus, tmp_path):
+    for number, (name, code) in enumerate((("SIGINT", 130), ("SIGTERM", 143))):
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "lm",
+                "train",
+                "--data",
+                corpus,
+                "--run",
+                "run",
+                "--set",
+                "train.epochs=5000",
+                *QUICK,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+        )
+        log = tmp_path / "run/metrics.jsonl"
+        enough = 60 * (number + 1)
+        deadline = time.monotonic() + 100
+        while not (log.exists() and log.read_text().count("\n") > enough) and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(getattr(signal, name))
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        assert re.search(rf"stopped by {name} after step \d+; saved; go on with: rnnlm train --run run\n", err)
+        assert "Traceback" not in err
+        assert out == ""
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"train"' in line]
+    assert steps == list(range(1, len(steps) + 1)), "no gap and no double after the resumed run"
+
+
+def test_a_run_that_diverges_exits_with_one(call, corpus, tmp_path):
+    err = call("train", "--data", corpus, "--run", "run", *QUICK, "--set", "train.lr=1e38", code=1)[1]
+    assert re.search(
+        r"error: the \S+.* is not finite after \d+ steps.*the last good checkpoint is run/checkpoints", err
+    )
+    assert (tmp_path / "run/checkpoints/last.pt").is_file()
+
+
+def test_data_verbs(process, call, corpus):
+    assert "python-docs" in process("data", "list")[0]
+    assert "entropy" in call("data", "get", "markov")[0]
+    assert "train" in call("data", "check", "text")[0]
+    assert "'nowhere' came" in fault(call, "data", "check", "nowhere")
+
+
+def test_tokenizer_train(process, call, corpus):
+    out, _ = process("tokenizer", "train", "--kind", "bpe", "--size", "300", "--data", "text", "--out", "bpe.json")
+    assert "bpe vocabulary of 300" in out
+    assert "exists" in fault(call, "tokenizer", "train", "--data", "text", "--out", "bpe.json")
+    arguments = ("--run", "run", "--set", "data.tokenizer_file=bpe.json", "--set", "train.max_steps=2", *QUICK)
+    call("train", "--data", "text", *arguments)
+    assert json.loads(call("eval", "run", "--json")[0])["ppl_per_token"] > 1
+    assert "(chunk-mean, " in call("eval", "run", "--protocol", "chunk-mean")[0]
+    call("sample", "run", "--temperature", "0.5", "--top-k", "3", "--top-p", "0.9", "--length", "5")
+
+
+def test_config_prints_a_preset_that_can_be_given_back(call, corpus, tmp_path):
+    assert "zaremba-large" in call("config", "--list")[0]
+    out, _ = call("config", "--preset", "gru-online", "--set", "train.epochs=1")
+    assert "# recurrent cell" in out
+    (tmp_path / "mine.toml").write_text(out)
+    _, err = call("train", "--preset", "mine.toml", "--data", "text", *QUICK)
+    assert "1x8 gru, norm online" in err
+
+
+def test_help_names_every_option_and_key(process, call):
+    assert {"train", "eval", "sample", "data", "tokenizer", "config"} <= set(process("--help")[0].split())
+    out, _ = call("train", "--help")
+    for word in ("--preset", "--resume", "[default: auto]", "--backend", "train.lr=6.5", "model.alpha_fwd="):
+        assert word in out
+    assert "[default: 1.0]" in call("sample", "--help")[0]
+    assert "0.1.0" in call("--version")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--preset", "papr"), "a preset must be one of default, "),
+        (("train", "--data", "nowhere"), "'nowhere' came"),
+        (("train", "--set", "train.lrr=1"), "train.lrr must be a known key of [train]"),
+        (("train", "--set", "train.lr=fast"), "train.lr must be a valid number; 'fast' came"),
+        (("train", "--set", "train.lr"), "--set must be section.key=value"),
+        (("train", "--set", "model.norm=batch"), "model.norm must be 'online', 'layer', 'rms' or 'none'"),
+        (("train", "--set", "model.guard=no"), "model.guard must be 'scale', 'clamp' or 'none'"),
+        (("train", "--set", "model.alpha_fwd=0"), "model.alpha_fwd must be greater than 0"),
+        (("train", "--set", "model.embedding_size=9"), "tied decoder needs model.embedding_size equal"),
+        (("train", "--set", "train.window=uniform"), "train.window: a window must be"),
+        (("train", "--backend", "fast"), "a backend must be one of auto, "),
+        (("train", "--device", "cuda:99"), "'cuda:99' came"),
+        (("train", "--seed", "x"), "'x' is not a valid integer"),
+        (("train", "--resume", "maybe"), "'maybe' is not one of 'auto', 'never'"),
+        (("eval", "run"), "a run must be a folder that `train` made; run is not"),
+        (("sample", "run"), "a run must be a folder that `train` made; run is not"),
+        (("tokenizer", "train", "--kind", "syllable", "--out", "x"), "'syllable' is not one of 'word', 'char'"),
+        (("fly",), "No such command 'fly'"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(call, tmp_path, arguments, message):
+    assert message in fault(call, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "valid"), (b"", "valid"), (b"the cat\n\xff\n", "byte offset 8")]
+)
+def test_a_split_that_is_missing_empty_or_not_text(call, corpus, tmp_path, content, message):
+    (corpus / "valid.txt").unlink()
+    if content is not None:
+        (corpus / "valid.txt").write_bytes(content)
+    err = fault(call, "train", "--data", "text", "--run", "run")
+    assert message in err
+    assert "valid.txt" in err or "valid" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_to_a_real_process(process, tmp_path):
+    assert "unknown" not in fault(process, "train", "--set", "model.cell=lstn")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_on_a_run(call, trained):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    for arguments, message in (
+        (("eval", trained, "--split", "dev"), "'dev' is not one of 'train', 'valid', 'test'"),
+        (("eval", trained, "--protocol", "fast"), "'fast' is not one of 'exact', 'chunk-mean'"),
+        (("sample", trained, "--temperature", "-1"), "temperature must be at least 0"),
+        (("sample", trained, "--top-p", "2"), "top-p must be above 0 and at most 1"),
+        (("sample", trained, "--length", "0"), "length must be at least 1"),
+        (("train", "--run", trained, "--set", "train.lr=2"), "train.lr is 0.5 there and 2.0 here"),
+        (("train", "--run", trained, "--resume", "never"), "needs an empty folder"),
+        (("train", "--run", trained, "--preset", "gru-online"), "holds another: "),
+    ):
+        assert message in fault(call, *arguments)
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+    best = trained / "checkpoints/best.pt"
+    best.write_bytes(best.read_bytes()[:500])
+    assert "a checkpoint must be a whole file" in fault(call, "eval", trained)
+    best.unlink()
+    assert "a checkpoint must be a file" in fault(call, "sample", trained)
+
+
+def test_a_folder_that_cannot_be_written(call, corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    _, err = call("train", "--data", "text", "--run", "file/run", *QUICK, code=2)
+    assert "error: file/run/config.toml must be writable" in err
+
+
+def test_the_papers_scripts(process, corpus):
+    _, err = process(
+        *("--cell", "rnn", "--norm", "layer", "--data", "text", "--run", "run", "--set", "train.max_steps=2"),
+        *QUICK,
+        program=(str(ROOT / "scripts/train_ptb.py"),),
+    )
+    assert "1x8 rnn_tanh, norm layer, tied" in err
+    script = (str(ROOT / "scripts/evaluate.py"),)
+    out, _ = process("run", "--split", "valid", program=script)
+    assert re.search(r"exact +chunk-mean +unigram +run \(valid\)\n( +[\d.,]+){3}  run\n", out)
+    assert "error: a run must be" in process("nowhere", program=script, code=2)[1]
