@@ -66,7 +66,8 @@ def _(*args: Any) -> Results:
     "rnnorm::sequence_backward",
     mutates_args=MOVED_IN_BACKWARD,
     schema=f"(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor[] saved, bool need_input, bool need_weights, "
-    f"{_operands_schema(MOVED_IN_BACKWARD)}, {_SPEC_SCHEMA}) -> Tensor[]",
+    # One by one: operators that move their arguments and return a list cannot be made functional for torch.compile.
+    f"{_operands_schema(MOVED_IN_BACKWARD)}, {_SPEC_SCHEMA}) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
 )
 def sequence_backward(
     grad_y: Tensor | None,
@@ -76,13 +77,13 @@ def sequence_backward(
     need_input: bool,
     need_weights: bool,
     *args: Any,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     operands, spec = _unpack(args)
     with torch.autocast(operands.x.device.type, enabled=False):
         grads = by_name(spec.backend).backward(
             (grad_y, grad_h, grad_c), operands, saved, spec, need_input, need_weights
         )
-    return [operands.x.new_empty(0) if grad is None else grad for grad in grads]
+    return tuple(operands.x.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _wanted(name: str, need_input: bool, need_weights: bool) -> bool:
@@ -94,12 +95,12 @@ def _wanted(name: str, need_input: bool, need_weights: bool) -> bool:
 @sequence_backward.register_fake
 def _(grad_y: Any, grad_h: Any, grad_c: Any, saved: Any, need_input: bool, need_weights: bool, *args: Any):
     operands, _spec = _unpack(args)
-    return [
+    return tuple(
         torch.empty_like(operand, memory_format=torch.contiguous_format)
         if operand is not None and _wanted(name, need_input, need_weights)
         else operands.x.new_empty(0)
         for name, operand in zip(DIFFERENTIABLE, operands, strict=False)
-    ]
+    )
 
 
 def _sequence_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
@@ -160,10 +161,7 @@ def _(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, alpha_fwd: float, al
 @torch.library.custom_op("rnnorm::online_norm_backward", mutates_args=("u", "v"))
 def online_norm_backward(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha_bwd: float) -> Tensor:
     with torch.autocast(grad.device.type, enabled=False):
-        dx, new_u, new_v = stream.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, alpha_bwd)
-        u.copy_(new_u)
-        v.copy_(new_v)
-        return dx.contiguous()
+        return stream.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, alpha_bwd).contiguous()
 
 
 @online_norm_backward.register_fake

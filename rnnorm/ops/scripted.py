@@ -15,11 +15,11 @@ from torch import Tensor
 
 from rnnorm.norms import CLAMP_LIMIT, SCALE_EPS
 from rnnorm.ops.call import DIFFERENTIABLE, Operands, Results, Spec, results_like, statistics_dtype
-from rnnorm.ops.stream import decay, decayed_sums, scanned, statistics
+from rnnorm.ops.stream import backward_weights, controlled, forward_weights, scanned, statistics
 
 
 class Norm(NamedTuple):
-    """One layer's normalization, for a range of its gates. `mean var u v` [C] are moved in place."""
+    """The normalization of some gates of H units. `mean var u v` [C] are copies, moved in place."""
 
     kind: str
     guard: str
@@ -36,8 +36,9 @@ class Norm(NamedTuple):
     var: Tensor
     u: Tensor
     v: Tensor
-    weights: Tensor  # decay weights and powers of the direction that runs
-    powers: Tensor
+    weights: Tensor  # decay weights of the direction that runs
+    grad_weight: Tensor  # [C], added to by the backward
+    grad_bias: Tensor
 
 
 class Kept(NamedTuple):
@@ -48,50 +49,32 @@ class Kept(NamedTuple):
     scale: Tensor
 
 
+class Trace(NamedTuple):
+    """What the loop keeps of every sample, beside its norms."""
+
+    gates: Tensor  # [S, G*H], the input parts, overwritten by the gates after their nonlinearities
+    h: Tensor  # [S, P], the state before the step
+    c: Tensor  # [S, H], LSTM: the same
+    extra: Tensor  # [S, H], LSTM: tanh(c'); GRU: the recurrent part of n
+
+
 class Steps(NamedTuple):
     """The walk over a sequence: rows `start[k]:stop[k]` of the compact samples are step k, in processing order."""
 
     start: list[int]
     stop: list[int]
-    rows: list[Tensor]  # which sequences are active; empty tensors when all N are
+    rows: list[Tensor]  # which sequences are active; none when all N are
     dense: bool
+    save: bool  # keep the trace of every step, else only the last
 
 
-def _narrow(norm: Norm, start: int, stop: int) -> Norm:
-    weight, bias = norm.weight, norm.bias
-    return Norm(
-        norm.kind,
-        norm.guard,
-        norm.training,
-        norm.eps,
-        norm.alpha_fwd,
-        norm.alpha_bwd,
-        norm.scale_eps,
-        norm.limit,
-        norm.units,
-        None if weight is None else weight[start:stop],
-        None if bias is None else bias[start:stop],
-        norm.mean[start:stop],
-        norm.var[start:stop],
-        norm.u[start:stop],
-        norm.v[start:stop],
-        norm.weights,
-        norm.powers,
-    )
+class Recurrence(NamedTuple):
+    """The weights of the recurrent part, in the dtype of the products, and which nonlinearity an RNN has."""
 
-
-def _keep(kept: Kept, start: int, stop: int, left: int, right: int) -> Kept:
-    """Views on the rows of one step and the channels (gates) of one part."""
-    if kept.y.numel() == 0:
-        return kept
-    H = kept.y.size(1) // kept.scale.size(1)
-    per_gate = kept.rstd.size(1) == kept.scale.size(1)
-    first, last = (left // H, right // H) if per_gate else (left, right)
-    return Kept(
-        kept.y[start:stop, left:right],
-        kept.rstd[start:stop, first:last],
-        kept.scale[start:stop, left // H : right // H],
-    )
+    weight: Tensor  # [G*H, P]
+    bias: Tensor  # [G*H], GRU only: elsewhere the input part holds it
+    projection: Tensor | None  # [P, H]
+    relu: bool
 
 
 def _affine(y: Tensor, norm: Norm) -> Tensor:
@@ -101,78 +84,81 @@ def _affine(y: Tensor, norm: Norm) -> Tensor:
     return y
 
 
-def _normalize(pre: Tensor, norm: Norm, kept: Kept) -> Tensor:
-    """Normalized, scaled and guarded pre-activations `pre` [n, k*H], keeping what the backward needs."""
+def _by_gate(values: Tensor, norm: Norm) -> Tensor:
+    return values.reshape(values.size(0), values.size(1) // norm.units, norm.units)
+
+
+def _inverse_rms(gates: Tensor, eps: float) -> Tensor:
+    """`1 / sqrt(mean_H(gates^2) + eps)` [n, G]."""
+    return (gates * gates).sum(2).mul_(1.0 / gates.size(2)).add_(eps).rsqrt_()
+
+
+def _normalize(pre: Tensor, norm: Norm, kept: Kept, start: int) -> Tensor:
+    """Normalized, scaled and guarded pre-activations `pre` [n, k*H]; writes what the backward needs at row `start`."""
     if norm.kind == "none":
         return pre
-    save = kept.y.numel() > 0
-    n, C = pre.size(0), pre.size(1)
+    stop = start + pre.size(0)
+    kept_rstd = kept.rstd[start:stop]
     if norm.kind == "online":
         if norm.training:
-            d, variance, mean, var = statistics(pre, None, norm.mean, norm.var, norm.alpha_fwd, norm.weights)
-            norm.mean.copy_(mean)
-            norm.var.copy_(var)
+            d, variance = statistics(pre, None, norm.mean, norm.var, norm.alpha_fwd, norm.weights)
+            torch.add(variance, norm.eps, out=kept_rstd).rsqrt_()
         else:
-            d, variance = pre - norm.mean, norm.var
-        rstd = (variance + norm.eps).rsqrt_()
-        y = torch.mul(d, rstd, out=kept.y) if save else d * rstd
+            d = pre - norm.mean
+            kept_rstd.copy_((norm.var + norm.eps).rsqrt_())
+        y = torch.mul(d, kept_rstd, out=kept.y[start:stop])
     else:
-        x = pre.reshape(n, C // norm.units, norm.units)
+        gates = _by_gate(pre, norm)
         if norm.kind == "layer":
-            x = x - x.mean(2, keepdim=True)
-        r = ((x * x).mean(2, keepdim=True) + norm.eps).rsqrt()
-        y = (x * r).reshape(n, C)
-        rstd = r.squeeze(2)
-        if save:
-            kept.y.copy_(y)
-    if save:
-        kept.rstd.copy_(rstd)
+            gates = torch.add(gates, gates.sum(2, keepdim=True), alpha=-1.0 / norm.units)
+        rstd = _inverse_rms(gates, norm.eps)
+        kept_rstd.copy_(rstd)
+        y = kept.y[start:stop].copy_((gates * rstd.unsqueeze(2)).reshape(pre.size()))
     z = _affine(y, norm)
     if norm.guard == "scale":
-        gates = z.reshape(n, C // norm.units, norm.units)
-        scale = ((gates * gates).mean(2, keepdim=True) + norm.scale_eps).rsqrt()
-        if save:
-            kept.scale.copy_(scale.squeeze(2))
-        z = (gates * scale).reshape(n, C)
+        gates = _by_gate(z, norm)
+        scale = _inverse_rms(gates, norm.scale_eps)
+        kept.scale[start:stop].copy_(scale)
+        z = (gates * scale.unsqueeze(2)).reshape(pre.size())
     elif norm.guard == "clamp":
         z = z.clamp(-norm.limit, norm.limit)
     return z
 
 
-def _normalize_backward(grad: Tensor, norm: Norm, kept: Kept, grad_z: Tensor) -> Tensor:
-    """Gradient of the pre-activations for `grad` [n, k*H]; `grad_z` receives that of the affine map's output."""
+def _normalize_backward(grad: Tensor, norm: Norm, kept: Kept, start: int) -> Tensor:
+    """Gradient of the pre-activations for `grad` [n, k*H] at row `start`; adds up those of the affine map."""
     if norm.kind == "none":
         return grad
-    n, C = grad.size(0), grad.size(1)
-    y = kept.y
-    g = grad
+    stop = start + grad.size(0)
+    y, rstd, g = kept.y[start:stop], kept.rstd[start:stop], grad
     if norm.guard == "scale":
-        scale = kept.scale.unsqueeze(2)
-        q = _affine(y, norm).reshape(n, C // norm.units, norm.units) * scale
-        dq = g.reshape(n, C // norm.units, norm.units)
-        g = (torch.addcmul(dq, q, (q * dq).mean(2, keepdim=True), value=-1.0) * scale).reshape(n, C)
+        scale = kept.scale[start:stop].unsqueeze(2)
+        q = _by_gate(_affine(y, norm), norm) * scale
+        dq = _by_gate(g, norm)
+        along = (q * dq).sum(2, keepdim=True)
+        g = (torch.addcmul(dq, q, along, value=-1.0 / norm.units) * scale).reshape(grad.size())
     elif norm.guard == "clamp":
         g = g * (_affine(y, norm).abs() <= norm.limit)
+    gy = g * y
     weight = norm.weight
     if weight is not None:
-        grad_z.copy_(g)
-        g = g * weight
+        norm.grad_weight.add_(gy.sum(0))
+        norm.grad_bias.add_(g.sum(0))
+        g, gy = g * weight, gy * weight
     if norm.kind == "online":
         if not norm.training:
-            return g * kept.rstd
+            return g * rstd
         rest = 1 - norm.alpha_bwd
         one = torch.ones(1, dtype=y.dtype, device=y.device)
-        v_before, v = scanned(torch.addcmul(one, y, y, value=-rest), g * y, norm.v)
-        e = torch.addcmul(g, v_before, y, value=-rest) * kept.rstd
-        u_before, u = decayed_sums(e, norm.u, norm.weights, norm.powers)
-        norm.v.copy_(v)
-        norm.u.copy_(u)
-        return torch.sub(e, u_before, alpha=rest)
-    gates, g = y.reshape(n, C // norm.units, norm.units), g.reshape(n, C // norm.units, norm.units)
-    dx = g - gates * (g * gates).mean(2, keepdim=True)
+        v_before = scanned(torch.addcmul(one, y, y, value=-rest), gy, norm.v)
+        e = torch.addcmul(g, v_before, y, value=-rest).mul_(rstd)
+        return controlled(e, norm.u, norm.alpha_bwd, norm.weights)
+    along = _by_gate(gy, norm).sum(2, keepdim=True)
+    gates, g = _by_gate(y, norm), _by_gate(g, norm)
+    dx = torch.addcmul(g, gates, along, value=-1.0 / norm.units)
     if norm.kind == "layer":
-        dx = dx - g.mean(2, keepdim=True)
-    return (dx * kept.rstd.unsqueeze(2)).reshape(n, C)
+        dx = torch.add(dx, g.sum(2, keepdim=True), alpha=-1.0 / norm.units)
+    return (dx * rstd.unsqueeze(2)).reshape(grad.size())
 
 
 def _gather(state: Tensor, steps: Steps, k: int) -> Tensor:
@@ -183,165 +169,204 @@ def _scatter(state: Tensor, steps: Steps, k: int, value: Tensor) -> Tensor:
     return value if steps.dense else state.index_copy(0, steps.rows[k], value)
 
 
-def _forward(
-    cell: str,
-    x_part: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weight_hh: Tensor,
-    bias_hh: Tensor,
-    weight_hr: Tensor | None,
-    norm: Norm,
-    cell_norm: Norm | None,
+def _plus_product(term: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`term + left @ right`, the product in the dtype of `right`, a weight."""
+    if term.dtype == right.dtype:
+        return torch.addmm(term, left, right)
+    return term + torch.mm(left.to(right.dtype), right).to(term.dtype)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left.to(right.dtype), right).to(left.dtype)
+
+
+def _span(steps: Steps, k: int) -> tuple[int, int, int, int]:
+    """Rows of step k: start and stop among the samples, then in the trace."""
+    start, stop = steps.start[k], steps.stop[k]
+    first = start if steps.save else 0
+    return start, stop, first, first + stop - start
+
+
+def _lstm(
+    states: list[Tensor],
+    recurrence: Recurrence,
+    norms: list[Norm],
+    kepts: list[Kept],
+    trace: Trace,
     steps: Steps,
-    save: bool,
     y: Tensor,
-    gates: Tensor,
-    h_before: Tensor,
-    c_before: Tensor,
-    extra: Tensor,
-    kept: Kept,
-    cell_kept: Kept,
-) -> tuple[Tensor, Tensor]:
-    """All steps. `y` [S, P], and if `save` `gates` [S, G*H] (after their nonlinearities), the states before each step
-    and `extra` [S, H] (LSTM: c' as it enters tanh; GRU: the recurrent part of n) are written. Returns the last h, c.
-    """
-    narrow = weight_hh.dtype
-    w_hh = weight_hh.t()
-    H = weight_hh.size(0)
-    if cell == "lstm":
-        H = H // 4
-    elif cell == "gru":
-        H = H // 3
-    reset_norm, new_norm = norm, norm
-    if cell == "gru" and norm.kind != "none":
-        reset_norm, new_norm = _narrow(norm, 0, 2 * H), _narrow(norm, 2 * H, 3 * H)
+) -> list[Tensor]:
+    """All steps: writes the output `y` [S, P], `trace` and `kepts`, returns the last states. So do the other cells."""
+    h, c = states[0], states[1]
+    weight, projection = recurrence.weight.t(), recurrence.projection
+    H = c.size(1)
     for k in range(len(steps.start)):
-        start, stop = steps.start[k], steps.stop[k]
-        h_k = _gather(h, steps, k)
-        h_part = torch.mm(h_k.to(narrow), w_hh).to(x_part.dtype)
-        x_k = x_part[start:stop]
-        if save:
-            h_before[start:stop].copy_(h_k)
-        if cell == "lstm":
-            c_k = _gather(c, steps, k)
-            q = _normalize(x_k + h_part, norm, _keep(kept, start, stop, 0, 4 * H))
-            a = torch.sigmoid(q, out=gates[start:stop]) if save else q.sigmoid()
-            g = torch.tanh(q[:, 2 * H : 3 * H], out=a[:, 2 * H : 3 * H])
-            c_new = torch.addcmul(a[:, H : 2 * H] * c_k, a[:, :H], g)
-            if cell_norm is not None:
-                c_new = _normalize(c_new, cell_norm, _keep(cell_kept, start, stop, 0, H))
-            h_new = a[:, 3 * H :] * c_new.tanh()
-            if weight_hr is not None:
-                h_new = torch.mm(h_new.to(narrow), weight_hr.t()).to(x_part.dtype)
-            if save:
-                c_before[start:stop].copy_(c_k)
-                extra[start:stop].copy_(c_new)
-            c = _scatter(c, steps, k, c_new)
-        elif cell == "gru":
-            h_part = h_part + bias_hh
-            pre = x_k[:, : 2 * H] + h_part[:, : 2 * H]
-            a = _normalize(pre, reset_norm, _keep(kept, start, stop, 0, 2 * H)).sigmoid()
-            pre = torch.addcmul(x_k[:, 2 * H :], a[:, :H], h_part[:, 2 * H :])
-            n = _normalize(pre, new_norm, _keep(kept, start, stop, 2 * H, 3 * H)).tanh()
-            h_new = torch.addcmul(n, a[:, H:], h_k - n)
-            if save:
-                gates[start:stop, : 2 * H].copy_(a)
-                gates[start:stop, 2 * H :].copy_(n)
-                extra[start:stop].copy_(h_part[:, 2 * H :])
+        start, stop, first, last = _span(steps, k)
+        h_k, c_k = _gather(h, steps, k), _gather(c, steps, k)
+        if steps.save:
+            trace.h[start:stop].copy_(h_k)
+            trace.c[start:stop].copy_(c_k)
+        q = _normalize(_plus_product(trace.gates[start:stop], h_k, weight), norms[0], kepts[0], first)
+        i, f, g, o = torch.sigmoid(q, out=trace.gates[start:stop]).chunk(4, 1)
+        torch.tanh(q[:, 2 * H : 3 * H], out=g)
+        c_new = _normalize(torch.addcmul(f * c_k, i, g), norms[1], kepts[1], first)
+        tanh_c = torch.tanh(c_new, out=trace.extra[first:last])
+        if projection is None:
+            h_new = torch.mul(o, tanh_c, out=y[start:stop])
         else:
-            q = _normalize(x_k + h_part, norm, _keep(kept, start, stop, 0, H))
-            h_new = q.tanh() if cell == "rnn_tanh" else q.relu()
-            if save:
-                gates[start:stop].copy_(h_new)
-        y[start:stop].copy_(h_new)
-        h = _scatter(h, steps, k, h_new)
-    return h, c
+            h_new = y[start:stop].copy_(_product(o * tanh_c, projection.t()))
+        h, c = _scatter(h, steps, k, h_new), _scatter(c, steps, k, c_new)
+    return [h, c]
 
 
-def _backward(
-    cell: str,
-    grad_y: Tensor,
-    grad_h: Tensor,
-    grad_c: Tensor,
-    weight_hh: Tensor,
-    weight_hr: Tensor | None,
-    norm: Norm,
-    cell_norm: Norm | None,
+def _gru(
+    states: list[Tensor],
+    recurrence: Recurrence,
+    norms: list[Norm],
+    kepts: list[Kept],
+    trace: Trace,
     steps: Steps,
-    gates: Tensor,
-    h_before: Tensor,
-    c_before: Tensor,
-    extra: Tensor,
-    kept: Kept,
-    cell_kept: Kept,
-    grad_x_part: Tensor,
-    grad_h_part: Tensor,
-    grad_hidden: Tensor,
-    grad_z: Tensor,
-    grad_cell_z: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """All steps, last first. Writes the gradients of the input and recurrent parts [S, G*H], of the hidden values
-    [S, P] and of the affine outputs. Returns those of the first h, c.
+    y: Tensor,
+) -> list[Tensor]:
+    h = states[0]
+    weight = recurrence.weight.t()
+    H = h.size(1)
+    for k in range(len(steps.start)):
+        start, stop, first, last = _span(steps, k)
+        h_k, x_k, gates = _gather(h, steps, k), trace.gates[start:stop], trace.gates[start:stop]
+        if steps.save:
+            trace.h[start:stop].copy_(h_k)
+        h_part = _plus_product(recurrence.bias, h_k, weight)
+        n_part = trace.extra[first:last].copy_(h_part[:, 2 * H :])
+        q = _normalize(x_k[:, : 2 * H] + h_part[:, : 2 * H], norms[0], kepts[0], first)
+        r, z = torch.sigmoid(q, out=gates[:, : 2 * H]).chunk(2, 1)
+        q = _normalize(torch.addcmul(x_k[:, 2 * H :], r, n_part), norms[1], kepts[1], first)
+        n = torch.tanh(q, out=gates[:, 2 * H :])
+        h_new = torch.addcmul(n, z, h_k - n, out=y[start:stop])
+        h = _scatter(h, steps, k, h_new)
+    return [h]
+
+
+def _rnn(
+    states: list[Tensor],
+    recurrence: Recurrence,
+    norms: list[Norm],
+    kepts: list[Kept],
+    trace: Trace,
+    steps: Steps,
+    y: Tensor,
+) -> list[Tensor]:
+    h = states[0]
+    weight = recurrence.weight.t()
+    for k in range(len(steps.start)):
+        start, stop, first, _ = _span(steps, k)
+        h_k = _gather(h, steps, k)
+        if steps.save:
+            trace.h[start:stop].copy_(h_k)
+        q = _normalize(_plus_product(trace.gates[start:stop], h_k, weight), norms[0], kepts[0], first)
+        h_new = trace.gates[start:stop].copy_(q.relu() if recurrence.relu else q.tanh())
+        h = _scatter(h, steps, k, y[start:stop].copy_(h_new))
+    return [h]
+
+
+def _lstm_backward(
+    grad_y: Tensor,
+    grads: list[Tensor],
+    recurrence: Recurrence,
+    norms: list[Norm],
+    kepts: list[Kept],
+    trace: Trace,
+    steps: Steps,
+    parts: list[Tensor],
+) -> list[Tensor]:
+    """All steps, last first. Writes `parts`, the gradients of the input part, the recurrent part [S, G*H] (the same
+    tensor but for a GRU) and the hidden values [S, P]; returns those of the first states. So do the other cells.
     """
-    narrow = weight_hh.dtype
-    H = gates.size(1)
-    if cell == "lstm":
-        H = H // 4
-    elif cell == "gru":
-        H = H // 3
-    reset_norm, new_norm = norm, norm
-    if cell == "gru" and norm.kind != "none":
-        reset_norm, new_norm = _narrow(norm, 0, 2 * H), _narrow(norm, 2 * H, 3 * H)
+    grad_h, grad_c = grads[0], grads[1]
+    projection = recurrence.projection
+    H = grad_c.size(1)
+    one = torch.ones(1, dtype=grad_c.dtype, device=grad_c.device)
     for j in range(len(steps.start)):
         k = len(steps.start) - 1 - j
         start, stop = steps.start[k], steps.stop[k]
-        a = gates[start:stop]
+        a, tanh_c = trace.gates[start:stop], trace.extra[start:stop]
+        i, f, g, o = a.chunk(4, 1)
         dh = _gather(grad_h, steps, k) + grad_y[start:stop]
-        if cell == "lstm":
-            if weight_hr is not None:
-                grad_hidden[start:stop].copy_(dh)
-                dh = torch.mm(dh.to(narrow), weight_hr).to(grad_y.dtype)
-            i, f, g, o = a[:, :H], a[:, H : 2 * H], a[:, 2 * H : 3 * H], a[:, 3 * H :]
-            tanh_c = extra[start:stop].tanh()
-            dc = torch.addcmul(_gather(grad_c, steps, k), dh * o, 1 - tanh_c * tanh_c)
-            if cell_norm is not None:
-                step_z = grad_cell_z if grad_cell_z.numel() == 0 else grad_cell_z[start:stop]
-                dc = _normalize_backward(dc, cell_norm, _keep(cell_kept, start, stop, 0, H), step_z)
-            dq = torch.cat((dc * g, dc * c_before[start:stop], dc * i, dh * tanh_c), 1)
-            slope = torch.addcmul(a, a, a, value=-1.0)
-            slope[:, 2 * H : 3 * H].copy_(1 - g * g)
-            step_z = grad_z if grad_z.numel() == 0 else grad_z[start:stop]
-            d_pre = _normalize_backward(dq * slope, norm, _keep(kept, start, stop, 0, 4 * H), step_z)
-            grad_x_part[start:stop].copy_(d_pre)
-            grad_c = _scatter(grad_c, steps, k, dc * f)
-            d_recurrent = d_pre
-            dh_direct = torch.zeros(0)
-        elif cell == "gru":
-            rz, n = a[:, : 2 * H], a[:, 2 * H :]
-            r, z = a[:, :H], a[:, H : 2 * H]
-            left = grad_z if grad_z.numel() == 0 else grad_z[start:stop, : 2 * H]
-            right = grad_z if grad_z.numel() == 0 else grad_z[start:stop, 2 * H :]
-            dn = dh * (1 - z) * (1 - n * n)
-            dn_pre = _normalize_backward(dn, new_norm, _keep(kept, start, stop, 2 * H, 3 * H), right)
-            drz = torch.cat((dn_pre * extra[start:stop], dh * (h_before[start:stop] - n)), 1) * rz * (1 - rz)
-            drz_pre = _normalize_backward(drz, reset_norm, _keep(kept, start, stop, 0, 2 * H), left)
-            grad_x_part[start:stop, : 2 * H].copy_(drz_pre)
-            grad_x_part[start:stop, 2 * H :].copy_(dn_pre)
-            d_recurrent = torch.cat((drz_pre, dn_pre * r), 1)
-            grad_h_part[start:stop].copy_(d_recurrent)
-            dh_direct = dh * z
-        else:
-            dq = dh * (1 - a * a) if cell == "rnn_tanh" else dh * (a > 0)
-            step_z = grad_z if grad_z.numel() == 0 else grad_z[start:stop]
-            d_recurrent = _normalize_backward(dq, norm, _keep(kept, start, stop, 0, H), step_z)
-            grad_x_part[start:stop].copy_(d_recurrent)
-            dh_direct = torch.zeros(0)
-        dh_before = torch.mm(d_recurrent.to(narrow), weight_hh).to(grad_y.dtype)
-        if cell == "gru":
-            dh_before = dh_before + dh_direct
-        grad_h = _scatter(grad_h, steps, k, dh_before)
-    return grad_h, grad_c
+        if projection is not None:
+            parts[2][start:stop].copy_(dh)
+            dh = _product(dh, projection)
+        dc = torch.addcmul(_gather(grad_c, steps, k), dh * o, torch.addcmul(one, tanh_c, tanh_c, value=-1.0))
+        dc = _normalize_backward(dc, norms[1], kepts[1], start)
+        slope = torch.addcmul(a, a, a, value=-1.0)
+        torch.addcmul(one, g, g, value=-1.0, out=slope[:, 2 * H : 3 * H])
+        dq = torch.cat((dc * g, dc * trace.c[start:stop], dc * i, dh * tanh_c), 1).mul_(slope)
+        d_pre = _normalize_backward(dq, norms[0], kepts[0], start)
+        parts[0][start:stop].copy_(d_pre)
+        grad_c = _scatter(grad_c, steps, k, dc * f)
+        grad_h = _scatter(grad_h, steps, k, _product(d_pre, recurrence.weight))
+    return [grad_h, grad_c]
+
+
+def _gru_backward(
+    grad_y: Tensor,
+    grads: list[Tensor],
+    recurrence: Recurrence,
+    norms: list[Norm],
+    kepts: list[Kept],
+    trace: Trace,
+    steps: Steps,
+    parts: list[Tensor],
+) -> list[Tensor]:
+    grad_h = grads[0]
+    H = grad_h.size(1)
+    one = torch.ones(1, dtype=grad_h.dtype, device=grad_h.device)
+    for j in range(len(steps.start)):
+        k = len(steps.start) - 1 - j
+        start, stop = steps.start[k], steps.stop[k]
+        a = trace.gates[start:stop]
+        r, z, n = a.chunk(3, 1)
+        rz = a[:, : 2 * H]
+        dh = _gather(grad_h, steps, k) + grad_y[start:stop]
+        dn = (dh - dh * z) * torch.addcmul(one, n, n, value=-1.0)
+        dn_pre = _normalize_backward(dn, norms[1], kepts[1], start)
+        drz = torch.cat((dn_pre * trace.extra[start:stop], dh * (trace.h[start:stop] - n)), 1)
+        drz = drz * torch.addcmul(rz, rz, rz, value=-1.0)
+        drz_pre = _normalize_backward(drz, norms[0], kepts[0], start)
+        torch.cat((drz_pre, dn_pre), 1, out=parts[0][start:stop])
+        d_recurrent = torch.cat((drz_pre, dn_pre * r), 1, out=parts[1][start:stop])
+        grad_h = _scatter(grad_h, steps, k, _plus_product(dh * z, d_recurrent, recurrence.weight))
+    return [grad_h]
+
+
+def _rnn_backward(
+    grad_y: Tensor,
+    grads: list[Tensor],
+    recurrence: Recurrence,
+    norms: list[Norm],
+    kepts: list[Kept],
+    trace: Trace,
+    steps: Steps,
+    parts: list[Tensor],
+) -> list[Tensor]:
+    grad_h = grads[0]
+    for j in range(len(steps.start)):
+        k = len(steps.start) - 1 - j
+        start, stop = steps.start[k], steps.stop[k]
+        h = trace.gates[start:stop]
+        dh = _gather(grad_h, steps, k) + grad_y[start:stop]
+        dq = dh * (h > 0) if recurrence.relu else torch.addcmul(dh, dh * h, h, value=-1.0)
+        d_pre = _normalize_backward(dq, norms[0], kepts[0], start)
+        parts[0][start:stop].copy_(d_pre)
+        grad_h = _scatter(grad_h, steps, k, _product(d_pre, recurrence.weight))
+    return [grad_h]
+
+
+_LOOPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "lstm": (_lstm, _lstm_backward),
+    "gru": (_gru, _gru_backward),
+    "rnn_tanh": (_rnn, _rnn_backward),
+    "rnn_relu": (_rnn, _rnn_backward),
+}
 
 
 @functools.cache
@@ -352,17 +377,19 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.jit.script(function)
 
 
-def _walk(lengths: Tensor | None, T: int, N: int, reverse: bool, device: torch.device) -> tuple[Steps, Tensor | None]:
+def _walk(o: Operands, spec: Spec, save: bool) -> tuple[Steps, Tensor | None]:
     """The steps in processing order, and which rows of the padded [T*N] samples are real (None: all)."""
-    order = range(T - 1, -1, -1) if reverse else range(T)
-    if lengths is None or bool((lengths == T).all()):
-        return Steps([t * N for t in order], [(t + 1) * N for t in order], [], True), None
-    active = torch.arange(T)[:, None] < lengths.cpu()[None, :]
+    T, N, _ = o.x.shape
+    if o.lengths is None or bool((o.lengths == T).all()):
+        order = range(T)[:: -1 if spec.reverse else 1]
+        return Steps([t * N for t in order], [(t + 1) * N for t in order], [], True, save), None
+    order = range(int(o.lengths.max()))[:: -1 if spec.reverse else 1]
+    active = torch.arange(T)[:, None] < o.lengths.cpu()[None, :]
     stops = active.sum(1).cumsum(0).tolist()
     starts = [0, *stops[:-1]]
-    rows = [active[t].nonzero()[:, 0].to(device) for t in order]
-    real = active.flatten().nonzero()[:, 0].to(device)
-    return Steps([starts[t] for t in order], [stops[t] for t in order], rows, False), real
+    rows = [active[t].nonzero()[:, 0].to(o.x.device) for t in order]
+    real = active.flatten().nonzero()[:, 0].to(o.x.device)
+    return Steps([starts[t] for t in order], [stops[t] for t in order], rows, False, save), real
 
 
 def _real_rows(tensor: Tensor, real: Tensor | None) -> Tensor:
@@ -370,65 +397,102 @@ def _real_rows(tensor: Tensor, real: Tensor | None) -> Tensor:
     return rows if real is None else rows.index_select(0, real)
 
 
-def _norm(operands: Operands, spec: Spec, prefix: str, units: int, wide: torch.dtype, backward: bool) -> Norm:
-    """The normalization with that prefix, with copies of its mean and var (the buffers move in the module)."""
-    device = operands.x.device
-    empty = torch.empty(0, dtype=wide, device=device)
-    parts = {name: getattr(operands, f"{prefix}_{name}") for name in ("weight", "bias", "mean", "var", "u", "v")}
-    online = parts["mean"] is not None
-    weight, bias = (None if parts[name] is None else parts[name].to(wide) for name in ("weight", "bias"))
-    weights, powers = empty, empty
-    if online and spec.training:
-        alpha, gain = (spec.alpha_bwd, 1.0) if backward else (spec.alpha_fwd, 1 - spec.alpha_fwd)
-        weights, powers = decay(alpha, gain, operands.x.size(1), parts["mean"])
+def _norm(o: Operands, spec: Spec, prefix: str, on: bool, backward: bool) -> Norm:
+    """The normalization with that prefix, on copies of its streams."""
+    wide, N = statistics_dtype(o.x.dtype), o.x.size(1)
+    empty = torch.empty(0, dtype=wide, device=o.x.device)
+    parts: dict[str, Any] = {name: getattr(o, f"{prefix}_{name}") for name in ("weight", "bias")}
+    parts = {name: None if value is None else value.to(wide) for name, value in parts.items()}
+    for name in ("mean", "var", "u", "v"):
+        stream = getattr(o, f"{prefix}_{name}")
+        parts[name] = empty if stream is None else stream.clone()
+    weights = empty
+    if on and spec.controlled:
+        weights = backward_weights(spec.alpha_bwd, N, empty) if backward else forward_weights(spec.alpha_fwd, N, empty)
     return Norm(
-        spec.norm,
-        spec.guard,
-        spec.training,
-        spec.eps,
-        spec.alpha_fwd,
-        spec.alpha_bwd,
-        SCALE_EPS,
-        CLAMP_LIMIT,
-        units,
-        weight,
-        bias,
-        parts["mean"].clone() if online else empty,
-        parts["var"].clone() if online else empty,
-        parts["u"] if online else empty,
-        parts["v"] if online else empty,
-        weights,
-        powers,
+        kind=spec.norm if on else "none",
+        guard=spec.guard,
+        training=spec.training,
+        eps=spec.eps,
+        alpha_fwd=spec.alpha_fwd,
+        alpha_bwd=spec.alpha_bwd,
+        scale_eps=SCALE_EPS,
+        limit=CLAMP_LIMIT,
+        units=o.weight_ih.size(0) // spec.gates,
+        weights=weights,
+        grad_weight=empty if parts["weight"] is None else torch.zeros_like(parts["weight"]),
+        grad_bias=empty if parts["bias"] is None else torch.zeros_like(parts["bias"]),
+        **parts,
     )
 
 
-def _affine_gradients(grad_z: Tensor, y: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    if weight is None:
-        return None, None
-    return (grad_z * y).sum(0).to(weight.dtype), grad_z.sum(0).to(weight.dtype)
+def _columns(values: Tensor, first: int, last: int, gates: int) -> Tensor:
+    """The columns of the gates `first:last` in values [..., G*H] or [..., G]; a view."""
+    width = values.size(-1) // gates
+    return values[..., first * width : last * width]
 
 
-class _Saved(NamedTuple):
-    """What the backward needs, in the statistics dtype; S rows of at most T*N are used."""
+def _by_part(cell: str, values: tuple[Any, Any], narrow: Callable[[Any, int, int], Any]) -> list[Any]:
+    """What each normalization of a step works on: `values` of the gates, and for an LSTM of the cell state."""
+    return [narrow(values[0], 0, 2), narrow(values[0], 2, 3)] if cell == "gru" else list(values)
 
-    gates: Tensor
-    h_before: Tensor
-    c_before: Tensor
-    extra: Tensor
-    y: Tensor
-    rstd: Tensor
-    scale: Tensor
-    cell_y: Tensor
-    cell_rstd: Tensor
-    cell_scale: Tensor
 
-    @property
-    def kept(self) -> Kept:
-        return Kept(self.y, self.rstd, self.scale)
+def _norms(o: Operands, spec: Spec, backward: bool) -> tuple[Norm, Norm]:
+    return _norm(o, spec, "norm", spec.norm != "none", backward), _norm(o, spec, "cell_norm", spec.cell_norm, backward)
 
-    @property
-    def cell_kept(self) -> Kept:
-        return Kept(self.cell_y, self.cell_rstd, self.cell_scale)
+
+def _narrow_norm(norm: Norm, first: int, last: int) -> Norm:
+    names = ("weight", "bias", "mean", "var", "u", "v", "grad_weight", "grad_bias")
+    channels: dict[str, Any] = {
+        name: _columns(value, first, last, 3) for name in names if (value := getattr(norm, name)) is not None
+    }
+    return norm._replace(**channels)
+
+
+def _narrow_kept(kept: Kept, first: int, last: int) -> Kept:
+    return Kept(*(_columns(values, first, last, 3) for values in kept))
+
+
+def _slabs(o: Operands, spec: Spec) -> list[Tensor]:
+    """Room for the trace and what both norms keep, in the statistics dtype; of one step where nothing is saved."""
+    S, N, C, P, G = o.x.size(0) * o.x.size(1), o.x.size(1), o.weight_ih.size(0), o.h.size(1), spec.gates
+    H = C // G
+
+    def slab(width: int, rows: int = S if spec.save else N) -> Tensor:
+        return o.x.new_empty((rows, width) if width else (0,), dtype=statistics_dtype(o.x.dtype))
+
+    def kept(gates: int, on: bool) -> list[Tensor]:
+        widths = (gates * H, gates * H if spec.norm == "online" else gates, gates) if on else (0, 0, 0)
+        return [slab(width) for width in widths]
+
+    lstm, gru = spec.cell == "lstm", spec.cell == "gru"
+    trace = [slab(C, S), slab(P), slab(H if lstm else 0), slab(H if lstm or gru else 0)]
+    return [*trace, *kept(G, spec.norm != "none"), *kept(1, spec.cell_norm)]
+
+
+def _recurrence(o: Operands, spec: Spec) -> Recurrence:
+    C, wide = o.weight_hh.size(0), statistics_dtype(o.x.dtype)
+    bias = o.x.new_zeros(C, dtype=wide) if o.bias_hh is None else o.bias_hh.to(wide)
+    return Recurrence(o.weight_hh, bias, o.weight_hr, spec.cell == "rnn_relu")
+
+
+def _input_part(samples: Tensor, o: Operands, spec: Spec, out: Tensor) -> None:
+    """`samples @ W + b` [S, G*H] into `out`, and the recurrent bias where that is not inside a gate's product."""
+    if samples.dtype == out.dtype:
+        torch.mm(samples, o.weight_ih.t(), out=out)
+    else:
+        out.copy_(torch.mm(samples, o.weight_ih.t()))
+    if o.bias_ih is not None:
+        out += o.bias_ih
+    if o.bias_hh is not None and spec.cell != "gru":
+        out += o.bias_hh
+
+
+def _padded(rows: Tensor, real: Tensor | None, T: int, N: int) -> Tensor:
+    """Compact samples [S, *] as [T, N, *], zero where padded."""
+    if real is not None:
+        rows = rows.new_zeros(T * N, rows.size(1)).index_copy_(0, real, rows)
+    return rows.view(T, N, rows.size(1))
 
 
 class Scripted:
@@ -439,64 +503,38 @@ class Scripted:
         return None if dtype.is_floating_point else f"it computes in floating point, not in {dtype}"
 
     def saved_like(self, operands: Operands, spec: Spec) -> list[Tensor]:
-        x, G = operands.x, spec.gates
-        S, C, P = x.size(0) * x.size(1), operands.weight_ih.size(0), operands.h.size(1)
-        H = C // G
-
-        def rows(width: int) -> Tensor:
-            shape = (S, width) if width else (0,)
-            return x.new_empty(shape, dtype=statistics_dtype(x.dtype))
-
-        def kept(gates: int, on: bool) -> list[Tensor]:
-            if not on:
-                return [rows(0) for _ in range(3)]
-            return [rows(gates * H), rows(gates * H if spec.norm == "online" else gates), rows(gates)]
-
-        lstm = spec.cell == "lstm"
-        return [
-            *(rows(C), rows(P), rows(H if lstm else 0), rows(H if lstm or spec.cell == "gru" else 0)),
-            *kept(G, spec.norm != "none"),
-            *kept(1, spec.cell_norm),
-        ]
+        return _slabs(operands, spec)
 
     def forward(self, operands: Operands, spec: Spec) -> Results:
-        o = operands
+        o, wide = operands, statistics_dtype(operands.x.dtype)
         T, N, _ = o.x.shape
-        wide = statistics_dtype(o.x.dtype)
-        H = o.weight_ih.size(0) // spec.gates
-        steps, real = _walk(o.lengths, T, N, spec.reverse, o.x.device)
-        samples = _real_rows(o.x, real)
-        x_part = torch.mm(samples, o.weight_ih.t()).to(wide)
-        gru = spec.cell == "gru"
-        bias_hh = x_part.new_zeros(x_part.size(1)) if o.bias_hh is None else o.bias_hh.to(wide)
-        if o.bias_ih is not None:
-            # The GRU's recurrent bias stays with the recurrent part, inside the reset gate's product.
-            x_part += o.bias_ih.to(wide) if gru else o.bias_ih.to(wide) + bias_hh
-        saved = self.saved_like(o, spec) if spec.save else [x_part.new_empty(0)] * len(_Saved._fields)
-        keep = _Saved(*saved)
-        norm = _norm(o, spec, "norm", H, wide, backward=False)
-        cell_norm = _norm(o, spec, "cell_norm", H, wide, backward=False) if spec.cell_norm else None
-        y = x_part.new_empty(samples.size(0), o.h.size(1))
-        c = x_part.new_empty(0) if o.c is None else o.c.to(wide)
-        h, c = _compiled(_forward)(
-            *(spec.cell, x_part, o.h.to(wide), c, o.weight_hh, bias_hh, o.weight_hr),
-            *(norm, cell_norm, steps, spec.save, y),
-            *(keep.gates, keep.h_before, keep.c_before, keep.extra, keep.kept, keep.cell_kept),
-        )
+        steps, real = _walk(o, spec, spec.save)
+        saved = _slabs(o, spec)
         results = results_like(o, spec, saved if spec.save else [])
-        if real is None:
-            results.y.view(y.shape).copy_(y)
-        else:
-            results.y.zero_().view(-1, y.size(1)).index_copy_(0, real, y.to(results.y.dtype))
-        results.h.copy_(h)
-        if o.c is not None:
-            results.c.copy_(c)
+        norms = _norms(o, spec, backward=False)
+        samples = _real_rows(o.x, real)
+        S = samples.size(0)
+        _input_part(samples, o, spec, out=saved[0][:S])
+        in_place = real is None and results.y.dtype == wide
+        y = results.y.view(S, o.h.size(1)) if in_place else saved[0].new_empty(S, o.h.size(1))
+        last = _compiled(_LOOPS[spec.cell][0])(
+            [state.to(wide) for state in (o.h, o.c) if state is not None],
+            _recurrence(o, spec),
+            _by_part(spec.cell, norms, _narrow_norm),
+            _by_part(spec.cell, (Kept(*saved[4:7]), Kept(*saved[7:])), _narrow_kept),
+            Trace(*saved[:4]),
+            steps,
+            y,
+        )
+        if not in_place:
+            results.y.copy_(_padded(y, real, T, N))
+        for result, value in zip((results.h, results.c), last, strict=False):
+            result.copy_(value)
         if spec.controlled:
-            results.norm_mean.copy_(norm.mean)
-            results.norm_var.copy_(norm.var)
-            if cell_norm is not None:
-                results.cell_norm_mean.copy_(cell_norm.mean)
-                results.cell_norm_var.copy_(cell_norm.var)
+            results.norm_mean.copy_(norms[0].mean)
+            results.norm_var.copy_(norms[0].var)
+            results.cell_norm_mean.copy_(norms[1].mean)
+            results.cell_norm_var.copy_(norms[1].var)
         return results
 
     def backward(
@@ -508,57 +546,50 @@ class Scripted:
         need_input: bool,
         need_weights: bool,
     ) -> list[Tensor | None]:
-        o, keep = operands, _Saved(*saved)
+        o, dtype, wide = operands, operands.x.dtype, statistics_dtype(operands.x.dtype)
         T, N, _ = o.x.shape
-        dtype, wide = o.x.dtype, statistics_dtype(o.x.dtype)
-        H = o.weight_ih.size(0) // spec.gates
-        steps, real = _walk(o.lengths, T, N, spec.reverse, o.x.device)
-        S = T * N if real is None else real.size(0)
+        steps, real = _walk(o, spec, save=True)
+        S, C, P = T * N if real is None else real.size(0), o.weight_ih.size(0), o.h.size(1)
 
-        def widened(grad: Tensor | None, like: Tensor | None) -> Tensor:
-            if like is None:
-                return o.x.new_empty(0, dtype=wide)
-            return torch.zeros_like(like, dtype=wide) if grad is None else grad.to(wide).contiguous()
+        def widened(grad: Tensor | None, like: Tensor) -> Tensor:
+            return torch.zeros_like(like, dtype=wide) if grad is None else grad.to(wide)
 
-        grad_y = o.x.new_zeros(1, 1, dtype=wide).expand(S, o.h.size(1))
+        grad_y = o.x.new_zeros(1, 1, dtype=wide).expand(S, P)
         if grads[0] is not None:
             grad_y = _real_rows(grads[0], real).to(wide)
-        norm = _norm(o, spec, "norm", H, wide, backward=True)
-        cell_norm = _norm(o, spec, "cell_norm", H, wide, backward=True) if spec.cell_norm else None
-        grad_x_part = torch.empty(S, H * spec.gates, dtype=wide, device=o.x.device)
-        empty = grad_x_part.new_empty(0)
-        grad_h_part = torch.empty_like(grad_x_part) if spec.cell == "gru" else grad_x_part
-        grad_hidden = empty if o.weight_hr is None else grad_x_part.new_empty(S, o.h.size(1))
-        grad_z = empty if o.norm_weight is None else torch.empty_like(grad_x_part)
-        grad_cell_z = empty if o.cell_norm_weight is None else grad_x_part.new_empty(S, H)
-        grad_h, grad_c = _compiled(_backward)(
-            *(spec.cell, grad_y, widened(grads[1], o.h), widened(grads[2], o.c)),
-            *(o.weight_hh, o.weight_hr, norm, cell_norm, steps),
-            *(keep.gates, keep.h_before, keep.c_before, keep.extra, keep.kept, keep.cell_kept),
-            *(grad_x_part, grad_h_part, grad_hidden, grad_z, grad_cell_z),
+        norms = _norms(o, spec, backward=True)
+        trace = Trace(*saved[:4])
+        input_part = trace.gates.new_empty(S, C)
+        recurrent_part = trace.gates.new_empty(S, C) if spec.cell == "gru" else input_part
+        hidden_part = trace.gates.new_empty((S, P) if o.weight_hr is not None else (0,))
+        first = _compiled(_LOOPS[spec.cell][1])(
+            grad_y,
+            [widened(grad, like) for grad, like in zip(grads[1:], (o.h, o.c), strict=True) if like is not None],
+            _recurrence(o, spec),
+            _by_part(spec.cell, norms, _narrow_norm),
+            _by_part(spec.cell, (Kept(*saved[4:7]), Kept(*saved[7:])), _narrow_kept),
+            trace,
+            steps,
+            [input_part, recurrent_part, hidden_part],
         )
         found: dict[str, Tensor | None] = {
-            "h": grad_h.to(dtype),
-            "c": grad_c.to(dtype) if o.c is not None else None,
+            name: value.to(dtype) for name, value in zip(("h", "c"), first, strict=False)
         }
-        from_input = grad_x_part.to(dtype)
+        for prefix, norm in zip(("norm", "cell_norm"), norms, strict=True):
+            if spec.controlled and norm.kind == "online":
+                getattr(o, f"{prefix}_u").copy_(norm.u)
+                getattr(o, f"{prefix}_v").copy_(norm.v)
+            found[f"{prefix}_weight"], found[f"{prefix}_bias"] = norm.grad_weight, norm.grad_bias
         if need_input:
-            grad_x = torch.mm(from_input, o.weight_ih)
-            if real is not None:
-                grad_x = grad_x.new_zeros(T * N, grad_x.size(1)).index_copy_(0, real, grad_x)
-            found["x"] = grad_x.view_as(o.x)
+            found["x"] = _padded(torch.mm(input_part.to(dtype), o.weight_ih), real, T, N)
         if need_weights:
-            from_hidden = grad_h_part.to(dtype)
-            found["weight_ih"] = torch.mm(from_input.t(), _real_rows(o.x, real))
-            found["weight_hh"] = torch.mm(from_hidden.t(), keep.h_before[:S].to(dtype))
-            if o.bias_ih is not None and o.bias_hh is not None:
-                found["bias_ih"] = grad_x_part.sum(0).to(dtype)
-                found["bias_hh"] = grad_h_part.sum(0).to(dtype)
+            found["weight_ih"] = torch.mm(input_part.to(dtype).t(), _real_rows(o.x, real))
+            found["weight_hh"] = torch.mm(recurrent_part.to(dtype).t(), trace.h[:S].to(dtype))
+            found["bias_ih"], found["bias_hh"] = input_part.sum(0), recurrent_part.sum(0)
             if o.weight_hr is not None:
-                hidden = keep.gates[:S, 3 * H :] * keep.extra[:S].tanh()
-                found["weight_hr"] = torch.mm(grad_hidden.to(dtype).t(), hidden.to(dtype))
-            found["norm_weight"], found["norm_bias"] = _affine_gradients(grad_z, keep.y[:S], o.norm_weight)
-            found["cell_norm_weight"], found["cell_norm_bias"] = _affine_gradients(
-                grad_cell_z, keep.cell_y[:S], o.cell_norm_weight
-            )
-        return [found.get(name) for name in DIFFERENTIABLE]
+                hidden = _columns(trace.gates[:S], 3, 4, 4) * trace.extra[:S]
+                found["weight_hr"] = torch.mm(hidden_part.to(dtype).t(), hidden.to(dtype))
+        return [
+            None if grad is None or operand is None else grad.to(operand.dtype)
+            for grad, operand in zip((found.get(name) for name in DIFFERENTIABLE), operands, strict=False)
+        ]

@@ -2,7 +2,7 @@
 
 With samples in order, each recurrence `s <- a_k * s + b_k` is linear. Where `a` is constant (mean, variance, u) the
 states before every sample are one product with a triangular matrix of decay powers; where it depends on the data
-(v) they are a prefix scan by doubling. Every function here is also valid TorchScript.
+(v) they are a scan. Every function here is also valid TorchScript, and moves the states it is given in place.
 Symbols as in Chiley et al., NeurIPS 2019 (arXiv 1905.05894): alpha the decay factor, u and v the control states.
 """
 
@@ -11,105 +11,130 @@ from torch import Tensor
 
 # Rows of one triangular product: beyond it, the quadratic cost of the product outweighs one more block.
 BLOCK = 64
+# Samples up to which a scan goes row by row: beyond it, doubling has fewer operations by more than it does in vain.
+ROW_BY_ROW = 32
 
 
-def decay(alpha: float, gain: float, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [m+1, m] and powers [m+1, 1], m = min(n, BLOCK), of the recurrence `s <- alpha * s + gain * b_k`:
-
-    the state before sample i, counted from a state `s`, is `powers[i] * s + weights[i] @ b`.
-    """
-    m = min(n, BLOCK)
-    i = torch.arange(m + 1, dtype=torch.float64, device=like.device).unsqueeze(1)
-    exponent = i - 1 - i[:m].t()
-    weights = torch.where(exponent >= 0, gain * torch.pow(alpha, exponent.clamp(min=0)), 0.0)
-    return weights.to(like.dtype), torch.pow(alpha, i).to(like.dtype)
+def _decay(alpha: float, n: int) -> tuple[Tensor, Tensor]:
+    """Of the recurrence `s <- alpha * s + b_k`: powers [m, 1] and weights [m, m], m = n + 1, such that the state before
+    sample i is `powers[i] * s + weights[i] @ b`. Shorter streams use the upper left corners."""
+    i = torch.arange(n + 1, dtype=torch.float64).unsqueeze(1)
+    exponent = i - 1 - i.t()
+    return torch.pow(alpha, i), torch.where(exponent >= 0, torch.pow(alpha, exponent.clamp(min=0)), 0.0)
 
 
-def decayed_sums(b: Tensor, state: Tensor, weights: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
-    """States before each of the n samples `b` [n, C], and after the last [C], by the weights of `decay`."""
-    n, block = b.size(0), weights.size(1)
-    if n <= block:
-        states = torch.addmm(powers[: n + 1] * state, weights[: n + 1, :n], b)
-        return states[:n], states[n]
-    before: list[Tensor] = []
-    for start in range(0, n, block):
-        rows = b[start : start + block]
-        m = rows.size(0)
-        states = torch.addmm(powers[: m + 1] * state, weights[: m + 1, :m], rows)
-        before.append(states[:m])
-        state = states[m]
-    return torch.cat(before), state
+def forward_weights(alpha: float, n: int, like: Tensor) -> Tensor:
+    """For `statistics`: the weights [m+1, m] of m = min(n, BLOCK) samples in the averages."""
+    _, weights = _decay(alpha, max(1, min(n, BLOCK)))
+    return ((1 - alpha) * weights[:, :-1]).to(like.device, like.dtype)
 
 
-def _block_statistics(
-    m: Tensor, w: Tensor | None, mean: Tensor, var: Tensor, alpha: float, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = m.size(0)
-    d = m - mean
-    shift = torch.mm(weights[: n + 1, :n], d)
-    d = d - shift[:n]
-    b = torch.addcmul(-var, d, d, value=alpha)
-    if w is not None:
-        b = b + w
-    variance = var + torch.mm(weights[: n + 1, :n], b)
-    return d, variance[:n], mean + shift[n], variance[n]
+def backward_weights(alpha: float, n: int, like: Tensor) -> Tensor:
+    """For `controlled`: the weights [m, 1+m] of the state u and of m = min(n, BLOCK) values in the sums."""
+    powers, weights = _decay(alpha, max(1, min(n, BLOCK)))
+    return torch.cat((powers, weights[:, :-1]), 1)[:-1].to(like.device, like.dtype)
 
 
 def statistics(
     m: Tensor, w: Tensor | None, mean: Tensor, var: Tensor, alpha: float, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Deviations `d = m - mean` [n, C] and variances [n, C] that each sample is normalized with, then the new states.
+) -> tuple[Tensor, Tensor]:
+    """Deviations `d = m - mean` and the variances [n, C] that each sample is normalized with; moves `mean`, `var` [C].
 
     `m` [n, C] are the samples' own means, `w` [n, C] their own biased variances (None: one value per channel);
-    `weights` are `decay(alpha, 1 - alpha, ...)`. Both states are averages `s <- s + (1 - alpha) * (b - s)`, summed
-    relative to the state before the first sample: a large state costs no digits, and none drifts by rounded weights.
+    `weights` are `forward_weights`. Both states are averages `s <- s + (1 - alpha) * (b - s)`, summed relative to the
+    state before the first sample: a large state costs no digits, and none drifts by rounded weights.
     """
     n, block = m.size(0), weights.size(1)
-    if n <= block:
-        return _block_statistics(m, w, mean, var, alpha, weights)
     ds: list[Tensor] = []
     variances: list[Tensor] = []
-    for start in range(0, n, block):
-        rows = None if w is None else w[start : start + block]
-        d, variance, mean, var = _block_statistics(m[start : start + block], rows, mean, var, alpha, weights)
+    for start in range(0, max(n, 1), block):
+        rows = m if n <= block else m[start : start + block]
+        k = rows.size(0)
+        d = rows - mean
+        full = weights if k == block else weights[: k + 1, :k]
+        d = torch.addmm(d, full[:k], d, alpha=-1.0)
+        mean.add_(d.sum(0), alpha=1 - alpha)
+        b = torch.addcmul(-var, d, d, value=alpha)
+        if w is not None:
+            b = b + w[start : start + block]
+        variance = torch.addmm(var, full, b)
+        var.copy_(variance[k])
         ds.append(d)
-        variances.append(variance)
-    return torch.cat(ds), torch.cat(variances), mean, var
+        variances.append(variance[:k])
+    if len(ds) == 1:
+        return ds[0], variances[0]
+    return torch.cat(ds), torch.cat(variances)
 
 
-def scanned(a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """States of `s <- a_k * s + b_k` before each of the n samples `a`, `b` [n, C], and after the last [C]."""
+def _walked(a: Tensor, b: Tensor, state: Tensor, row_by_row: int = ROW_BY_ROW) -> Tensor:
+    """States of `s <- a_k * s + b_k` before each of the n samples `a`, `b` [n, C] and after the last [n+1, C]."""
     n = b.size(0)
-    if n == 0:
-        return b, state
+    if n <= row_by_row:
+        states = [state]
+        factors, terms = a.unbind(0), b.unbind(0)
+        for k in range(n):
+            states.append(torch.addcmul(terms[k], factors[k], states[k]))
+        return torch.stack(states)
     b = torch.cat((torch.addcmul(b[:1], a[:1], state), b[1:]))
     k = 1
     while k < n:
         b = torch.cat((b[:k], torch.addcmul(b[k:], a[k:], b[:-k])))
         a = torch.cat((a[:k], a[k:] * a[:-k]))
         k *= 2
-    return torch.cat((state.unsqueeze(0), b[: n - 1])), b[n - 1]
+    return torch.cat((state.unsqueeze(0), b))
+
+
+def scanned(a: Tensor, b: Tensor, state: Tensor) -> Tensor:
+    """States of `s <- a_k * s + b_k` before each of the n samples `a`, `b` [n, C]; moves `state` [C]."""
+    n = b.size(0)
+    pairs = n // 2
+    # Joined two by two, half as many samples remain to be walked.
+    first_a, first_b, second_a = a[: 2 * pairs : 2], b[: 2 * pairs : 2], a[1::2]
+    states = _walked(second_a * first_a, torch.addcmul(b[1::2], second_a, first_b), state)
+    firsts = states[:pairs]
+    before = torch.stack((firsts, torch.addcmul(first_b, first_a, firsts)), 1).flatten(0, 1)
+    if n % 2 == 0:
+        state.copy_(states[pairs])
+        return before
+    state.copy_(torch.addcmul(b[n - 1], a[n - 1], states[pairs]))
+    return torch.cat((before, states[pairs:]))
+
+
+def controlled(e: Tensor, u: Tensor, alpha: float, weights: Tensor) -> Tensor:
+    """`e - (1 - alpha) * u` [n, C] with the u before each sample of `u <- u + e - (1 - alpha) * u`; moves `u` [C].
+
+    `weights` are `backward_weights`.
+    """
+    n, block = e.size(0), weights.size(0)
+    blocks: list[Tensor] = []
+    for start in range(0, max(n, 1), block):
+        rows = e if n <= block else e[start : start + block]
+        m = rows.size(0)
+        full = weights if m == block else weights[:m, : m + 1]
+        out = torch.addmm(rows, full, torch.cat((u.unsqueeze(0), rows)), alpha=alpha - 1)
+        u.add_(out.sum(0))
+        blocks.append(out)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def online_norm(
     x: Tensor, mean: Tensor, var: Tensor, alpha: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalize samples `x` [N, C, D] in order: `y` [N, C, D], reciprocal deviations [N, C], new mean and var [C]."""
-    weights, _ = decay(alpha, 1 - alpha, x.size(0), mean)
+    weights = forward_weights(alpha, x.size(0), mean)
+    mean, var = mean.clone(), var.clone()
     m = x.mean(2)
     centred = x - m.unsqueeze(2)
     w = None if x.size(2) == 1 else (centred * centred).mean(2)
-    d, variance, mean, var = statistics(m, w, mean, var, alpha, weights)
+    d, variance = statistics(m, w, mean, var, alpha, weights)
     rstd = (variance + eps).rsqrt()
     return (centred + d.unsqueeze(2)) * rstd.unsqueeze(2), rstd, mean, var
 
 
-def online_norm_backward(
-    g: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The control process for gradients `g` [N, C, D] of `y` [N, C, D]: `dx` [N, C, D], new u and v [C]."""
-    weights, powers = decay(alpha, 1.0, g.size(0), u)
-    v_before, v = scanned(1 - (1 - alpha) * (y * y).mean(2), (g * y).mean(2), v)
+def online_norm_backward(g: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha: float) -> Tensor:
+    """The control process for gradients `g` [N, C, D] of `y` [N, C, D]: `dx` [N, C, D]; moves `u`, `v` [C]."""
+    v_before = scanned(1 - (1 - alpha) * (y * y).mean(2), (g * y).mean(2), v)
     e = (g - (1 - alpha) * v_before.unsqueeze(2) * y) * rstd.unsqueeze(2)
-    u_before, u = decayed_sums(e.mean(2), u, weights, powers)
-    return e - (1 - alpha) * u_before.unsqueeze(2), u, v
+    own = e.mean(2)
+    shift = controlled(own, u, alpha, backward_weights(alpha, g.size(0), u)) - own
+    return e + shift.unsqueeze(2)
