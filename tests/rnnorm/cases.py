@@ -54,6 +54,7 @@ class Case:
     lengths: tuple[int, ...] | None = None
     training: bool = True
     windows: int = 2
+    spread: float = 1.0
 
     def build(self, backend: str, dtype: torch.dtype = torch.float64) -> Any:
         """The layer, with affine parameters and streams away from where they start."""
@@ -105,8 +106,12 @@ ODD = [
         "ragged_blocks": {"N": stream.BLOCK + 6, "T": 3, "lengths": tuple(1 + n % 3 for n in range(stream.BLOCK + 6))},
         "full_lengths": {"lengths": (7,) * 5},
         "three_windows": {"windows": 3, "lengths": (2, 7, 7, 3, 1)},
+        "all_short": {"lengths": (2, 5, 3, 1, 4)},
     }.items()
-] + [_sized(cell, "online-scale", "H1", H=1, I=1) for cell in ("lstm", "gru", "rnn_tanh")]
+]
+ODD += [_sized(cell, "online-scale", "H1", H=1, I=1) for cell in ("lstm", "gru", "rnn_tanh")]
+# Inputs large enough that the clamp bites.
+ODD += [_sized(cell, "online-clamp", "far", spread=30.0) for cell in CELLS]
 
 ALL = PRODUCT + ODD
 BY_ID = {case.id: case for case in ALL}
@@ -136,7 +141,7 @@ def run(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> dict[st
     state = [draw(rows, case.N, width) for width in ((out, case.H) if case.layer == "LSTM" else (out,))]
     for w in range(case.windows):
         layer.zero_grad()
-        x = draw(case.T, case.N, case.I).requires_grad_()
+        x = (case.spread * draw(case.T, case.N, case.I)).requires_grad_()
         state = [value.detach().requires_grad_() for value in state]
         lengths = None if case.lengths is None else list(case.lengths)
         y, last = layer(x, tuple(state) if case.layer == "LSTM" else state[0], lengths=lengths)
