@@ -167,7 +167,7 @@ def require_device(name: str) -> torch.device:
     """Returns the device of this name, or raises UserError."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # `meta` has no values
     except (RuntimeError, AssertionError, NotImplementedError) as fault:
         why = str(fault).strip().splitlines()[0]
         raise UserError(f"a device must be one that torch can use here; {name!r} came ({why}); use cpu") from None

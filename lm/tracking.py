@@ -44,19 +44,15 @@ class JsonLines:
     def _fields(self, event: Event) -> tuple[str, dict[str, Any]] | None:
         match event:
             case Stepped() if event.step % self.log_every == 0:
-                return "train", {
-                    "loss": event.nll,
-                    "ppl": perplexity(event.nll * self.pieces_per_word, 1),
-                    "lr": event.lr,
-                    "grad_norm": event.grad_norm,
-                    "tokens_per_second": event.tokens / event.seconds,
-                }
+                return "train", _of_step(event, self.pieces_per_word)
             case Validated():
                 return "valid", {"best": event.best, **record(event.score)}
             case EpochEnded():
-                mean = event.nll / event.tokens
-                ppl = perplexity(mean * self.pieces_per_word, 1)
-                return "epoch", {"loss": mean, "ppl": ppl, "tokens": event.tokens, "seconds": event.seconds}
+                return "epoch", {
+                    **_of_epoch(event, self.pieces_per_word),
+                    "tokens": event.tokens,
+                    "seconds": event.seconds,
+                }
             case Diverged():
                 return "diverged", {"what": event.what}
             case Scored():
@@ -75,6 +71,21 @@ def _is_before(line: str, step: int) -> bool:
         return row["kind"] in ("train", "valid", "epoch") and row["step"] <= step and step > 0
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def _of_step(event: Stepped, pieces_per_word: float) -> dict[str, float]:
+    return {
+        "loss": event.nll,
+        "ppl": perplexity(event.nll * pieces_per_word, 1),
+        "lr": event.lr,
+        "grad_norm": event.grad_norm,
+        "tokens_per_second": event.tokens / event.seconds,
+    }
+
+
+def _of_epoch(event: EpochEnded, pieces_per_word: float) -> dict[str, float]:
+    mean = event.nll / event.tokens
+    return {"loss": mean, "ppl": perplexity(mean * pieces_per_word, 1)}
 
 
 class TensorBoard:
@@ -109,39 +120,28 @@ class TensorBoard:
     def __call__(self, event: Event) -> None:
         match event:
             case Stepped() if event.step % self.log_every == 0:
-                self._scalars(
-                    event,
-                    {
-                        "train/loss": event.nll,
-                        "train/ppl": perplexity(event.nll * self.pieces_per_word, 1),
-                        "train/lr": event.lr,
-                        "train/grad_norm": event.grad_norm,
-                        "train/tokens_per_second": event.tokens / event.seconds,
-                    },
-                )
+                self._scalars(event, "train", _of_step(event, self.pieces_per_word))
             case Validated():
                 loss = event.score.nll / event.score.tokens
-                self._scalars(event, {"valid/loss": loss, "valid/ppl": event.score.ppl})
+                self._scalars(event, "valid", {"loss": loss, "ppl": event.score.ppl})
                 self._streams(event)
                 text = sample(self.model, self.tokenizer, length=SAMPLE_LENGTH, seed=event.step)
                 self.writer.add_text("sample", "    " + text.replace("\n", "\n    "), event.step)
             case EpochEnded():
-                mean = event.nll / event.tokens
-                ppl = perplexity(mean * self.pieces_per_word, 1)
-                self._scalars(event, {"epoch/loss": mean, "epoch/ppl": ppl})
+                self._scalars(event, "epoch", _of_epoch(event, self.pieces_per_word))
                 self.writer.flush()
             case Scored():
                 # One step on, where a run that goes on voids it: its own final score comes later.
                 event = replace(event, step=event.step + 1)
-                self._scalars(event, {f"final/{event.split}_ppl_{event.score.protocol}": event.score.ppl})
+                self._scalars(event, "final", {f"{event.split}_ppl_{event.score.protocol}": event.score.ppl})
 
     def close(self) -> None:
         """Writes what is pending and closes the file."""
         self.writer.close()
 
-    def _scalars(self, event: Event, values: Mapping[str, float]) -> None:
+    def _scalars(self, event: Event, group: str, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name, value, event.step)
+            self.writer.add_scalar(f"{group}/{name}", value, event.step)
 
     def _streams(self, event: Event) -> None:
         for name, buffer in self.model.layers.named_buffers():

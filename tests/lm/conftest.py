@@ -1,6 +1,6 @@
 """Small texts, models and trainers that every test of the toolkit may ask for."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,6 @@ from lm import stream, tokenizers
 from lm.model import LanguageModel
 
 WORDS = ("the", "cat", "dog", "sat", "ran", "on", "a", "mat", "and", "slept")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors are slower on many threads, and the machine may be shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _lines(count: int, seed: int = 0) -> list[str]:

@@ -287,6 +287,7 @@ def test_a_folder_that_is_no_run(tmp_path):
     [
         ("train.backend=fast", "a backend must be one of auto, .*reference.*'fast' came"),
         ("train.device=cuda:99", "a device must be one that torch can use here; 'cuda:99' came"),
+        ("train.device=meta", "a device must be one that torch can use here; 'meta' came"),
         ("train.device=abacus", "a device must be one that torch can use here; 'abacus' came"),
         ("data.source=nowhere", "'nowhere' came"),
         ("train.batch_size=1000", "lower the batch size"),
