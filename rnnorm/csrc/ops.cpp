@@ -6,9 +6,9 @@
 TORCH_LIBRARY(rnnorm_cpu, library) {
   library.def(
       "forward(Tensor?[] operands, str cell, str norm, str guard, float[] constants, bool cell_norm, bool training, "
-      "bool reverse, bool save, bool micro) -> Tensor[]");
+      "bool reverse, bool save, bool micro, int threads) -> Tensor[]");
   library.def(
       "backward(Tensor?[] grads, Tensor?[] operands, Tensor[] kept, str cell, str norm, str guard, float[] constants, "
-      "bool cell_norm, bool training, bool reverse, bool micro, bool need_input, bool need_weights) -> Tensor[]");
+      "bool cell_norm, bool training, bool reverse, bool micro, int threads, bool need_input, bool need_weights) -> Tensor[]");
   library.def("has_micro_kernel() -> bool", [] { return rnnorm::micro_kernel_works(); });
 }

@@ -10,6 +10,8 @@ from rnnorm.ops.call import DIFFERENTIABLE, Operands, Results, Spec, statistics_
 
 # False sends every product through BLAS: the path of processors without the micro-kernel, for tests.
 use_micro_kernel = True
+# Threads of a call; 0 leaves it to the kernel, up to torch.get_num_threads().
+threads = 0
 
 
 def _ready(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -66,7 +68,7 @@ class Native:
         found = torch.ops.rnnorm_cpu.forward(
             _ready_operands(operands),
             *(spec.cell, spec.norm, spec.guard, _constants(spec)),
-            *(spec.cell_norm, spec.training, spec.reverse, spec.save, use_micro_kernel),
+            *(spec.cell_norm, spec.training, spec.reverse, spec.save, use_micro_kernel, threads),
         )
         dtype = operands.x.dtype
         y, h, c = (state.to(dtype) for state in found[:3])
@@ -89,7 +91,7 @@ class Native:
             ready,
             list(saved),
             *(spec.cell, spec.norm, spec.guard, _constants(spec)),
-            *(spec.cell_norm, spec.training, spec.reverse, use_micro_kernel, need_input, need_weights),
+            *(spec.cell_norm, spec.training, spec.reverse, use_micro_kernel, threads, need_input, need_weights),
         )
         for name in ("norm_u", "norm_v", "cell_norm_u", "cell_norm_v"):
             buffer, moved = getattr(operands, name), ready[Operands._fields.index(name)]

@@ -40,6 +40,7 @@ struct Options {
   Guard guard;
   double eps, alpha_fwd, alpha_bwd, scale_eps, limit;
   bool cell_norm, training, reverse, save, micro;
+  int64_t threads;  // 0: as many as are useful
 };
 
 template <typename T>
@@ -83,8 +84,13 @@ struct Call {
     for (size_t s = 0; s < index.size(); ++s) std::copy_n(rows + index[s] * width, width, out + s * width);
   }
 
-  // Fewer than a vector of units a thread is not worth a barrier.
-  int threads() const { return static_cast<int>(std::clamp<int64_t>(H / 16, 1, at::get_num_threads())); }
+  // A thread more pays for its barriers where it takes over some microseconds of each step, and has a vector of units.
+  int threads() const {
+    constexpr int64_t worthwhile = 500'000;  // multiplications of a step
+    if (options.threads > 0) return static_cast<int>(std::min(options.threads, H));
+    const int64_t useful = std::min(H / 16, 1 + walk.N * P * C / worthwhile);
+    return static_cast<int>(std::clamp<int64_t>(useful, 1, at::get_num_threads()));
+  }
 
   // `h` or `c` [*, width] of sample s before its step.
   const T* before(const T* initial, const T* history, int64_t width, int64_t s) const {
@@ -683,10 +689,10 @@ struct Backward {
 };
 
 Options options_of(std::string_view cell, std::string_view norm, std::string_view guard, at::ArrayRef<double> constants,
-                   bool cell_norm, bool training, bool reverse, bool save, bool micro) {
+                   bool cell_norm, bool training, bool reverse, bool save, bool micro, int64_t threads) {
   return {named<Cell>(cell_names, cell), named<Kind>(kind_names, norm), named<Guard>(guard_names, guard),
           constants[0], constants[1], constants[2], constants[3], constants[4],
-          cell_norm, training, reverse, save, micro && micro_kernel_works()};
+          cell_norm, training, reverse, save, micro && micro_kernel_works(), threads};
 }
 
 template <typename Function>
@@ -697,16 +703,16 @@ auto by_dtype(const Operands& operands, const Function& function) {
 
 std::vector<Tensor> forward(const Operands& operands, std::string_view cell, std::string_view norm,
                             std::string_view guard, at::ArrayRef<double> constants, bool cell_norm, bool training,
-                            bool reverse, bool save, bool micro) {
-  const Options options = options_of(cell, norm, guard, constants, cell_norm, training, reverse, save, micro);
+                            bool reverse, bool save, bool micro, int64_t threads) {
+  const Options options = options_of(cell, norm, guard, constants, cell_norm, training, reverse, save, micro, threads);
   return by_dtype(operands, [&](auto zero) { return Forward<decltype(zero)>(operands, options).run(); });
 }
 
 std::vector<Tensor> backward(const Operands& grads, const Operands& operands, const std::vector<Tensor>& kept,
                              std::string_view cell, std::string_view norm, std::string_view guard,
                              at::ArrayRef<double> constants, bool cell_norm, bool training, bool reverse, bool micro,
-                             bool need_input, bool need_weights) {
-  const Options options = options_of(cell, norm, guard, constants, cell_norm, training, reverse, true, micro);
+                             int64_t threads, bool need_input, bool need_weights) {
+  const Options options = options_of(cell, norm, guard, constants, cell_norm, training, reverse, true, micro, threads);
   return by_dtype(operands, [&](auto zero) {
     return Backward<decltype(zero)>(grads, operands, kept, options, need_input, need_weights).run();
   });
