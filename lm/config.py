@@ -69,9 +69,11 @@ class ModelConfig(Section):
         default="scale", description="online: against drift of the estimates"
     )
     cell_norm: bool = Field(default=False, description="lstm: normalize the cell state too")
+    embedding_range: Positive = Field(
+        default=1.0, description="uniform initial words in ± this; far below 1, normalized recurrences start chaotic"
+    )
     init_range: Positive | None = Field(
-        default=None,
-        description="uniform initial weights in ± this; none: 0.1 for words, torch's own for layers",
+        default=None, description="uniform initial weights in ± this, words too; none: torch's own for layers"
     )
 
     @field_validator("cell", mode="before")

@@ -33,12 +33,14 @@ class LanguageModel(nn.Module):
         self.word_dropout = config.embedding_dropout
         self.input_dropout = nn.Dropout(_first(config.input_dropout, config.dropout))
         self.output_dropout = nn.Dropout(_first(config.output_dropout, config.dropout))
-        self._initialize(config.init_range)
+        self._initialize(config.init_range, config.embedding_range)
 
     @torch.no_grad()
-    def _initialize(self, init_range: float | None) -> None:
-        for parameter in (self.embedding.weight, self.decoder.weight):
-            nn.init.uniform_(parameter, -(init_range or 0.1), init_range or 0.1)
+    def _initialize(self, init_range: float | None, embedding_range: float) -> None:
+        # Words as large as the state: where the recurrence outweighs the input, a norm amplifies it at every step, and
+        # gradients explode along the window before anything is learned.
+        for parameter, own in ((self.decoder.weight, 0.1), (self.embedding.weight, embedding_range)):
+            nn.init.uniform_(parameter, -(init_range or own), init_range or own)
         nn.init.zeros_(self.decoder.bias)
         if init_range is not None:
             # A normalization's scale starts at one and its shift at zero whatever the weights' range.
