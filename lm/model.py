@@ -39,8 +39,8 @@ class LanguageModel(nn.Module):
     def _initialize(self, init_range: float | None, embedding_range: float) -> None:
         # Words as large as the state: where the recurrence outweighs the input, a norm amplifies it at every step, and
         # gradients explode along the window before anything is learned.
-        for parameter, own in ((self.decoder.weight, 0.1), (self.embedding.weight, embedding_range)):
-            nn.init.uniform_(parameter, -(init_range or own), init_range or own)
+        for parameter, width in ((self.decoder.weight, 0.1), (self.embedding.weight, embedding_range)):
+            nn.init.uniform_(parameter, -(init_range or width), init_range or width)
         nn.init.zeros_(self.decoder.bias)
         if init_range is not None:
             # A normalization's scale starts at one and its shift at zero whatever the weights' range.
