@@ -1,0 +1,265 @@
+"""Measure rnnorm against torch: every row's two sides in turn in one process, medians and ratios.
+
+    python scripts/benchmark.py                  # every row, about ten minutes on 2 cores
+    python scripts/benchmark.py --quick          # a look: few rounds, small sizes only
+    python scripts/benchmark.py --json FILE      # the same as JSON beside the table
+    python scripts/benchmark.py --only LSTM      # rows whose name holds that text
+
+A ratio is time of ours / time of the yardstick, forward and backward, the median over rounds; below 1 we are
+faster. "goal" is what the project set itself for 2 threads.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rnnorm
+from lm.config import ModelConfig
+from lm.loss import linear_cross_entropy
+from lm.model import LanguageModel
+
+Work = Callable[[], Any]
+
+
+class Row(NamedTuple):
+    name: str
+    size: str
+    ours: Work
+    yardstick: Work
+    goal: float | None = None
+
+
+def _layer_work(layer: nn.Module, T: int, N: int, size: int, **call: Any) -> Work:
+    """Forward and backward of a layer, the input's gradient included."""
+    x = torch.randn(T, N, size, requires_grad=True)
+    grad = torch.randn(T, N, size)
+
+    def work() -> None:
+        layer.zero_grad()
+        layer(x, **call)[0].backward(grad)
+
+    return work
+
+
+def _evaluation_work(layer: nn.Module, T: int, size: int) -> Work:
+    x = torch.randn(T, 1, size)
+    layer.eval()
+
+    def work() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    return work
+
+
+class EagerLayerNormLSTM(nn.Module):
+    """What one writes by hand today: a Python loop over steps, torch's LayerNorm on every gate."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(size, size)
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        cell = self.cell
+        parts = F.linear(x, cell.weight_ih, cell.bias_ih)
+        h = c = x.new_zeros(x.size(1), cell.hidden_size)
+        ys = []
+        for part in parts.unbind(0):
+            gates = (part + F.linear(h, cell.weight_hh, cell.bias_hh)).chunk(4, 1)
+            i, f, g, o = (norm(gate) for norm, gate in zip(self.norms, gates, strict=True))
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            ys.append(h)
+        return torch.stack(ys), h
+
+
+class TorchLanguageModel(nn.Module):
+    """The usual word-level model from torch's parts alone: tied, one LSTM, full logits."""
+
+    def __init__(self, vocabulary: int, size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, size)
+        self.layers = nn.LSTM(size, size)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        hidden, _ = self.layers(self.embedding(inputs))
+        logits = F.linear(hidden, self.embedding.weight, self.bias)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _step_work(model: nn.Module, loss: Callable[[], Tensor]) -> Work:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def work() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return work
+
+
+def _decoder_works(M: int, E: int, V: int) -> tuple[Work, Work]:
+    hidden = torch.randn(M, E, requires_grad=True)
+    weight = (0.1 * torch.randn(V, E)).requires_grad_()
+    bias = torch.zeros(V, requires_grad=True)
+    targets = torch.randint(V, (M,))
+
+    def fresh() -> None:
+        hidden.grad = weight.grad = bias.grad = None
+
+    def ours() -> None:
+        fresh()
+        nats, count = linear_cross_entropy(hidden, weight, bias, targets)
+        (nats / count).backward()
+
+    def torchs() -> None:
+        fresh()
+        F.cross_entropy(F.linear(hidden, weight, bias), targets).backward()
+
+    return ours, torchs
+
+
+def _step_works(V: int, size: int, T: int, N: int) -> tuple[Work, Work]:
+    inputs, targets = torch.randint(V, (T, N)), torch.randint(V, (T, N))
+    ours = LanguageModel(ModelConfig(hidden_size=size), V)
+    plain = TorchLanguageModel(V, size)
+
+    def our_loss() -> Tensor:
+        nats, count = ours.loss(ours(inputs)[0], targets)
+        return nats / count
+
+    return _step_work(ours, our_loss), _step_work(plain, lambda: plain.loss(inputs, targets))
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    sizes = [(64, 20, 200), (35, 20, 650), (35, 20, 1500)][: 1 if quick else None]
+    lstm_goals = {"none": (0.80, 0.90, 0.95), "online": (0.90, 0.95, 1.00), "layer": (0.90, 0.95, 1.00)}
+    for norm, goals in lstm_goals.items():
+        for (T, N, H), goal in zip(sizes, goals, strict=False):
+            ours, torchs = _layer_work(rnnorm.LSTM(H, H, norm=norm), T, N, H), _layer_work(nn.LSTM(H, H), T, N, H)
+            yield Row(f"LSTM {norm} / nn.LSTM", f"{T},{N},{H}", ours, torchs, goal)
+    for (T, N, H), goal in zip(sizes, (0.40, 0.45, 0.55), strict=False):
+        ours, torchs = _layer_work(rnnorm.GRU(H, H), T, N, H), _layer_work(nn.GRU(H, H), T, N, H)
+        yield Row("GRU online / nn.GRU", f"{T},{N},{H}", ours, torchs, goal)
+    T, N, H = sizes[0]
+    ours = _layer_work(rnnorm.RNN(H, H), T, N, H)
+    yield Row("RNN tanh online / nn.RNN", f"{T},{N},{H}", ours, _layer_work(nn.RNN(H, H), T, N, H), 0.60)
+    ours = _evaluation_work(rnnorm.LSTM(H, H), 512, H)
+    yield Row("LSTM online, evaluation / nn.LSTM", f"512,1,{H}", ours, _evaluation_work(nn.LSTM(H, H), 512, H), 1.0)
+    online = _layer_work(rnnorm.LSTM(H, H), T, N, H)
+    reference = _layer_work(rnnorm.LSTM(H, H, backend="reference"), T, N, H)
+    scripted = _layer_work(rnnorm.LSTM(H, H, backend="scripted"), T, N, H)
+    yield Row("LSTM online / eager per step (reference)", f"{T},{N},{H}", online, reference, 0.03)
+    yield Row("LSTM online / TorchScript (scripted)", f"{T},{N},{H}", online, scripted)
+    yield Row("LSTM online, scripted / reference", f"{T},{N},{H}", scripted, reference, 0.20)
+    layered = _layer_work(rnnorm.LSTM(H, H, norm="layer"), T, N, H)
+    yield Row("LSTM layer / eager per step", f"{T},{N},{H}", layered, _layer_work(EagerLayerNormLSTM(H), T, N, H))
+    yield Row("linear_cross_entropy / torch's pair", "1280,200,10000", *_decoder_works(1280, 200, 10000), 0.45)
+    yield Row("training step, 1x200 tied / torch's parts", "64,20,200", *_step_works(10000, 200, T, N), 0.40)
+    lengths = torch.randint(1, T + 1, (N,))
+    shorter = _layer_work(rnnorm.LSTM(H, H), T, N, H, lengths=lengths)
+    yield Row("lengths uniform in 1..64 / padded, ours", f"{T},{N},{H}", shorter, online, 1.0)
+
+
+def measure(row: Row, rounds: int) -> dict[str, Any]:
+    """Both sides in turn, after a warm-up of two rounds."""
+    times: list[tuple[float, float]] = []
+    for _ in range(rounds + 2):
+        pair = []
+        for work in (row.ours, row.yardstick):
+            start = time.perf_counter()
+            work()
+            pair.append(time.perf_counter() - start)
+        times.append((pair[0], pair[1]))
+    times = times[2:]
+    ours, yardstick = (statistics.median(side) * 1e3 for side in zip(*times, strict=True))
+    ratio = statistics.median(a / b for a, b in times)
+    return {
+        **{"name": row.name, "size": row.size, "ours_ms": ours, "yardstick_ms": yardstick, "ratio": ratio},
+        **{"best_ratio": min(a for a, _ in times) / min(b for _, b in times), "goal": row.goal},
+    }
+
+
+def growth(rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of the online LSTM where one of T, N, H is doubled at a time."""
+    found = []
+    for T, N, H in [
+        (32, 20, 200),
+        (64, 20, 200),
+        (128, 20, 200),
+        (64, 10, 200),
+        (64, 40, 200),
+        (64, 20, 100),
+        (64, 20, 400),
+    ]:
+        work = _layer_work(rnnorm.LSTM(H, H), T, N, H)
+        times = []
+        for _ in range(rounds + 2):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        found.append({"T": T, "N": N, "H": H, "ms": statistics.median(times[2:]) * 1e3})
+    return found
+
+
+def machine() -> dict[str, Any]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor()
+    return {
+        **{"processor": processor, "threads": torch.get_num_threads(), "torch": torch.__version__},
+        **{"python": platform.python_version(), "backends": rnnorm.backends()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds, small sizes only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds TEXT")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    torch.manual_seed(0)
+    here = machine()
+    print(f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, Python {here['python']}\n")
+    print("| what | T,N,H or M,E,V | ours ms | yardstick ms | ratio | goal |\n|---|---|---|---|---|---|")
+    figures = []
+    for row in rows(chosen.quick):
+        if chosen.only not in row.name:
+            continue
+        slow = "1500" in row.size or "reference" in row.name
+        figure = measure(row, 3 if chosen.quick else 5 if slow else 15)
+        figures.append(figure)
+        goal = "" if row.goal is None else f"{row.goal:.2f}"
+        print(
+            f"| {row.name} | {row.size} | {figure['ours_ms']:.1f} | {figure['yardstick_ms']:.1f} "
+            f"| {figure['ratio']:.2f} | {goal} |",
+            flush=True,
+        )
+    sizes = [] if chosen.only else growth(3 if chosen.quick else 15)
+    if sizes:
+        print("\n| online LSTM: T | N | H | ms |\n|---|---|---|---|")
+        for size in sizes:
+            print(f"| {size['T']} | {size['N']} | {size['H']} | {size['ms']:.2f} |")
+    if chosen.json:
+        chosen.json.write_text(json.dumps({"machine": here, "rows": figures, "growth": sizes}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
