@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def _sources() -> list[Path]:
 
 
 def _flags() -> list[str]:
+    """The compiler's flags; `$RNNORM_CXXFLAGS` adds to them, for sanitizers and debuggers."""
     include = Path(torch.__file__).parent / "include"
     machine = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "aarch64": ["-mcpu=native"]}
     # No -ffast-math: infinities and NaN must stay what they are.
@@ -47,6 +49,7 @@ def _flags() -> list[str]:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     return [
         *("-std=c++20", "-O3", "-fPIC", "-fopenmp", *arithmetic, *machine.get(platform.machine(), [])),
+        *shlex.split(os.environ.get("RNNORM_CXXFLAGS", "")),
         *(abi, f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"),
     ]
 
@@ -99,7 +102,7 @@ def _compile(compiler: str, folder: Path, target: Path) -> None:
         log.close()
     if not outputs:
         libraries = Path(torch.__file__).parent / "lib"
-        command = [compiler, "-shared", "-fopenmp", "-o", str(target), *map(str, objects)]
+        command = [compiler, "-shared", *_flags(), "-o", str(target), *map(str, objects)]
         command += [f"-L{libraries}", "-ltorch_cpu", "-lc10"]
         linked = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         outputs = [linked.stdout] if linked.returncode else []
