@@ -18,6 +18,7 @@ State = Tensor | tuple[Tensor, Tensor]
 class Recurrent(RecurrentModule):
     """Stacked recurrent layers, in one or both directions; `LSTM`, `GRU` and `RNN` say which cell."""
 
+    weight_ih_l0: Tensor
     _torch_options: ClassVar[tuple[str, ...]] = (
         *("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"),
     )
@@ -136,7 +137,7 @@ class Recurrent(RecurrentModule):
             raise ValueError(f"input's last dimension must be input_size = {self.input_size}; got {x.size(2)}")
         if x.size(0) == 0:
             raise ValueError("input must hold at least one step; got T = 0")
-        weight: Tensor = self.get_parameter("weight_ih_l0")
+        weight = self.weight_ih_l0
         wanted = autocast_dtype(x)
         if wanted is None:
             _check.like_weights("input", x, weight)
@@ -214,7 +215,7 @@ class Recurrent(RecurrentModule):
             raise ValueError(
                 f"to_torch needs norm='none': torch.nn.{type(self).__name__} cannot normalize; got {self.norm}"
             )
-        weight = self.get_parameter("weight_ih_l0")
+        weight = self.weight_ih_l0
         same = {name: getattr(self, name) for name in self._torch_options}
         layer = getattr(nn, type(self).__name__)(**same, device=weight.device, dtype=weight.dtype)
         layer.load_state_dict(self.state_dict())

@@ -13,6 +13,7 @@ from rnnorm._module import RecurrentModule, autocast_dtype
 
 class CellModule(RecurrentModule):
     proj_size = 0
+    weight_ih: Tensor
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class CellModule(RecurrentModule):
             raise ValueError(f"input must have shape (N, I) or (I,); got {tuple(input.shape)}")
         single = input.dim() == 1
         x = input.unsqueeze(0) if single else input
-        weight = self.get_parameter("weight_ih")
+        weight = self.weight_ih
         if x.size(1) != self.input_size:
             raise ValueError(f"input's last dimension must be input_size = {self.input_size}; got {x.size(1)}")
         wanted = autocast_dtype(x)
