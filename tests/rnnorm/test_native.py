@@ -164,3 +164,19 @@ def test_refuses_what_it_cannot_run():
     cpu = native.Native()
     assert "not on meta" in str(cpu.why_not(torch.device("meta"), torch.float32, None))
     assert "int64" in str(cpu.why_not(torch.device("cpu"), torch.int64, None))
+
+
+@pytest.mark.parametrize("length", [0, 5])
+def test_lengths_past_the_modules_are_still_checked(length):
+    layer = rnnorm.LSTM(2, 3, backend="cpu")
+    x, h = torch.randn(4, 1, 2), torch.zeros(1, 3)
+    operands = layer._operands("_l0", x, h, h, torch.tensor([length]))
+    with pytest.raises(ValueError, match=r"lengths must lie in 1\.\.T"):
+        native.Native().forward(operands, layer._spec())
+
+
+def test_shapes_past_the_modules_are_still_checked():
+    layer = rnnorm.LSTM(2, 3, backend="cpu")
+    operands = layer._operands("_l0", torch.randn(4, 1, 2), torch.zeros(2, 3), torch.zeros(1, 3), None)
+    with pytest.raises(ValueError, match="operand 1 must have shape"):
+        native.Native().forward(operands, layer._spec())

@@ -59,15 +59,40 @@ struct Call {
 
   Call(const Operands& operands, const Options& options)
       : options(options), tensors(unpacked(operands)),
-        walk(tensors[X].size(0), tensors[X].size(1), pointer<int64_t>(tensors[LENGTHS]), options.reverse),
+        walk(tensors[X].size(0), tensors[X].size(1), lengths(), options.reverse),
         I(tensors[X].size(2)), P(tensors[H0].size(1)), G(gates_of(options.cell)) {
     C = tensors[WEIGHT_IH].size(0);
     H = C / G;
+    check();
     samples = tensors[X];
     if (!walk.dense) {
       samples = empty({walk.S, I});
       gather(get(X), I, walk.position, samples.data_ptr<T>());
     }
+  }
+
+  // The modules check what users give; this keeps a call past them from reading other memory.
+  void check() const {
+    const auto shaped = [&](Operand which, at::IntArrayRef shape) {
+      const Tensor& tensor = tensors[which];
+      TORCH_CHECK_VALUE(!tensor.defined() || tensor.sizes() == shape, "rnnorm: operand ", static_cast<int>(which),
+                        " must have shape ", shape, "; got ", tensor.sizes());
+    };
+    TORCH_CHECK_VALUE(C == G * H, "rnnorm: weight_ih must have G*H rows; got ", C);
+    shaped(H0, {walk.N, P});
+    shaped(C0, {walk.N, H});
+    shaped(WEIGHT_IH, {C, I});
+    shaped(WEIGHT_HH, {C, P});
+    shaped(WEIGHT_HR, {P, H});
+    for (Operand which : {BIAS_IH, BIAS_HH, NORM_WEIGHT, NORM_BIAS, MEAN, VAR, U, V}) shaped(which, {C});
+    for (Operand which : {CELL_WEIGHT, CELL_BIAS, CELL_MEAN, CELL_VAR, CELL_U, CELL_V}) shaped(which, {H});
+  }
+
+  const int64_t* lengths() const {
+    const Tensor &given = tensors[LENGTHS], &x = tensors[X];
+    TORCH_CHECK_VALUE(!given.defined() || given.numel() == x.size(1), "rnnorm: lengths must hold N = ", x.size(1),
+                      " values; got ", given.numel());
+    return pointer<int64_t>(given);
   }
 
   static std::vector<Tensor> unpacked(const Operands& operands) {

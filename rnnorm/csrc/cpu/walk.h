@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
 namespace rnnorm {
@@ -22,7 +23,10 @@ struct Walk {
 
   Walk(int64_t T, int64_t N, const int64_t* lengths, bool reverse) : T(T), N(N), dense(true), last(N, -1) {
     if (lengths != nullptr)
-      for (int64_t n = 0; n < N; ++n) dense = dense && lengths[n] == T;
+      for (int64_t n = 0; n < N; ++n) {
+        if (lengths[n] < 1 || lengths[n] > T) throw std::invalid_argument("rnnorm: lengths must lie in 1..T");
+        dense = dense && lengths[n] == T;
+      }
     row.reserve(T * N);
     position.reserve(T * N);
     std::vector<Step> ascending;
