@@ -96,16 +96,16 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     epochs: Count = Field(default=5, description="passes over the training text")
     max_steps: Count | None = Field(default=None, description="stop after so many steps in all, if that comes first")
-    lr: Positive = Field(default=6.5, description="learning rate")
+    lr: Positive = Field(default=0.003, description="learning rate")
     batch_size: Count = Field(default=20, description="columns that are read side by side")
-    window: str = Field(default="64", description="steps of truncated BPTT: 64, uniform{2..128} or awd{70}")
-    optimizer: Literal["sgd", "asgd", "adam", "adamw"] = Field(default="sgd", description="asgd: averaged sgd")
+    window: str = Field(default="32", description="steps of truncated BPTT: 64, uniform{2..128} or awd{70}")
+    optimizer: Literal["sgd", "asgd", "adam", "adamw"] = Field(default="adam", description="asgd: averaged sgd")
     momentum: Rate = Field(default=0.0, description="sgd: momentum")
     average_patience: Annotated[int, Field(ge=0)] = Field(
         default=0, description="asgd: average from this many epochs without a new best on (0: from the start)"
     )
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(default=0.0, description="L2 penalty")
-    clip: Positive | None = Field(default=None, description="largest norm of the whole gradient; none: no clipping")
+    clip: Positive | None = Field(default=0.25, description="largest norm of the whole gradient; none: no clipping")
     schedule: Literal["constant", "exponential", "plateau", "cosine"] = Field(
         default="constant", description="how the learning rate falls"
     )

@@ -16,7 +16,16 @@ from lm.cli import main
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
 QUICK = ("--set", "model.hidden_size=8", "--set", "train.batch_size=3", "--set", "train.window=8")
-QUICK += ("--set", "train.lr=0.5", "--set", "train.clip=0.5", "--set", "train.log_every=1")
+QUICK += (
+    "--set",
+    "train.lr=0.5",
+    "--set",
+    "train.clip=0.5",
+    "--set",
+    "train.log_every=1",
+    "--set",
+    "train.optimizer=sgd",
+)
 
 
 @pytest.fixture
@@ -182,7 +191,7 @@ def test_config_prints_a_preset_that_can_be_given_back(call, corpus, tmp_path):
 def test_help_names_every_option_and_key(process, call):
     assert {"train", "eval", "sample", "data", "tokenizer", "config"} <= set(process("--help")[0].split())
     out, _ = call("train", "--help")
-    for word in ("--preset", "--resume", "[default: auto]", "--backend", "train.lr=6.5", "model.alpha_fwd="):
+    for word in ("--preset", "--resume", "[default: auto]", "--backend", "train.lr=0.003", "model.alpha_fwd="):
         assert word in out
     assert "[default: 1.0]" in call("sample", "--help")[0]
     assert "0.1.0" in call("--version")[0]

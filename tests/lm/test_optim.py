@@ -52,7 +52,7 @@ def test_every_optimizer_lowers_a_loss(name):
 def test_sgd_is_the_papers_update():
     model = nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
-    optimizer = optim.build(model, TrainConfig(lr=0.5, weight_decay=0.1))
+    optimizer = optim.build(model, TrainConfig(optimizer="sgd", lr=0.5, weight_decay=0.1))
     model.weight.grad = torch.tensor([[1.0, -2.0]])
     optimizer.step()
     torch.testing.assert_close(model.weight.detach(), before - 0.5 * (model.weight.grad + 0.1 * before))

@@ -28,7 +28,15 @@ def settings(corpus):
         tables = {
             "data": {"source": str(corpus)},
             "model": {"hidden_size": 8, "dropout": 0.2},
-            "train": {"epochs": 2, "batch_size": 3, "window": "uniform{2..9}", "lr": 0.5, "log_every": 1, "clip": 1.0},
+            "train": {
+                "epochs": 2,
+                "batch_size": 3,
+                "window": "uniform{2..9}",
+                "lr": 0.5,
+                "log_every": 1,
+                "clip": 1.0,
+                "optimizer": "sgd",
+            },
         }
         return config.build(config.override(tables, assignments))
 

@@ -18,7 +18,8 @@ def trainer(model, text, tokenizer):
 
     def make(listeners=(), settings=None, **model_settings):
         net, valid = model(**model_settings), text(20, seed=1)
-        config = TrainConfig(**{"epochs": 2, "batch_size": 3, "window": "7", "lr": 0.5, **(settings or {})})
+        plain = {"epochs": 2, "batch_size": 3, "window": "7", "lr": 0.5, "optimizer": "sgd", "clip": None}
+        config = TrainConfig(**plain | (settings or {}))
         data = stream.columns(text(40).ids, config.batch_size, tokenizer.eos)
         assert data.last < config.batch_size
         score = lambda: evaluate(net, valid, tokenizer, protocol="columns", batch_size=2)  # noqa: E731
