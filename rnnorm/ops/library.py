@@ -14,7 +14,7 @@ from torch import Tensor
 from rnnorm.ops import stream
 from rnnorm.ops.call import DIFFERENTIABLE, MOVED_IN_BACKWARD, Operands, Results, Spec, results_like
 from rnnorm.ops.errors import DOUBLE_BACKWARD, RECOMPUTATION, SECOND_BACKWARD
-from rnnorm.ops.registry import by_name
+from rnnorm.ops.registry import by_name, choose
 
 _SCALARS = {str: "str", float: "float", bool: "bool"}
 _REQUIRED = ("x", "h", "weight_ih", "weight_hh")
@@ -53,7 +53,14 @@ def sequence(*args: Any) -> Results:
         refuse_recomputation()
     # Statistics stay in their own dtype whatever autocast does to products.
     with torch.autocast(operands.x.device.type, enabled=False):
-        return by_name(spec.backend).forward(operands, spec)
+        results = choose(spec.backend, operands.x.device, operands.x.dtype, spec).forward(operands, spec)
+    if operands.lengths is not None:
+        rows, used = operands.x.size(0) * operands.x.size(1), int(operands.lengths.sum())
+        for saved in results.saved:
+            # Padding leaves rows over, and no result may hang on what memory held.
+            if saved.size(0) == rows:
+                saved[used:].zero_()
+    return results
 
 
 @sequence.register_fake
@@ -83,7 +90,10 @@ def sequence_backward(
         grads = by_name(spec.backend).backward(
             (grad_y, grad_h, grad_c), operands, saved, spec, need_input, need_weights
         )
-    return tuple(operands.x.new_empty(0) if grad is None else grad for grad in grads)
+    return tuple(
+        grad if grad is not None and _wanted(name, need_input, need_weights) else operands.x.new_empty(0)
+        for name, grad in zip(DIFFERENTIABLE, grads, strict=True)
+    )
 
 
 def _wanted(name: str, need_input: bool, need_weights: bool) -> bool:
@@ -126,7 +136,8 @@ def _once(ctx: Any, repeatable: bool) -> None:
 def _sequence_gradient(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     _once(ctx, repeatable=not ctx.spec.controlled or ctx.spec.alpha_bwd == 1)
     count = len(DIFFERENTIABLE)
-    differentiable, (lengths, *saved) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    kept = ctx.saved_tensors  # read once: non-reentrant checkpointing unpacks by the reading
+    differentiable, lengths, saved = kept[:count], kept[count], kept[count + 1 :]
     operands = Operands._make((*differentiable, *ctx.streams, lengths))
     needed = dict(zip(Operands._fields, ctx.needs_input_grad, strict=False))
     need_weights = any(needed[name] for name in DIFFERENTIABLE if name not in ("x", "h", "c"))

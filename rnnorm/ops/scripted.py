@@ -462,8 +462,9 @@ def _slabs(o: Operands, spec: Spec) -> list[Tensor]:
         return o.x.new_empty((rows, width) if width else (0,), dtype=statistics_dtype(o.x.dtype))
 
     def kept(gates: int, on: bool) -> list[Tensor]:
-        widths = (gates * H, gates * H if spec.norm == "online" else gates, gates) if on else (0, 0, 0)
-        return [slab(width) for width in widths]
+        rstd = gates * H if spec.norm == "online" else gates
+        scale = gates if spec.guard == "scale" else 0
+        return [slab(width) for width in ((gates * H, rstd, scale) if on else (0, 0, 0))]
 
     lstm, gru = spec.cell == "lstm", spec.cell == "gru"
     trace = [slab(C, S), slab(P), slab(H if lstm else 0), slab(H if lstm or gru else 0)]
@@ -579,7 +580,8 @@ class Scripted:
             if spec.controlled and norm.kind == "online":
                 getattr(o, f"{prefix}_u").copy_(norm.u)
                 getattr(o, f"{prefix}_v").copy_(norm.v)
-            found[f"{prefix}_weight"], found[f"{prefix}_bias"] = norm.grad_weight, norm.grad_bias
+            if need_weights:
+                found[f"{prefix}_weight"], found[f"{prefix}_bias"] = norm.grad_weight, norm.grad_bias
         if need_input:
             found["x"] = _padded(torch.mm(input_part.to(dtype), o.weight_ih), real, T, N)
         if need_weights:

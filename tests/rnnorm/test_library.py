@@ -1,0 +1,256 @@
+"""The operators under torch's own checks, `torch.compile`, `torch.export`, and what a backward may not be asked for."""
+
+import copy
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import rnnorm
+from rnnorm import norms
+from rnnorm.ops import Operands, Spec, registry
+from rnnorm.ops.call import DIFFERENTIABLE
+
+_ONLINE = norms.Online(0.9, 0.8)
+_SOME = [
+    "lstm-proj-cell_norm-online-scale-lengths",
+    "lstm-online-clamp-plain",
+    "gru-online-none-lengths",
+    "gru-layer-plain",
+    "rnn_relu-rms-plain",
+    "rnn_tanh-none-lengths",
+    "lstm-online-scale-eval",
+]
+
+
+def _call(name: str, backend: str, grad: bool) -> tuple[Operands, Spec]:
+    """One direction of a case, as the layer hands it to the operator."""
+    case = cases.BY_ID[name]
+    layer = case.build(backend, torch.float64).requires_grad_(grad)
+    x = torch.randn(case.T, case.N, case.I, dtype=torch.float64, requires_grad=grad)
+    h = torch.randn(case.N, layer.proj_size or case.H, dtype=torch.float64, requires_grad=grad)
+    c = torch.randn(case.N, case.H, dtype=torch.float64, requires_grad=grad) if case.layer == "LSTM" else None
+    lengths = None if case.lengths is None else torch.tensor(case.lengths)
+    operands = layer._operands("_l0", x, h, c, lengths)
+    return operands, layer._spec()._replace(backend=backend, save=True)
+
+
+@pytest.mark.parametrize("name", _SOME)
+@pytest.mark.parametrize("backend", cases.CANDIDATES)
+def test_opcheck_of_sequence(backend: str, name: str) -> None:
+    cases.skip_unless_runs(backend)
+    operands, spec = _call(name, backend, grad=True)
+    result = torch.library.opcheck(torch.ops.rnnorm.sequence.default, (*operands, *spec))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", _SOME)
+@pytest.mark.parametrize("backend", cases.CANDIDATES)
+def test_opcheck_of_sequence_backward(backend: str, name: str) -> None:
+    cases.skip_unless_runs(backend)
+    operands, spec = _call(name, backend, grad=False)
+    results = torch.ops.rnnorm.sequence(*operands, *spec)
+    grads = [torch.randn_like(value) for value in results[:3]]
+    if operands.c is None:
+        grads[2] = None
+    for needs in ((True, True), (False, True), (True, False)):
+        arguments = (*grads, results[-1], *needs, *operands, *spec)
+        result = torch.library.opcheck(torch.ops.rnnorm.sequence_backward.default, arguments)
+        assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 1), (70, 3, 4)])
+def test_opcheck_of_online_norm(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    mean, u, v = (torch.randn(3) for _ in range(3))
+    var = 0.5 + torch.rand(3)
+    arguments = (x, mean, var, u, v, 0.9, 0.8, 1e-5)
+    result = torch.library.opcheck(torch.ops.rnnorm.online_norm.default, arguments)
+    assert set(result.values()) == {"SUCCESS"}
+    y, rstd, *_ = (value.detach() for value in torch.ops.rnnorm.online_norm(*arguments))
+    backward = torch.ops.rnnorm.online_norm_backward.default
+    result = torch.library.opcheck(backward, (torch.randn(shape), y, rstd, u, v, 0.8))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_operators_arguments_are_the_fields_of_the_call() -> None:
+    forward = [a.name for a in torch.ops.rnnorm.sequence.default._schema.arguments]
+    assert forward == [*Operands._fields, *Spec._fields]
+    schema = torch.ops.rnnorm.sequence_backward.default._schema
+    assert [a.name for a in schema.arguments][6:] == forward
+    moved = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    assert moved == {"norm_u", "norm_v", "cell_norm_u", "cell_norm_v"}
+    assert Operands._fields[:12] == DIFFERENTIABLE
+
+
+class _Model(nn.Module):
+    def __init__(self, cell: str, **options: Any) -> None:
+        super().__init__()
+        self.inner = getattr(rnnorm, cell)(4, 5, num_layers=2, bidirectional=True, dtype=torch.float64, **options)
+        self.norm = rnnorm.OnlineNorm(10, dtype=torch.float64)
+        self.out = nn.Linear(10, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        y, _ = self.inner(torch.tanh(x), lengths=lengths)
+        return self.out(self.norm(y[-1]))
+
+
+def _train(model: Any, module: nn.Module, lengths: Tensor | None) -> list[Tensor]:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(4)
+    record = []
+    for _ in range(3):
+        x = torch.randn(6, 3, 4, dtype=torch.float64, generator=generator).requires_grad_()
+        optimizer.zero_grad()
+        loss = model(x, lengths).square().sum()
+        loss.backward()
+        record += [loss.detach(), x.grad, *(p.grad.clone() for p in module.parameters())]
+        optimizer.step()
+    return record + [value.clone() for value in module.state_dict().values()]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_compiled_training_equals_eager(cell: str, compiler: str) -> None:
+    options = {"LSTM": {"cell_norm": True, "proj_size": 0}}.get(cell, {})
+    eager = _Model(cell, norm=_ONLINE, **options)
+    compiled = copy.deepcopy(eager)
+    lengths = torch.tensor([6, 2, 4]) if cell == "GRU" else None
+    torch._dynamo.reset()
+    found = _train(torch.compile(compiled, fullgraph=True, backend=compiler), compiled, lengths)
+    for got, expected in zip(found, _train(eager, eager, lengths), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", [_ONLINE, "layer", "none"], ids=["online", "layer", "none"])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_compiled_cells(cell: str, norm: Any) -> None:
+    torch._dynamo.reset()
+    made = getattr(rnnorm, f"{cell}Cell")(4, 5, norm=norm)
+    twin = copy.deepcopy(made)
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(compiled(x), twin(x))
+    torch.testing.assert_close(made.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("norm", [_ONLINE, "layer", "none"], ids=["online", "layer", "none"])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_export_with_a_dynamic_batch(cell: str, norm: Any) -> None:
+    model = _Model(cell, norm=norm).eval()
+    model(torch.randn(6, 3, 4, dtype=torch.float64))
+    x = torch.randn(6, 3, 4, dtype=torch.float64)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes={"x": {1: batch}})
+    for N in (3, 7, 40):
+        x = torch.randn(6, N, 4, dtype=torch.float64)
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+def _layer(backend: str, norm: Any = _ONLINE) -> Any:
+    return rnnorm.LSTM(3, 4, norm=norm, backend=backend)
+
+
+@pytest.mark.parametrize("backend", registry.names())
+def test_second_backward_is_refused(backend: str) -> None:
+    cases.skip_unless_runs(backend)
+    layer = _layer(backend)
+    y, _ = layer(torch.randn(5, 2, 3))
+    y.sum().backward(retain_graph=True)
+    kept = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match=r"can be run backward once: .* run the forward again instead"):
+        y.sum().backward()
+    torch.testing.assert_close(layer.state_dict(), kept)
+
+
+@pytest.mark.parametrize("norm", ["layer", "none", norms.Online(0.9, 1.0)], ids=["layer", "none", "uncontrolled"])
+@pytest.mark.parametrize("backend", registry.names())
+def test_second_backward_is_the_first_where_nothing_moves(backend: str, norm: Any) -> None:
+    cases.skip_unless_runs(backend)
+    layer = _layer(backend, norm)
+    y, _ = layer(torch.randn(5, 2, 3))
+    first = torch.autograd.grad(y.sum(), list(layer.parameters()), retain_graph=True)
+    second = torch.autograd.grad(y.sum(), list(layer.parameters()))
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+
+
+def test_second_backward_of_online_norm_is_refused() -> None:
+    y = rnnorm.OnlineNorm(3)(torch.randn(5, 3, requires_grad=True))
+    y.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="can be run backward once"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("make", [lambda b: _layer(b), lambda b: rnnorm.OnlineNorm(3)], ids=["layer", "norm"])
+@pytest.mark.parametrize("backend", registry.names())
+def test_double_backward_is_refused(backend: str, make: Any) -> None:
+    cases.skip_unless_runs(backend)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    made = make(backend)
+    y = made(x)[0] if isinstance(made, rnnorm.LSTM) else made(x[0])
+    with pytest.raises(RuntimeError, match=r"double backward .* call backward without create_graph=True"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("backend", registry.names())
+def test_recomputation_is_refused(backend: str, reentrant: bool) -> None:
+    cases.skip_unless_runs(backend)
+    layer, norm = _layer(backend), rnnorm.OnlineNorm(3)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    for function in (lambda x: layer(x)[0], lambda x: norm(x[0])):
+        y = checkpoint(function, x, use_reentrant=reentrant)
+        with pytest.raises(RuntimeError, match="cannot be recomputed during backward"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("backend", registry.names())
+def test_recomputation_works_where_nothing_moves(backend: str, reentrant: bool) -> None:
+    cases.skip_unless_runs(backend)
+    for layer in (_layer(backend, "layer"), _layer(backend).eval()):
+        x = torch.randn(5, 2, 3, requires_grad=True)
+        expected = torch.autograd.grad(layer(x)[0].square().sum(), x)
+        y = checkpoint(lambda x, layer=layer: layer(x)[0], x, use_reentrant=reentrant)
+        torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x) if not reentrant else _grad(y, x), expected)
+
+
+def _grad(y: Tensor, x: Tensor) -> tuple[Tensor]:
+    y.square().sum().backward()
+    assert x.grad is not None
+    return (x.grad,)
+
+
+@pytest.mark.parametrize("backend", cases.CANDIDATES)
+def test_two_uses_of_one_layer_in_one_graph(backend: str) -> None:
+    """The backward of the later call comes first, as on the reference."""
+    cases.skip_unless_runs(backend)
+    records = []
+    for name in (backend, "reference"):
+        torch.manual_seed(2)
+        layer = rnnorm.GRU(4, 4, norm=_ONLINE, backend=name, dtype=torch.float64)
+        x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+        y, h = layer(x)
+        z, _ = layer(y, h)
+        z.square().sum().backward()
+        records.append([z.detach(), x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+    for found, expected in zip(*records, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_nothing_is_saved_for_a_backward_that_cannot_come() -> None:
+    layer = rnnorm.LSTM(3, 4)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t), lambda t: t):
+        with torch.no_grad():
+            layer(torch.randn(5, 2, 3))
+        layer.requires_grad_(False)(torch.randn(5, 2, 3))
+    assert not saved
+    operands = layer._operands("_l0", torch.randn(5, 2, 3), torch.zeros(2, 4), torch.zeros(2, 4), None)
+    spec = layer._spec()._replace(backend="scripted")
+    assert torch.ops.rnnorm.sequence(*operands, *spec)[-1] == []
