@@ -1,0 +1,359 @@
+"""What happens to a layer in real programs: copies, checkpoints, precisions, frozen parts, odd gradients."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rnnorm
+from rnnorm import norms
+from rnnorm.ops import registry
+
+_ONLINE = norms.Online(0.9, 0.8)
+_STREAMS = ("mean", "var", "u", "v")
+
+
+def _make(kind: str = "LSTM", **options: Any) -> Any:
+    torch.manual_seed(1)
+    if kind == "OnlineNorm":
+        return rnnorm.OnlineNorm(3, **options)
+    options = {"norm": _ONLINE, **options}
+    if kind == "LSTM":
+        options = {"cell_norm": True, **options}
+    return getattr(rnnorm, kind)(3, 4, **options)
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(module, rnnorm.OnlineNorm):
+        return module(x.flatten(0, -2))
+    if isinstance(module, rnnorm.LSTMCell | rnnorm.GRUCell | rnnorm.RNNCell):
+        last = module(x[0])
+        return last[0] if isinstance(last, tuple) else last
+    return module(x)[0]
+
+
+def _train(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+    _call(module, x).square().sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+KINDS = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "OnlineNorm"]
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_are_whole_and_apart(kind: str, duplicate: Any) -> None:
+    module = _make(kind)
+    _train(module)  # a copy after a backward, too
+    twin = duplicate(module)
+    before = copy.deepcopy(module.state_dict())
+    torch.testing.assert_close(twin.state_dict(), before, rtol=0, atol=0)
+    found = _train(twin, 1)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(found, _train(module, 1), rtol=0, atol=0)
+    torch.testing.assert_close(twin.state_dict(), module.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_without_clone_stays_consistent(kind: str) -> None:
+    module = _make(kind)
+    held = module.state_dict()
+    addresses = {name: value.data_ptr() for name, value in held.items()}
+    _train(module)
+    for name, value in module.state_dict().items():
+        assert value.data_ptr() == addresses[name], name
+        assert torch.equal(value, held[name]), name
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_goes_on_from_a_checkpoint(kind: str, assign: bool) -> None:
+    module = _make(kind)
+    _train(module)
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    fresh = _make(kind)
+    fresh.load_state_dict(torch.load(file, weights_only=True), assign=assign)
+    torch.testing.assert_close(_train(fresh, 1), _train(module, 1), rtol=0, atol=0)
+    torch.testing.assert_close(fresh.state_dict(), module.state_dict(), rtol=0, atol=0)
+
+
+def test_state_does_not_hold_the_batch_size() -> None:
+    layer = _make()
+    sizes = {name: value.shape for name, value in layer.state_dict().items()}
+    layer(torch.randn(5, 7, 3))
+    layer(torch.randn(5, 2, 3))
+    assert {name: value.shape for name, value in layer.state_dict().items()} == sizes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_double(kind: str) -> None:
+    module = _make(kind).double()
+    assert all(value.dtype == torch.float64 for value in module.state_dict().values())
+    assert _train(module, dtype=torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", registry.names())
+def test_half_keeps_statistics_in_float32(backend: str, kind: str, dtype: torch.dtype) -> None:
+    cases.skip_unless_runs(backend)
+    full = _make(kind, **({} if kind == "OnlineNorm" else {"backend": backend}))
+    half = copy.deepcopy(full).to(dtype)
+    if dtype == torch.float16:
+        half = copy.deepcopy(full).half()
+    for name, value in half.named_buffers():
+        assert value.dtype == torch.float32, name
+    x = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
+    found, expected = _call(half, x.to(dtype)), _call(full, x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05)
+    found.float().square().sum().backward()
+    expected.square().sum().backward()
+    for (name, p), q in zip(half.named_parameters(), full.parameters(), strict=True):
+        assert p.grad.dtype == dtype
+        torch.testing.assert_close(p.grad.float(), q.grad, rtol=0.1, atol=0.1 * q.grad.abs().max().item(), msg=name)
+    for (name, value), exact in zip(half.named_buffers(), full.buffers(), strict=True):
+        assert value.dtype == torch.float32, name
+        torch.testing.assert_close(value, exact, rtol=0.1, atol=0.1, msg=name)
+
+
+def test_half_and_back_loses_no_digit_of_the_statistics() -> None:
+    module = _make()
+    _train(module)
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    module.half().float()
+    torch.testing.assert_close(dict(module.named_buffers()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", registry.names())
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_autocast(kind: str, backend: str) -> None:
+    """As torch's LSTM and RNN: output and state in autocast's dtype. Gradients and statistics as the parameters."""
+    cases.skip_unless_runs(backend)
+    layer = _make(kind, backend=backend, num_layers=2)
+    exact = copy.deepcopy(layer)
+    x = torch.randn(5, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, last = layer(x)
+        _, theirs = nn.LSTM(3, 4)(x)
+    for value in (y, *(last if kind == "LSTM" else (last,))):
+        assert value.dtype == theirs[0].dtype == theirs[1].dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact(x)[0], rtol=0, atol=0.05)
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+    assert all(value.dtype == torch.float32 for value in layer.buffers())
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x, last)  # the returned state goes back in
+        wide = layer(x, (last[0].float(), last[1].float()) if kind == "LSTM" else last.float())
+    assert wide[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell", "OnlineNorm"])
+def test_autocast_of_cells_and_norm(kind: str) -> None:
+    module = _make(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _call(module, torch.randn(5, 2, 3))
+    # OnlineNorm has no product, so autocast leaves it alone, as batch norm.
+    assert found.dtype == (torch.float32 if kind == "OnlineNorm" else torch.bfloat16)
+    found.float().sum().backward()
+
+
+def test_float64_is_left_alone_by_autocast() -> None:
+    layer = _make().double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(5, 2, 3).double())[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", registry.names())
+def test_backward_in_eval_mode_moves_nothing(backend: str) -> None:
+    cases.skip_unless_runs(backend)
+    layer = _make(backend=backend)
+    _train(layer)
+    layer.eval()
+    before = {name: value.clone() for name, value in layer.named_buffers()}
+    first = _train(layer, 1)
+    torch.testing.assert_close(_train(layer, 1), first, rtol=0, atol=0)
+    torch.testing.assert_close(dict(layer.named_buffers()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_between_forward_and_backward_of_an_evaluation(kind: str) -> None:
+    """Statistics that move after an evaluation forward are not those its backward uses."""
+    module = _make(kind).eval()
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    expected = torch.autograd.grad(_call(module, x).square().sum(), x)[0]
+    y = _call(module, x)
+    module.train()
+    with torch.no_grad():
+        _call(module, 3 + torch.randn(5, 2, 3))
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("frozen", ["all", "recurrent", "norm", "input"])
+@pytest.mark.parametrize("backend", registry.names())
+def test_frozen_parameters(backend: str, frozen: str) -> None:
+    cases.skip_unless_runs(backend)
+    layer, free = _make(backend=backend), _make(backend=backend)
+    for name, parameter in layer.named_parameters():
+        if frozen == "all" or (frozen == "recurrent" and "_hh" in name) or (frozen == "norm" and "norm" in name):
+            parameter.requires_grad_(False)
+    x = torch.randn(5, 2, 3)
+    left, right = (x.clone().requires_grad_(frozen != "input") for _ in range(2))
+    layer(left)[0].square().sum().backward()
+    free(right)[0].square().sum().backward()
+    if frozen != "input":
+        torch.testing.assert_close(left.grad, right.grad)
+    for (name, parameter), other in zip(layer.named_parameters(), free.parameters(), strict=True):
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, other.grad, msg=name)
+        else:
+            assert parameter.grad is None, name
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(free.named_buffers()))
+
+
+@pytest.mark.parametrize("backend", registry.names())
+@pytest.mark.parametrize("used", ["h", "c", "last_output", "expanded", "strided", "y_of_one"])
+def test_gradients_of_all_kinds(backend: str, used: str) -> None:
+    """Undefined, expanded and non-contiguous gradients give what their dense equals give."""
+    cases.skip_unless_runs(backend)
+    records = []
+    for dense in (False, True):
+        layer = _make(backend=backend).double()
+        x = torch.randn(5, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        y, (h, c) = layer(x)
+        grads: list[Tensor | None] = [None, None, None]
+        if used in "hc":
+            grads["yhc".index(used)] = torch.ones_like(h)
+        elif used == "last_output":
+            grads[0] = torch.zeros_like(y).index_fill_(0, torch.tensor(4), 1.0)
+        elif used == "expanded":
+            grads[0] = torch.ones((), dtype=torch.float64).expand_as(y)
+        elif used == "strided":
+            grads[0] = torch.arange(40.0, dtype=torch.float64).view(4, 2, 5).permute(2, 1, 0)
+        else:
+            grads[0] = torch.ones(5, 1, 1, dtype=torch.float64).expand(5, 2, 4)
+        outputs = (y, h, c)
+        if dense:
+            grads = [torch.zeros_like(o) if g is None else g.contiguous() for o, g in zip(outputs, grads, strict=True)]
+        given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+        torch.autograd.backward([o for o, _ in given], [g for _, g in given])
+        records.append([x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+    torch.testing.assert_close(records[0], records[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", registry.names())
+def test_inputs_of_all_layouts(backend: str) -> None:
+    cases.skip_unless_runs(backend)
+    x = torch.randn(3, 2, 5).permute(2, 1, 0)
+    state = tuple(torch.randn(4, 2, 1).permute(2, 1, 0) for _ in range(2))
+    expanded = torch.randn(1, 1, 3).expand(5, 2, 3)
+    for input in (x, expanded, x[::2]):
+        strided, dense = _make(backend=backend), _make(backend=backend)
+        found, expected = strided(input, state), dense(input.contiguous(), tuple(s.contiguous() for s in state))
+        torch.testing.assert_close(found, expected)
+        found[0].sum().backward()
+        expected[0].sum().backward()
+        torch.testing.assert_close(strided.weight_hh_l0.grad, dense.weight_hh_l0.grad)
+
+
+@pytest.mark.parametrize("backend", registry.names())
+def test_inference_mode(backend: str) -> None:
+    cases.skip_unless_runs(backend)
+    layer = _make(backend=backend)
+    with torch.inference_mode():
+        y = layer(torch.randn(5, 2, 3))[0]
+        assert y.is_inference()
+    assert layer.norm_mean_l0.abs().sum() > 0, "training mode moves the statistics without gradients, too"
+    _train(layer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_grad_moves_the_statistics_as_training_does(kind: str) -> None:
+    one, other = _make(kind), _make(kind)
+    x = torch.randn(5, 2, 3)
+    with torch.no_grad():
+        found = _call(one, x)
+    torch.testing.assert_close(found, _call(other, x))
+    torch.testing.assert_close(one.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("backend", registry.names())
+def test_arguments_are_not_changed(backend: str, kind: str) -> None:
+    cases.skip_unless_runs(backend)
+    layer = _make(kind, backend=backend, dropout=0.9, num_layers=2)
+    x, lengths = torch.randn(5, 2, 3), torch.tensor([3, 5])
+    state = tuple(torch.randn(2, 2, 4) for _ in range(2 if kind == "LSTM" else 1))
+    copies = [value.clone() for value in (x, lengths, *state)]
+    y, last = layer(x, state if kind == "LSTM" else state[0], lengths=lengths)
+    y.sum().backward()
+    for value, before in zip((x, lengths, *state), copies, strict=True):
+        assert torch.equal(value, before)
+    # Dropout stands between layers alone: never in the output, nor in the state that is carried.
+    assert (y[-1, 1] != 0).all()
+    assert all((value != 0).all() for value in (last if kind == "LSTM" else (last,)))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("backend", registry.names())
+def test_results_share_no_memory(backend: str, kind: str) -> None:
+    cases.skip_unless_runs(backend)
+    layer = _make(kind, backend=backend)
+    state = (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
+    for T in (1, 5):
+        y, last = layer(torch.randn(T, 2, 3), state if kind == "LSTM" else state[0])
+        values = [y, *(last if kind == "LSTM" else (last,)), *state]
+        assert len({value.untyped_storage().data_ptr() for value in values}) == len(values)
+
+
+def test_nothing_is_warned_of() -> None:
+    program = (
+        "import warnings; warnings.simplefilter('error')\n"
+        "import torch, rnnorm\n"
+        "for cell in ('LSTM', 'GRU', 'RNN'):\n"
+        "    layer = getattr(rnnorm, cell)(3, 4, 1, dropout=0.0)\n"
+        "    layer(torch.randn(5, 2, 3))[0].sum().backward()\n"
+        "    getattr(rnnorm, cell + 'Cell')(3, 4)(torch.randn(2, 3))\n"
+        "rnnorm.OnlineNorm(3)(torch.randn(2, 3)).sum().backward()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=_ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+_ROOT = str(Path(rnnorm.__file__).parents[1])
+
+
+def test_functional_call() -> None:
+    """Gradients with respect to a dictionary of parameters, as torch.func has them."""
+    layer = _make(norm="layer", cell_norm=False)
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+    x = torch.randn(5, 2, 3)
+    y = torch.func.functional_call(layer, parameters, (x,))[0]
+    grads = torch.autograd.grad(y.sum(), list(parameters.values()))
+    layer(x)[0].sum().backward()
+    for found, parameter in zip(grads, layer.parameters(), strict=True):
+        torch.testing.assert_close(found, parameter.grad)
+
+
+def test_meta_and_later_materialization() -> None:
+    layer = rnnorm.LSTM(3, 4, device="meta")
+    assert layer.norm_mean_l0.is_meta
+    layer = layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    torch.manual_seed(1)
+    layer.reset_parameters()
+    torch.testing.assert_close(layer.state_dict(), _make(norm="online", cell_norm=False).state_dict())
