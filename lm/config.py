@@ -70,7 +70,8 @@ class ModelConfig(Section):
     )
     cell_norm: bool = Field(default=False, description="lstm: normalize the cell state too")
     embedding_range: Positive = Field(
-        default=1.0, description="uniform initial words in ± this; far below 1, normalized recurrences start chaotic"
+        default=0.1,
+        description="uniform initial words in ± this; 1 steadies a normalized recurrence under a large train.lr",
     )
     init_range: Positive | None = Field(
         default=None, description="uniform initial weights in ± this, words too; none: torch's own for layers"
