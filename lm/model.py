@@ -37,8 +37,8 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def _initialize(self, init_range: float | None, embedding_range: float) -> None:
-        # Where the recurrence outweighs the words, a norm amplifies it at every step and gradients grow along the window:
-        # large learning rates without clipping need words as large as the state.
+        # Where the recurrence outweighs the words, a norm amplifies it at every step and gradients grow along the
+        # window: online normalization at large rates without clipping needs words as large as the state.
         for parameter, width in ((self.decoder.weight, 0.1), (self.embedding.weight, embedding_range)):
             nn.init.uniform_(parameter, -(init_range or width), init_range or width)
         nn.init.zeros_(self.decoder.bias)
