@@ -15,17 +15,9 @@ from lm.cli import main
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-QUICK = ("--set", "model.hidden_size=8", "--set", "train.batch_size=3", "--set", "train.window=8")
-QUICK += (
-    "--set",
-    "train.lr=0.5",
-    "--set",
-    "train.clip=0.5",
-    "--set",
-    "train.log_every=1",
-    "--set",
-    "train.optimizer=sgd",
-)
+_SMALL = "model.hidden_size=8 train.batch_size=3 train.window=8"
+_STEADY = "train.optimizer=sgd train.lr=0.5 train.clip=0.5 train.schedule=constant train.log_every=1"
+QUICK = [word for setting in f"{_SMALL} {_STEADY}".split() for word in ("--set", setting)]
 
 
 @pytest.fixture
