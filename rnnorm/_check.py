@@ -17,12 +17,12 @@ def sizes(input_size: int, hidden_size: int, num_layers: int, dropout: float, pr
         raise ValueError(f"input_size must not be negative; got {input_size}")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a probability in [0, 1]; got {dropout!r}")
-    if not isinstance(proj_size, int) or not 0 <= proj_size < hidden_size:
+    if isinstance(proj_size, bool) or not isinstance(proj_size, int) or not 0 <= proj_size < hidden_size:
         raise ValueError(f"proj_size must be an int in [0, hidden_size={hidden_size}); got {proj_size!r}")
 
 
-def like_weights(name: str, tensor: Tensor, weight: Tensor) -> None:
-    if not tensor.is_floating_point() or tensor.dtype != weight.dtype:
+def like_weights(name: str, tensor: Tensor, weight: Tensor, autocast: bool) -> None:
+    if not tensor.is_floating_point() or (tensor.dtype != weight.dtype and not autocast):
         raise ValueError(
             f"{name} must have the weights' dtype {weight.dtype}; got {tensor.dtype}; convert one with .to(dtype)"
         )

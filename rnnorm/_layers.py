@@ -9,16 +9,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnorm import _check, norms, ops
-from rnnorm._cells import CELLS
-from rnnorm._module import RecurrentModule, autocast_dtype
-
-State = Tensor | tuple[Tensor, Tensor]
+from rnnorm._module import RecurrentModule, State
 
 
 class Recurrent(RecurrentModule):
     """Stacked recurrent layers, in one or both directions; `LSTM`, `GRU` and `RNN` say which cell."""
 
-    weight_ih_l0: Tensor
     _torch_options: ClassVar[tuple[str, ...]] = (
         *("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"),
     )
@@ -62,9 +58,6 @@ class Recurrent(RecurrentModule):
         directions = ("", "_reverse")[: 1 + self.bidirectional]
         return [[f"_l{layer}{direction}" for direction in directions] for layer in range(self.num_layers)]
 
-    def _has_c(self) -> bool:
-        return "c" in CELLS[self.cell].states
-
     def flatten_parameters(self) -> None:
         """Nothing to do; here because code written for torch's layers calls it."""
 
@@ -107,7 +100,7 @@ class Recurrent(RecurrentModule):
         x = input.unsqueeze(1) if single else input.transpose(0, 1) if self.batch_first else input
         if single and lengths is not None and torch.as_tensor(lengths).dim() == 0:
             lengths = torch.as_tensor(lengths).reshape(1)
-        state = self._initial_state(x, hx, single)
+        x, state = self._prepared(x, hx, single)
         found = None if lengths is None else _check.lengths_tensor(lengths, x.size(0), x.size(1))
         y, last = self._run(x, state, found, packed=False)
         y = y.squeeze(1) if single else y.transpose(0, 1) if self.batch_first else y
@@ -122,7 +115,7 @@ class Recurrent(RecurrentModule):
         found = (sizes[:, None] > torch.arange(N)[None, :]).sum(0)
         padded = data.new_zeros(sizes.size(0) * N, data.size(1)).index_copy(0, rows, data)
         x = padded.view(sizes.size(0), N, data.size(1))
-        state = self._initial_state(x, hx, single=False)
+        x, state = self._prepared(x, hx, single=False)
         if packed.sorted_indices is not None:
             state = [s.index_select(1, packed.sorted_indices) for s in state]
         y, last = self._run(x, state, found, packed=True)
@@ -131,50 +124,27 @@ class Recurrent(RecurrentModule):
         data = y.flatten(0, 1).index_select(0, rows)
         return PackedSequence(data, sizes, packed.sorted_indices, packed.unsorted_indices), self._returned(last)
 
-    def _initial_state(self, x: Tensor, hx: State | None, single: bool) -> list[Tensor]:
-        """The checked first states [L*D, N, *], one per name in the cell's states."""
-        if x.size(2) != self.input_size:
-            raise ValueError(f"input's last dimension must be input_size = {self.input_size}; got {x.size(2)}")
+    def _prepared(self, x: Tensor, hx: State | None, single: bool) -> tuple[Tensor, list[Tensor]]:
+        """The checked input [T, N, I] and first states [L*D, N, *], in the dtype to compute in."""
         if x.size(0) == 0:
             raise ValueError("input must hold at least one step; got T = 0")
-        weight = self.weight_ih_l0
-        wanted = autocast_dtype(x)
-        if wanted is None:
-            _check.like_weights("input", x, weight)
+        x = self._suited_input(x)
         rows = self.num_layers * (1 + self.bidirectional)
-        widths = {"h": self.proj_size or self.hidden_size, "c": self.hidden_size}
-        names = CELLS[self.cell].states
-        if hx is None:
-            dtype = x.dtype if wanted is None else wanted
-            return [torch.zeros(rows, x.size(1), widths[n], dtype=dtype, device=x.device) for n in names]
-        given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        if len(given) != len(names) or (self._has_c() == isinstance(hx, Tensor)):
-            form = "a pair (h_0, c_0)" if self._has_c() else "one tensor h_0"
-            came = "one tensor" if isinstance(hx, Tensor) else f"a {type(hx).__name__} of {len(given)}"
-            raise ValueError(f"the state hx must be {form}; got {came}")
-        states = []
-        for name, value in zip(names, given, strict=True):
-            expected = (rows, widths[name]) if single else (rows, x.size(1), widths[name])
-            meaning = f"(layers * directions, {'' if single else 'N, '}{'P' if self.proj_size else 'H'})"
-            _check.shape(f"{name}_0", value, expected, meaning)
-            if wanted is None:
-                _check.like_weights(f"{name}_0", value, weight)
-            states.append(value.unsqueeze(1) if single else value)
-        return states
+        if single:
+            states = self._first_states(x, hx, (rows,), "layers * directions, ")
+            return x, [state.unsqueeze(1) for state in states]
+        return x, self._first_states(x, hx, (rows, x.size(1)), "layers * directions, N, ")
 
     def _returned(self, last: list[Tensor]) -> State:
-        return (last[0], last[1]) if self._has_c() else last[0]
+        return (last[0], last[1]) if len(last) == 2 else last[0]
 
     def _run(self, x: Tensor, state: list[Tensor], lengths: Tensor | None, packed: bool) -> tuple[Tensor, list[Tensor]]:
-        wanted = autocast_dtype(x)
-        if wanted is not None:
-            x, state = x.to(wanted), [s.to(wanted) for s in state]
         last: list[list[Tensor]] = [[] for _ in state]
         row = 0
         for layer, suffixes in enumerate(self._suffixes()):
             outputs = []
             for direction, suffix in enumerate(suffixes):
-                h, c = state[0][row], state[1][row] if self._has_c() else None
+                h, c = state[0][row], state[1][row] if len(state) == 2 else None
                 results = ops.run(self._operands(suffix, x, h, c, lengths), self._spec(reverse=direction == 1))
                 self._move_streams(suffix, results)
                 outputs.append(results.y)
@@ -215,7 +185,7 @@ class Recurrent(RecurrentModule):
             raise ValueError(
                 f"to_torch needs norm='none': torch.nn.{type(self).__name__} cannot normalize; got {self.norm}"
             )
-        weight = self.weight_ih_l0
+        weight = self._weight()
         same = {name: getattr(self, name) for name in self._torch_options}
         layer = getattr(nn, type(self).__name__)(**same, device=weight.device, dtype=weight.dtype)
         layer.load_state_dict(self.state_dict())

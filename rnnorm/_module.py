@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnorm import norms, ops
+from rnnorm import _check, norms, ops
 from rnnorm._cells import CELLS
 from rnnorm.ops.call import statistics_dtype
 from rnnorm.ops.registry import by_name
 
+State = Tensor | tuple[Tensor, Tensor]
 STREAMS = {"mean": 0.0, "var": 1.0, "u": 0.0, "v": 0.0}
 
 
@@ -82,7 +83,19 @@ class RecurrentModule(StreamModule):
 
     def _suffixes(self) -> list[list[str]]:
         """For each layer, the suffix of each direction's parameters."""
-        raise AssertionError("said by layers and cells")
+        return [[""]]
+
+    def _weight(self) -> Tensor:
+        """The weight whose dtype and device input and states must have."""
+        return getattr(self, "weight_ih" + self._suffixes()[0][0])
+
+    def _suited_input(self, x: Tensor) -> Tensor:
+        """The checked input [..., I], in autocast's dtype where that is on."""
+        if x.size(-1) != self.input_size:
+            raise ValueError(f"input's last dimension must be input_size = {self.input_size}; got {x.size(-1)}")
+        wanted = autocast_dtype(x)
+        _check.like_weights("input", x, self._weight(), autocast=wanted is not None)
+        return x if wanted is None else x.to(wanted)
 
     def reset_parameters(self) -> None:
         """Draw the weights as torch does, uniformly within 1/sqrt(H), and start norms and streams afresh."""
@@ -111,6 +124,24 @@ class RecurrentModule(StreamModule):
             backend=self.backend,
         )
 
+    def _first_states(self, x: Tensor, hx: State | None, lead: tuple[int, ...], meaning: str) -> list[Tensor]:
+        """The checked states `hx` of shape `(*lead, units)`, one per name in the cell's states, in the dtype of the
+        suited input `x`; zero if None."""
+        names, autocast = CELLS[self.cell].states, autocast_dtype(x) is not None
+        widths = {"h": self.proj_size or self.hidden_size, "c": self.hidden_size}
+        if hx is None:
+            return [torch.zeros(*lead, widths[name], dtype=x.dtype, device=x.device) for name in names]
+        given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        if len(given) != len(names) or (len(names) == 1) != isinstance(hx, Tensor):
+            form = "one tensor h_0" if len(names) == 1 else "a pair (h_0, c_0)"
+            came = "one tensor" if isinstance(hx, Tensor) else f"a {type(hx).__name__} of {len(given)}"
+            raise ValueError(f"the state hx must be {form}; got {came}")
+        for name, value in zip(names, given, strict=True):
+            units = "P" if name == "h" and self.proj_size else "H"
+            _check.shape(f"{name}_0", value, (*lead, widths[name]), f"({meaning}{units})")
+            _check.like_weights(f"{name}_0", value, self._weight(), autocast)
+        return [value.to(x.dtype) for value in given]
+
     def _operands(self, suffix: str, x: Tensor, h: Tensor, c: Tensor | None, lengths: Tensor | None) -> ops.Operands:
         own = {name: getattr(self, name + suffix, None) for name in ops.Operands._fields[3:-1]}
         weight = own["weight_ih"]
@@ -133,6 +164,8 @@ class RecurrentModule(StreamModule):
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants for `tensor`'s products, None where it is off or the tensor is float64."""
     kind = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return None
+    if not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)

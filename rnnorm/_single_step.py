@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from rnnorm import _check, norms, ops
-from rnnorm._cells import CELLS
 from rnnorm._layers import rnn_cell
-from rnnorm._module import RecurrentModule, autocast_dtype
+from rnnorm._module import RecurrentModule
 
 
 class CellModule(RecurrentModule):
     proj_size = 0
-    weight_ih: Tensor
 
     def __init__(
         self,
@@ -37,9 +35,6 @@ class CellModule(RecurrentModule):
         self._register("", input_size, device, dtype)
         self.reset_parameters()
 
-    def _suffixes(self) -> list[list[str]]:
-        return [[""]]
-
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, norm={self.norm}"
 
@@ -52,29 +47,9 @@ class CellModule(RecurrentModule):
         if input.dim() not in (1, 2):
             raise ValueError(f"input must have shape (N, I) or (I,); got {tuple(input.shape)}")
         single = input.dim() == 1
-        x = input.unsqueeze(0) if single else input
-        weight = self.weight_ih
-        if x.size(1) != self.input_size:
-            raise ValueError(f"input's last dimension must be input_size = {self.input_size}; got {x.size(1)}")
-        wanted = autocast_dtype(x)
-        if wanted is None:
-            _check.like_weights("input", x, weight)
-        x = x if wanted is None else x.to(wanted)
-        names = CELLS[self.cell].states
-        if hx is None:
-            state = [x.new_zeros(x.size(0), self.hidden_size) for _ in names]
-        else:
-            given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-            if len(given) != len(names):
-                raise ValueError(f"hx must hold {' and '.join(names)}; got {len(given)} tensor(s)")
-            state = []
-            for name, value in zip(names, given, strict=True):
-                expected = (self.hidden_size,) if single else (x.size(0), self.hidden_size)
-                _check.shape(name, value, expected, "(H,)" if single else "(N, H)")
-                if wanted is None:
-                    _check.like_weights(name, value, weight)
-                value = value if wanted is None else value.to(wanted)
-                state.append(value.unsqueeze(0) if single else value)
+        x = self._suited_input(input.unsqueeze(0) if single else input)
+        lead, meaning = ((), "") if single else ((x.size(0),), "N, ")
+        state = [value.unsqueeze(0) if single else value for value in self._first_states(x, hx, lead, meaning)]
         c = state[1] if len(state) == 2 else None
         results = ops.run(self._operands("", x.unsqueeze(0), state[0], c, None), self._spec())
         self._move_streams("", results)

@@ -10,7 +10,13 @@ SCALE_EPS = 1e-5
 CLAMP_LIMIT = 5.0
 
 
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number; got {value!r} of type {type(value).__name__}")
+
+
 def _check_eps(eps: float) -> None:
+    _check_number("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps must be greater than 0; got {eps}; the usual value is 1e-5")
 
@@ -18,6 +24,7 @@ def _check_eps(eps: float) -> None:
 def check_online(alpha_fwd: float, alpha_bwd: float, eps: float, guard: str) -> None:
     """Raise `ValueError` unless the constants of an online normalization make sense."""
     for name, alpha in (("alpha_fwd", alpha_fwd), ("alpha_bwd", alpha_bwd)):
+        _check_number(name, alpha)
         if not 0 < alpha <= 1:
             raise ValueError(
                 f"{name} must lie in (0, 1]; got {alpha}; the horizon is 1 / (1 - {name}) samples, e.g. 0.999"
