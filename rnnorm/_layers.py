@@ -65,13 +65,17 @@ class Recurrent(RecurrentModule):
         options = [f"{self.input_size}, {self.hidden_size}"]
         defaults: dict[str, object] = {
             "num_layers": 1,
+            "nonlinearity": "tanh",
             "bias": True,
             "batch_first": False,
             "dropout": 0.0,
             "bidirectional": False,
+            "proj_size": 0,
+            "cell_norm": False,
+            "backend": "auto",
         }
-        defaults |= {"proj_size": 0, "cell_norm": False, "backend": "auto"}
-        options += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
+        found = {name: getattr(self, name, default) for name, default in defaults.items()}
+        options += [f"{name}={value!r}" for name, value in found.items() if value != defaults[name]]
         return ", ".join([*options, f"norm={self.norm}"])
 
     def forward(

@@ -122,8 +122,16 @@ _CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: _lstm()(_PACKED, _state(1, 3, 4)), ValueError, r"= \(1, 2, 4\); got \(1, 3, 4\)"),
     (lambda: rnnorm.LSTMCell(3, 4)(_X), ValueError, r"input must have shape \(N, I\) or \(I,\); got \(5, 2, 3\)"),
     (lambda: rnnorm.LSTMCell(3, 4)(_X[0, :, :2]), ValueError, "input's last dimension must be input_size = 3; got 2"),
-    (lambda: rnnorm.LSTMCell(3, 4)(_X[0], torch.zeros(2, 4)), ValueError, "the state hx must be a pair .*; got one tensor"),
-    (lambda: rnnorm.GRUCell(3, 4)(_X[0], _state(2, 4)), ValueError, "the state hx must be one tensor.*; got a tuple of 2"),
+    (
+        lambda: rnnorm.LSTMCell(3, 4)(_X[0], torch.zeros(2, 4)),
+        ValueError,
+        "the state hx must be a pair .*; got one tensor",
+    ),
+    (
+        lambda: rnnorm.GRUCell(3, 4)(_X[0], _state(2, 4)),
+        ValueError,
+        "the state hx must be one tensor.*; got a tuple of 2",
+    ),
     (lambda: rnnorm.GRUCell(3, 4)(_X[0], torch.zeros(3, 4)), ValueError, r"h_0 must have shape \(N, H\) = \(2, 4\)"),
     (lambda: rnnorm.GRUCell(3, 4)(_X[0, 0], torch.zeros(2, 4)), ValueError, r"h_0 must have shape \(H\) = \(4,\)"),
     (lambda: rnnorm.GRUCell(3, 4)(_X[0].half()), ValueError, "input must have the weights' dtype"),

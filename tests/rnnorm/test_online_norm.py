@@ -1,0 +1,86 @@
+"""`OnlineNorm` as a module; its numbers are in the recorded cases, the oracle and the theory."""
+
+import copy
+
+import pytest
+import torch
+
+import rnnorm
+from rnnorm.ops import stream
+
+
+def test_defaults_and_names() -> None:
+    norm = rnnorm.OnlineNorm(3)
+    assert (norm.alpha_fwd, norm.alpha_bwd, norm.eps, norm.guard) == (0.999, 0.99, 1e-5, "clamp")
+    assert list(norm.state_dict()) == ["weight", "bias", "mean", "var", "u", "v"]
+    assert all(value.shape == (3,) for value in norm.state_dict().values())
+    assert list(rnnorm.OnlineNorm(3, affine=False).state_dict()) == ["mean", "var", "u", "v"]
+    assert "guard='scale'" in repr(rnnorm.OnlineNorm(3, guard="scale"))
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 2, 5), (0, 3), (0, 3, 5), (4, 3, 0)])
+def test_shape_and_dtype_of_the_output(shape: tuple[int, ...]) -> None:
+    norm = rnnorm.OnlineNorm(3)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = torch.randn(shape).to(dtype).requires_grad_()
+        y = norm(x)
+        assert (y.shape, y.dtype) == (shape, dtype)
+        y.float().sum().backward()
+        assert (x.grad.shape, x.grad.dtype) == (shape, dtype)
+    assert norm.mean.dtype == torch.float32
+    assert norm.mean.isfinite().all()
+
+
+def test_empty_batch_moves_nothing() -> None:
+    norm = rnnorm.OnlineNorm(3)
+    before = copy.deepcopy(norm.state_dict())
+    norm(torch.zeros(0, 3, requires_grad=True)).sum().backward()
+    torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
+
+
+def test_first_sample_meets_the_start() -> None:
+    norm = rnnorm.OnlineNorm(3, guard="none", eps=1e-5)
+    x = torch.randn(1, 3)
+    torch.testing.assert_close(norm(x), x / (1 + 1e-5) ** 0.5)
+
+
+@pytest.mark.parametrize("N", [1, 2, stream.ROW_BY_ROW * 2 + 1, stream.BLOCK, stream.BLOCK + 1, 3 * stream.BLOCK - 1])
+def test_blocks_and_scans_equal_single_samples(N: int) -> None:
+    """However many samples come in one call, each is treated as if alone; backward in the order of the samples."""
+    whole = rnnorm.OnlineNorm(2, alpha_fwd=0.97, alpha_bwd=0.9, guard="none", dtype=torch.float64)
+    single = copy.deepcopy(whole)
+    for _ in range(2):
+        x, g = torch.randn(N, 2, 3, dtype=torch.float64), torch.randn(N, 2, 3, dtype=torch.float64)
+        leaf = x.clone().requires_grad_()
+        y = whole(leaf)
+        y.backward(g)
+        for n in range(N):
+            one = x[n : n + 1].clone().requires_grad_()
+            out = single(one)
+            out.backward(g[n : n + 1])
+            torch.testing.assert_close(out[0], y[n], rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(one.grad[0], leaf.grad[n], rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(single.state_dict(), whole.state_dict(), rtol=1e-10, atol=1e-11)
+
+
+def test_constant_and_extreme_input_stay_finite() -> None:
+    norm = rnnorm.OnlineNorm(3, alpha_fwd=0.9)
+    for x in (torch.zeros(300, 3), torch.full((300, 3), 1e4), 1e6 * torch.randn(300, 3)):
+        leaf = x.requires_grad_()
+        y = norm(leaf)
+        y.sum().backward()
+        assert y.isfinite().all()
+        assert leaf.grad.isfinite().all()
+        assert (norm.var >= 0).all()
+
+
+def test_reset() -> None:
+    norm = rnnorm.OnlineNorm(3)
+    norm(torch.randn(5, 3)).square().sum().backward()
+    with torch.no_grad():
+        norm.weight.fill_(3)
+    norm.reset_streams()
+    assert norm.weight.eq(3).all()
+    expected = rnnorm.OnlineNorm(3).state_dict()
+    norm.reset_parameters()
+    torch.testing.assert_close(norm.state_dict(), expected, rtol=0, atol=0)
