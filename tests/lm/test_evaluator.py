@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lm import stream, tokenizers
+from lm import loss, stream, tokenizers
+from lm.corpora import markov
 from lm.errors import UserError
 from lm.evaluator import evaluate, evaluating, token_nlls, unigram_perplexity
 
@@ -125,6 +126,34 @@ def test_modes_come_back_after_a_fault(net):
     with pytest.raises(KeyError):
         failing()
     assert net.training
+
+
+class Oracle(torch.nn.Module):
+    """A model that knows a Markov source's transitions: hidden is the previous token, one-hot."""
+
+    def __init__(self, transition):
+        super().__init__()
+        self.log_transition = torch.nn.Parameter(transition.clamp_min(1e-300).log())
+
+    def forward(self, inputs, state=None, lengths=None):
+        return torch.nn.functional.one_hot(inputs, len(self.log_transition)).double(), state
+
+    def token_nll(self, hidden, targets):
+        return loss.token_nll(hidden.flatten(0, 1), self.log_transition.T, None, targets.flatten()).view(targets.shape)
+
+
+def test_the_best_model_of_a_markov_source_reads_its_entropy(model):
+    source = markov.source()
+    text = source.generate(400, seed=5)
+    words = tokenizers.train("word", source.generate(3000, seed=6))
+    order = [words.encode(f"w{i}")[0] for i in range(len(source.transition) - 1)] + [words.eos]
+    transition = torch.zeros(words.size, words.size, dtype=torch.float64)
+    transition[torch.tensor(order)[:, None], torch.tensor(order)] = torch.from_numpy(source.transition)
+    score = evaluate(Oracle(transition), stream.encode(text, words), words, chunk=100)
+    assert score.nll == pytest.approx(-source.log_probability(text), rel=1e-12)
+    assert score.nll / score.tokens == pytest.approx(source.entropy, rel=0.02)
+    data = stream.encode(text, words)
+    assert evaluate(model(vocabulary=words.size), data, words).nll > score.nll
 
 
 def test_a_model_that_knows_nothing_scores_the_vocabulary(model, text, tokenizer):
