@@ -82,10 +82,13 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, spec: Spec | N
     return backend
 
 
-@torch.compiler.assume_constant_result
 def chosen(wanted: str, device: torch.device, dtype: torch.dtype, spec: Spec) -> str:
     """The chosen backend's name; a constant for `torch.compile`, which need not look into how it is found."""
     return choose(wanted, device, dtype, spec).name
+
+
+# What torch.compiler.assume_constant_result does, but it imports the whole compiler: seconds, and a folder made.
+chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
