@@ -51,14 +51,14 @@ class Stream:
 def guarded(z: np.ndarray, guard: str, H: int) -> np.ndarray:
     if guard == "clamp":
         return np.clip(z, -5, 5)
-    gates = z.reshape(len(z), -1, H)
+    gates = z.reshape(len(z), z.shape[1] // H, H)
     return (gates / np.sqrt((gates**2).mean(2, keepdims=True) + 1e-5)).reshape(z.shape)
 
 
 def guarded_backward(dq: np.ndarray, z: np.ndarray, guard: str, H: int) -> np.ndarray:
     if guard == "clamp":
         return dq * (np.abs(z) <= 5)
-    gates, dgates = z.reshape(len(z), -1, H), dq.reshape(len(z), -1, H)
+    gates, dgates = (a.reshape(len(z), z.shape[1] // H, H) for a in (z, dq))
     k = 1 / np.sqrt((gates**2).mean(2, keepdims=True) + 1e-5)
     return (k * dgates - k**3 * gates * (gates * dgates).mean(2, keepdims=True)).reshape(z.shape)
 
