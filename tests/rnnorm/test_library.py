@@ -17,11 +17,8 @@ from rnnorm.ops.call import DIFFERENTIABLE
 _ONLINE = norms.Online(0.9, 0.8)
 _SOME = [
     "lstm-proj-cell_norm-online-scale-lengths",
-    "lstm-online-clamp-plain",
-    "gru-online-none-lengths",
-    "gru-layer-plain",
+    "gru-online-clamp-plain",
     "rnn_relu-rms-plain",
-    "rnn_tanh-none-lengths",
     "lstm-online-scale-eval",
 ]
 
@@ -56,9 +53,12 @@ def test_opcheck_of_sequence_backward(backend: str, name: str) -> None:
     grads = [torch.randn_like(value) for value in results[:3]]
     if operands.c is None:
         grads[2] = None
-    for needs in ((True, True), (False, True), (True, False)):
+    backward = torch.ops.rnnorm.sequence_backward.default
+    result = torch.library.opcheck(backward, (*grads, results[-1], True, True, *operands, *spec))
+    assert set(result.values()) == {"SUCCESS"}
+    for needs in ((False, True), (True, False)):
         arguments = (*grads, results[-1], *needs, *operands, *spec)
-        result = torch.library.opcheck(torch.ops.rnnorm.sequence_backward.default, arguments)
+        result = torch.library.opcheck(backward, arguments, test_utils=("test_schema", "test_faketensor"))
         assert set(result.values()) == {"SUCCESS"}
 
 
@@ -127,8 +127,7 @@ def test_compiled_training_equals_eager(cell: str, compiler: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("norm", [_ONLINE, "layer", "none"], ids=["online", "layer", "none"])
-@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize(("cell", "norm"), [("LSTM", _ONLINE), ("GRU", _ONLINE), ("RNN", "layer")], ids=str)
 def test_compiled_cells(cell: str, norm: Any) -> None:
     torch._dynamo.reset()
     made = getattr(rnnorm, f"{cell}Cell")(4, 5, norm=norm)
@@ -139,8 +138,9 @@ def test_compiled_cells(cell: str, norm: Any) -> None:
     torch.testing.assert_close(made.state_dict(), twin.state_dict())
 
 
-@pytest.mark.parametrize("norm", [_ONLINE, "layer", "none"], ids=["online", "layer", "none"])
-@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize(
+    ("cell", "norm"), [("LSTM", _ONLINE), ("GRU", _ONLINE), ("RNN", "layer"), ("LSTM", "none")], ids=str
+)
 def test_export_with_a_dynamic_batch(cell: str, norm: Any) -> None:
     model = _Model(cell, norm=norm).eval()
     model(torch.randn(6, 3, 4, dtype=torch.float64))
