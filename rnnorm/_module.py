@@ -1,6 +1,7 @@
 """What layers and cells share: how one layer and direction holds its parameters and streams, and how it is called."""
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from rnnorm.ops.registry import by_name
 
 State = Tensor | tuple[Tensor, Tensor]
 STREAMS = {"mean": 0.0, "var": 1.0, "u": 0.0, "v": 0.0}
+_STREAM_NAME = re.compile(r"(?:norm_|cell_norm_|)(mean|var|u|v)(?:_l\d+(?:_reverse)?)?")
 
 
 class StreamModule(nn.Module):
@@ -20,7 +22,7 @@ class StreamModule(nn.Module):
 
     def _stream_buffers(self) -> dict[str, Tensor]:
         """The module's own stream buffers by name."""
-        return {k: b for k, b in self._buffers.items() if b is not None and k.split("_l")[0].split("_")[-1] in STREAMS}
+        return {name: b for name, b in self._buffers.items() if b is not None and _STREAM_NAME.fullmatch(name)}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = self._stream_buffers()
@@ -35,7 +37,7 @@ class StreamModule(nn.Module):
     def reset_streams(self) -> None:
         """Set every stream to its start: mean 0, variance 1, control u and v 0, in place."""
         for name, buffer in self._stream_buffers().items():
-            buffer.fill_(STREAMS[name.split("_l")[0].split("_")[-1]])
+            buffer.fill_(STREAMS[_STREAM_NAME.sub(r"\1", name)])
 
 
 class RecurrentModule(StreamModule):
