@@ -682,7 +682,7 @@ struct Backward {
   }
 
   void multiply_weights(int id, int threads) {
-    const Tensor samples = call.samples.view({-1, call.I});
+    const Tensor samples = call.samples.view({call.walk.S, call.I});
     if (call.options.cell == Cell::gru) {
       multiply_transposed(id, threads, grad_input_part, {{samples, grad_weight_ih}});
       multiply_transposed(id, threads, grad_hidden_part, {{samples_before, grad_weight_hh}});
