@@ -24,6 +24,13 @@ class StreamModule(nn.Module):
         """The module's own stream buffers by name."""
         return {name: b for name, b in self._buffers.items() if b is not None and _STREAM_NAME.fullmatch(name)}
 
+    def _streams_by_kind(self) -> dict[str, list[Tensor]]:
+        """The module's own streams `mean`, `var`, `u`, `v`, in the same order for each."""
+        found: dict[str, list[Tensor]] = {kind: [] for kind in STREAMS}
+        for name, buffer in self._stream_buffers().items():
+            found[_STREAM_NAME.sub(r"\1", name)].append(buffer)
+        return found
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = self._stream_buffers()
         super()._apply(fn, recurse)
@@ -36,8 +43,9 @@ class StreamModule(nn.Module):
     @torch.no_grad()
     def reset_streams(self) -> None:
         """Set every stream to its start: mean 0, variance 1, control u and v 0, in place."""
-        for name, buffer in self._stream_buffers().items():
-            buffer.fill_(STREAMS[_STREAM_NAME.sub(r"\1", name)])
+        for kind, buffers in self._streams_by_kind().items():
+            for buffer in buffers:
+                buffer.fill_(STREAMS[kind])
 
 
 class RecurrentModule(StreamModule):

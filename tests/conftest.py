@@ -1,7 +1,6 @@
-"""For every test: one thread, since small tensors are slower on many, and the machine may be shared."""
+"""Where every test finds `processes`, which starts real ones."""
 
-import torch
+import sys
+from pathlib import Path
 
-
-def pytest_configure() -> None:
-    torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent))
