@@ -1,6 +1,12 @@
-"""Where every test finds `processes`, which starts real ones."""
+"""For every test: one thread, since small tensors are slower on many, and the machine may be shared; and `processes`."""
 
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
