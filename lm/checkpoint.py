@@ -1,68 +1,151 @@
-"""Checkpoints: plain tensors and numbers, written whole or not at all, loaded without running any code."""
+"""Checkpoints: plain tensors and numbers, written whole or not at all, examined before they are loaded, and loaded
+without running any code."""
 
 import io
-import os
-import pickle
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from lm import files
+from lm import archive, files
+from lm.archive import DamagedError, Stored, SuspectError
 from lm.errors import UserError
 from lm.events import EpochEnded, Event, Interrupted, Started, Stepped, Validated
 
 FORMAT = "rnnorm.lm.checkpoint"
-VERSION = 1
-_KEYS = {"config", "tokenizer", "data_sha256", "train_counts", "model", "progress"}
+VERSION = 2  # 1 had no checksum
+_KEYS = {
+    "config": dict,
+    "tokenizer": dict,
+    "data_sha256": dict,
+    "train_counts": Stored,
+    "model": dict,
+    "progress": dict,
+}
+Say = Callable[[str], None]
 
 
-def save(path: Path, payload: Mapping[str, Any]) -> None:
-    """Writes a checkpoint under a temporary name, syncs it, renames it, and syncs the folder."""
+class DamagedCheckpointError(UserError):
+    """The file is missing, cut short or changed; the one before it may be whole."""
+
+
+def save(path: Path, payload: Mapping[str, Any], previous: Path | None = None) -> None:
+    """Writes a checkpoint and its checksum under a temporary name, syncs it, renames it, and syncs the folder.
+
+    Arguments:
+        path: in a folder that exists.
+        previous: what the file that is there now is renamed to: at every instant one of the two is whole.
+
+    Raises:
+        UserError: the file cannot be written; what was there still is.
+    """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **payload}, buffer)
-    files.write_whole(path, buffer.getvalue())
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    files.write_whole(path, archive.seal(buffer), previous=previous, new_folder=False)
 
 
 def load(path: Path, device: str = "cpu") -> dict[str, Any]:
     """Returns what `save` was given.
 
     Raises:
-        UserError: the file is missing, cut short, not one of ours, of a newer format, or would run code.
+        DamagedCheckpointError: the file is missing, cut short, or has other bytes than were written.
+        UserError: it is not one of ours, of a newer format, declares more than it holds, or would run code.
     """
-    if not path.is_file():
-        raise UserError(f"a checkpoint must be a file; {path} does not exist; train first, or name another run")
-    try:
+    with _opened(path) as file:
+        _check(_contents(file), path)
+        file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a file that is about to be refused
-            payload = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as fault:
+            try:
+                return torch.load(file, map_location=device, weights_only=True)
+            except Exception as fault:  # torch raises RuntimeError, EOFError, KeyError, UnpicklingError …
+                raise SuspectError(_line(fault)) from None
+
+
+def load_last(folder: Path, say: Say = print) -> dict[str, Any] | None:
+    """Returns what `last.pt` holds; where that is missing or damaged, what `previous.pt` does, and says so.
+
+    None where neither is there. A damaged `last.pt` is renamed to `damaged.pt` by the next `Checkpoints`.
+
+    Raises:
+        UserError: both are damaged; or see `load`.
+    """
+    last, previous = folder / "last.pt", folder / "previous.pt"
+    if not (last.exists() or previous.exists()):
+        return None
+    try:
+        return load(last)
+    except DamagedCheckpointError as fault:
+        if not previous.exists():
+            raise
+        try:
+            saved = load(previous)
+        except DamagedCheckpointError as second:
+            raise DamagedCheckpointError(f"{fault}. And the one before it: {second}") from None
+        say(f"warning: {fault}; going on from the one before it, {previous.name}, of step {saved['progress']['step']}")
+        return saved
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Inside, faults of a file become faults that name it."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise DamagedCheckpointError(
+            f"a checkpoint must be a file; {path} does not exist; train first, or name another run"
+        ) from None
+    except OSError as fault:
+        raise UserError(f"a checkpoint must be readable; {path}: {fault.strerror or fault}; check the path") from None
+    except DamagedError as fault:
+        raise DamagedCheckpointError(
+            f"a checkpoint must be a whole file; {path} is damaged ({_line(fault)}); take another"
+        ) from None
+    except SuspectError as fault:
         raise UserError(
             f"a checkpoint must hold tensors and plain values only; {path} does not ({_line(fault)}); "
             "nothing of it was run; take the checkpoint from whoever trained it again"
         ) from None
-    except Exception as fault:  # torch raises RuntimeError, EOFError, KeyError, OSError … on damaged files
-        raise UserError(
-            f"a checkpoint must be a whole file; {path} cannot be read ({_line(fault)}); "
-            "it is cut short or is no checkpoint; take another"
-        ) from None
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+
+
+def _contents(file: BinaryIO) -> Any:
+    intact = archive.is_intact(file)
+    if intact is False:
+        raise DamagedError("its checksum does not match")
+    found = archive.examine(file)
+    if intact is None and isinstance(found, dict) and found.get("version") == VERSION:
+        raise DamagedError("its checksum is missing")
+    return found
+
+
+def _check(found: Any, path: Path) -> None:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise UserError(f"a checkpoint must be one that `train` wrote; {path} holds something else; take another")
-    if not isinstance(payload.get("version"), int) or payload["version"] > VERSION:
+    version = found.get("version")
+    if type(version) is not int or version > VERSION:
         raise UserError(
-            f"a checkpoint's format must be {VERSION} or older; {path} has {payload.get('version')!r}; "
+            f"a checkpoint's format must be {VERSION} or older; {path} has {version!r}; "
             "install a newer version of this program"
         )
-    if missing := _KEYS - payload.keys():
-        raise UserError(f"a checkpoint must hold {', '.join(sorted(missing))}; {path} does not; take another")
-    return payload
+    if wrong := sorted(key for key, kind in _KEYS.items() if not isinstance(found.get(key), kind)):
+        raise UserError(f"a checkpoint must hold {', '.join(wrong)}; {path} does not; take another")
+    if type(found["progress"].get("step")) is not int:
+        raise UserError(f"a checkpoint must hold the number of its step; {path} does not; take another")
+
+
+def is_whole(path: Path) -> bool:
+    """Returns whether a file is there and holds the bytes that were written."""
+    try:
+        with _opened(path) as file:
+            _contents(file)
+    except DamagedCheckpointError:
+        return False
+    return True
 
 
 def _line(fault: Exception) -> str:
@@ -71,7 +154,7 @@ def _line(fault: Exception) -> str:
 
 
 class Checkpoints:
-    """The listener that keeps `last.pt` and `best.pt` in a folder.
+    """The listener that keeps `last.pt`, the one before it as `previous.pt`, and `best.pt`, in a folder.
 
     It must be the last listener: whatever is logged for a step is logged before that step is saved, so a
     resumed run can drop what was logged after it.
@@ -79,7 +162,7 @@ class Checkpoints:
     Arguments:
         snapshot: returns the whole state of the run.
         weights: returns what evaluating needs, of the weights that the model holds now.
-        every_steps: save `last` every so many steps within an epoch too.
+        every_steps, every_minutes: save `last` so often within an epoch too.
     """
 
     def __init__(
@@ -88,10 +171,13 @@ class Checkpoints:
         snapshot: Callable[[], Mapping[str, Any]],
         weights: Callable[[], Mapping[str, Any]],
         every_steps: int | None,
+        every_minutes: float | None = None,
     ) -> None:
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         self.snapshot, self.weights = snapshot, weights
-        self.every_steps = every_steps
+        self.every_steps, self.every_minutes = every_steps, every_minutes
+        self._saved_at: float | None = None  # None: no save by this process yet
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -99,10 +185,21 @@ class Checkpoints:
                 save(self.folder / "best.pt", self.weights())
             # at the start too: a folder that cannot be written is found before any work is done
             case Started() | EpochEnded() | Interrupted():
-                save(self.folder / "last.pt", self.snapshot())
+                self.save_last()
             # the last step of an epoch is saved with its validation, by EpochEnded
             case Stepped() if event.position < event.length and self._is_due(event.step):
-                save(self.folder / "last.pt", self.snapshot())
+                self.save_last()
 
     def _is_due(self, step: int) -> bool:
-        return self.every_steps is not None and step % self.every_steps == 0
+        if self.every_steps is not None and step % self.every_steps == 0:
+            return True
+        since = time.monotonic() - (self._saved_at or 0)
+        return self.every_minutes is not None and since >= 60 * self.every_minutes
+
+    def save_last(self) -> None:
+        """Saves the whole state of the run as it is now."""
+        last = self.folder / "last.pt"
+        if self._saved_at is None and last.exists() and not is_whole(last):
+            last.replace(self.folder / "damaged.pt")  # it must not take the place of the good one before it
+        save(last, self.snapshot(), previous=self.folder / "previous.pt")
+        self._saved_at = time.monotonic()

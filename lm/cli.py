@@ -141,7 +141,7 @@ def evaluate(
     device: str | None,
 ) -> None:
     """Measure the perplexity of a run's model."""
-    trained = run.load(folder, which=which, backend=backend or "auto", device=device or "cpu")
+    trained = run.load(folder, which=which, backend=backend or "auto", device=device or "cpu", say=_say)
     score = run.score(trained, split, protocol=protocol, data=data)
     if as_json:
         click.echo(json.dumps({"split": split, **record(score)}, indent=2))
@@ -176,7 +176,7 @@ def report(split: str, score: Score) -> str:
 @_device
 def sample(folder: Path, which: str, backend: str | None, device: str | None, **options: Any) -> None:
     """Print text drawn from a run's model."""
-    trained = run.load(folder, which=which, backend=backend or "auto", device=device or "cpu")
+    trained = run.load(folder, which=which, backend=backend or "auto", device=device or "cpu", say=_say)
     click.echo(draw_sample(trained.model, trained.tokenizer, **options))
 
 

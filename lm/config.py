@@ -145,6 +145,7 @@ class TrainConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: Count | None = Field(default=None, description="save every so many steps; none: after each epoch only")
+    every_minutes: Positive | None = Field(default=10.0, description="save after so many minutes too; none: never")
 
 
 class EvalConfig(Section):

@@ -25,22 +25,39 @@ def read_text(path: Path, what: str) -> str:
         raise UserError(f"{what} must be readable; {path}: {fault.strerror}; check the path") from None
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, *, previous: Path | None = None, new_folder: bool = True) -> None:
     """Writes a file under a temporary name, syncs it, renames it: a reader sees the old one or the new.
+
+    Arguments:
+        previous: in the same folder; what the old file is renamed to just before.
+        new_folder: make the folder where it is not there.
 
     Raises:
         UserError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if new_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                path.replace(previous)
             temporary.replace(path)
+            _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)  # there only if a step before failed
     except OSError as fault:
         raise UserError(f"{path} must be writable; {fault.strerror}; check the path and its folder") from None
+
+
+def _sync(folder: Path) -> None:
+    """Makes renames in a folder last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

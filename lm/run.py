@@ -1,6 +1,6 @@
 """A run folder from settings to scores: what `train`, `eval` and `sample` do, without the command line.
 
-config.toml  tokenizer.json  metrics.jsonl  tensorboard/  checkpoints/last.pt  checkpoints/best.pt
+config.toml  tokenizer.json  metrics.jsonl  tensorboard/  checkpoints/{last,previous,best}.pt
 """
 
 import math
@@ -36,8 +36,9 @@ Say = Callable[[str], None]
 _MAY_CHANGE = {
     *("data.source", "data.dir"),  # the text itself is known by its checksum
     *("train.epochs", "train.max_steps", "train.patience", "train.backend", "train.device", "train.log_every"),
-    *("checkpoint.every_steps", "eval.protocol", "eval.chunk"),
+    *("checkpoint.every_steps", "checkpoint.every_minutes", "eval.protocol", "eval.chunk"),
 }
+_WAYS = "choose another with --run, or give --overwrite, which moves the folder aside"
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,10 @@ def train(
     """
     require_backend(settings.train.backend)
     device = require_device(settings.train.device)
-    aside = _claim(folder, settings, resume, overwrite)
-    saved = None if aside else _last(folder)
+    aside = _claim(folder, resume, overwrite)
+    saved = None if aside else _last(folder, say)
+    if not aside:
+        _same_run(folder, settings, saved)
     text = _text(settings, saved)
     model = _model(settings, text.tokenizer, device)
     trainer = _trainer(model, settings, text, device)
@@ -113,11 +116,12 @@ def train(
     return _fit(trainer, settings, folder, text, say)
 
 
-def load(folder: Path, *, which: str = "best", backend: str = "auto", device: str = "cpu") -> Trained:
+def load(folder: Path, *, which: str = "best", backend: str = "auto", device: str = "cpu", say: Say = print) -> Trained:
     """Returns the model of a run folder.
 
     Arguments:
         which: the checkpoint, `best` (on the validation text) or `last`.
+        say: receives a warning where `last` is damaged and the one before it is taken.
 
     Raises:
         UserError: no such run; a damaged checkpoint, or one of another vocabulary or model.
@@ -126,7 +130,7 @@ def load(folder: Path, *, which: str = "best", backend: str = "auto", device: st
     place = require_device(device)
     if not (folder / "config.toml").is_file():
         raise UserError(f"a run must be a folder that `train` made; {folder} is not; check the path")
-    saved = checkpoint.load(folder / "checkpoints" / f"{which}.pt")
+    saved = _saved(folder / "checkpoints", which, say)
     settings = config.build(saved["config"])
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"backend": backend})})
     tokenizer = tokenizers.from_state(saved["tokenizer"])
@@ -135,6 +139,17 @@ def load(folder: Path, *, which: str = "best", backend: str = "auto", device: st
     _restore(model, saved, folder)
     step = saved["progress"]["step"]
     return Trained(settings, tokenizer, model, saved["train_counts"], saved["data_sha256"], step)
+
+
+def _saved(place: Path, which: str, say: Say) -> dict[str, Any]:
+    if which == "last" and (saved := checkpoint.load_last(place, say)):
+        return saved
+    try:
+        return checkpoint.load(place / f"{which}.pt")
+    except checkpoint.DamagedCheckpointError as fault:
+        if which == "best" and checkpoint.is_whole(place / "last.pt"):
+            raise UserError(f"{fault}; the last one is whole: give --checkpoint last") from None
+        raise
 
 
 def score(
@@ -174,7 +189,7 @@ def require_device(name: str) -> torch.device:
     return device
 
 
-def _claim(folder: Path, settings: Config, resume: str, overwrite: bool) -> Path | None:
+def _claim(folder: Path, resume: str, overwrite: bool) -> Path | None:
     """Refuses a folder that is not for this run; returns where to move it aside to, if that was asked for."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
@@ -185,10 +200,17 @@ def _claim(folder: Path, settings: Config, resume: str, overwrite: bool) -> Path
         while (aside := folder.with_name(f"{folder.resolve().name}.old{number}")).exists():
             number += 1
         return aside
-    ways = "choose another with --run, or give --overwrite, which moves the folder aside"
     if resume == "never":
-        raise UserError(f"a run that never resumes needs an empty folder; {folder} holds a run; {ways}")
-    held = _held(folder)
+        raise UserError(f"a run that never resumes needs an empty folder; {folder} holds a run; {_WAYS}")
+    return None
+
+
+def _same_run(folder: Path, settings: Config, saved: Mapping[str, Any] | None) -> None:
+    """Refuses a folder whose run has other settings."""
+    if not (folder / "config.toml").is_file():
+        return
+    # the checkpoint's configuration where there is one, since the file may have been edited
+    held = config.build(saved["config"] if saved else config.read_toml(folder / "config.toml", "a run's configuration"))
     names = {
         name
         for name, value in config.flatten(held).items()
@@ -197,16 +219,7 @@ def _claim(folder: Path, settings: Config, resume: str, overwrite: bool) -> Path
     if names:
         ours, theirs = config.flatten(settings), config.flatten(held)
         told = "; ".join(f"{name} is {theirs[name]} there and {ours[name]} here" for name in sorted(names))
-        raise UserError(f"a run goes on with its own configuration; {folder} holds another: {told}; {ways}")
-    return None
-
-
-def _held(folder: Path) -> Config:
-    """The configuration of the run in a folder: its checkpoint's, since its file may have been edited."""
-    saved = _last(folder)
-    if saved is not None:
-        return config.build(saved["config"])
-    return config.build(config.read_toml(folder / "config.toml", "a run's configuration"))
+        raise UserError(f"a run goes on with its own configuration; {folder} holds another: {told}; {_WAYS}")
 
 
 def _may_change(name: str, settings: Config) -> bool:
@@ -214,15 +227,16 @@ def _may_change(name: str, settings: Config) -> bool:
     return name in _MAY_CHANGE and not (ends and settings.train.schedule == "cosine")
 
 
-def _last(folder: Path) -> dict[str, Any] | None:
-    path = folder / "checkpoints" / "last.pt"
-    if path.exists():
-        saved = checkpoint.load(path)
+def _last(folder: Path, say: Say) -> dict[str, Any] | None:
+    place = folder / "checkpoints"
+    saved = checkpoint.load_last(place, say)
+    if saved is not None:
         _same_vocabulary(folder, tokenizers.from_state(saved["tokenizer"]))
-        return saved
-    if path.with_name("best.pt").exists():
-        raise UserError(f"a run goes on from {path}, which is missing; best.pt is there; choose another with --run")
-    return None
+    elif (place / "best.pt").exists():
+        raise UserError(
+            f"a run goes on from {place / 'last.pt'}, which is missing; best.pt is there; choose another with --run"
+        )
+    return saved
 
 
 def _same_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
@@ -359,6 +373,7 @@ def _checkpoints(trainer: Trainer, settings: Config, folder: Path, text: _Text) 
         lambda: {**weights(), **trainer.state_dict()},
         weights,
         settings.checkpoint.every_steps,
+        settings.checkpoint.every_minutes,
     )
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import threading
 
@@ -48,7 +49,7 @@ def train(settings, tmp_path):
     """`train("section.key=value", …, folder="run", …)`: runs in a folder; returns the outcome."""
 
     def make(*assignments, folder="run", **options):
-        return run.train(settings(*assignments), tmp_path / folder, say=lambda _: None, **options)
+        return run.train(settings(*assignments), tmp_path / folder, **{"say": lambda _: None, **options})
 
     return make
 
@@ -94,7 +95,7 @@ def test_a_run_folder_holds_all_of_a_run(train, settings, tmp_path):
     assert {path.name for path in folder.iterdir()} == {
         *("config.toml", "tokenizer.json", "metrics.jsonl", "tensorboard", "checkpoints")
     }
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.pt", "previous.pt", "best.pt"}
     assert config.build(config.read_toml(folder / "config.toml", "")) == settings()
     kinds = [row["kind"] for row in measured(folder)]
     assert kinds.count("valid") == kinds.count("epoch") == 2
@@ -242,25 +243,42 @@ def test_a_moved_text_is_the_same_text(train, corpus, tmp_path):
     assert train(f"data.source={tmp_path / 'elsewhere'}").reason == "epochs"
 
 
-@pytest.mark.parametrize("name", ["last", "best"])
-def test_a_damaged_checkpoint_is_named(train, tmp_path, name):
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_taken(train, tmp_path):
+    train("train.epochs=3", folder="whole")
     train()
-    path = tmp_path / f"run/checkpoints/{name}.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=rf"a checkpoint must be a whole file; .*{name}\.pt"):
-        run.load(tmp_path / "run", which=name)
-    if name == "last":
-        with pytest.raises(UserError, match=r"last\.pt"):
-            train("train.epochs=3")
+    path = tmp_path / "run/checkpoints/last.pt"
+    damaged = path.read_bytes()[:1000]
+    path.write_bytes(damaged)
+    said = []
+    assert run.load(tmp_path / "run", which="last", say=said.append).step > 0
+    train("train.epochs=3", say=said.append)
+    assert [line for line in said if "last.pt" in line] == [said[0]] * 2
+    assert re.search(r"^warning: .*run/checkpoints/last\.pt is damaged .*from the one before it, previous\.pt", said[0])
+    assert path.with_name("damaged.pt").read_bytes() == damaged
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_missing_last_checkpoint_does_not_cost_the_best(train, tmp_path):
+def test_a_run_without_any_whole_checkpoint(train, tmp_path):
     train()
-    (tmp_path / "run/checkpoints/last.pt").unlink()
+    place = tmp_path / "run/checkpoints"
+    (place / "last.pt").write_bytes(b"")
+    (place / "previous.pt").unlink()
+    with pytest.raises(UserError, match=r"last\.pt is damaged"):
+        train("train.epochs=3")
+    (place / "last.pt").unlink()
     before = files_of(tmp_path / "run")
     with pytest.raises(UserError, match=r"which is missing; best\.pt is there"):
         train()
     assert files_of(tmp_path / "run") == before
+
+
+def test_a_damaged_best_checkpoint_is_named(train, tmp_path):
+    train()
+    path = tmp_path / "run/checkpoints/best.pt"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"best\.pt is damaged .*; the last one is whole: give --checkpoint last"):
+        run.load(tmp_path / "run")
+    assert run.load(tmp_path / "run", which="last").step > 0
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(train, tmp_path, corpus):
