@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import rnnorm
-from lm import config, corpora, run, tokenizers
+from lm import config, corpora, run, study, tokenizers
 from lm.config import Config
 from lm.errors import UserError
 from lm.evaluator import Score, record
@@ -123,8 +123,16 @@ def compose(
 
 @cli.command("eval")
 @_run_argument
-@click.option("--split", type=click.Choice(corpora.SPLITS), default="valid", help="Of the corpus.")
-@click.option("--protocol", type=click.Choice(["exact", "chunk-mean"]), help="How.  [default: the run's]")
+@click.option(
+    "--split", "splits", type=click.Choice(corpora.SPLITS), multiple=True, default=["valid"], help="Of the corpus."
+)
+@click.option(
+    "--protocol",
+    "protocols",
+    type=click.Choice(["exact", "chunk-mean"]),
+    multiple=True,
+    help="How.  [default: the run's]",
+)
 @click.option("--data", help="Another corpus, by name or folder.  [default: the run's]")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole record.")
 @_which
@@ -132,21 +140,26 @@ def compose(
 @_device
 def evaluate(
     folder: Path,
-    split: str,
-    protocol: str | None,
+    splits: tuple[str, ...],
+    protocols: tuple[str, ...],
     data: str | None,
     as_json: bool,
     which: str,
     backend: str | None,
     device: str | None,
 ) -> None:
-    """Measure the perplexity of a run's model."""
+    """Measure the perplexity of a run's model. Several splits and protocols: each with each."""
     trained = run.load(folder, which=which, backend=backend or "auto", device=device or "cpu", say=_say)
-    score = run.score(trained, split, protocol=protocol, data=data)
+    scores = [
+        (split, run.score(trained, split, protocol=protocol, data=data))
+        for split in splits
+        for protocol in protocols or (None,)
+    ]
     if as_json:
-        click.echo(json.dumps({"split": split, **record(score)}, indent=2))
+        records = [{"split": split, **record(score)} for split, score in scores]
+        click.echo(json.dumps(records[0] if len(records) == 1 else records, indent=2))
     else:
-        click.echo(report(split, score))
+        click.echo("\n".join(report(split, score) for split, score in scores))
 
 
 def report(split: str, score: Score) -> str:
@@ -161,6 +174,40 @@ def report(split: str, score: Score) -> str:
         "bits per byte": score.bits_per_byte,
     }
     return "\n".join(lines + [f"  {name:14} {value:12,.3f}" for name, value in rows.items() if value is not None])
+
+
+@cli.command("study")
+@click.argument("file", metavar="STUDY.toml", type=Path)
+@click.option("--seeds", type=click.IntRange(1), help="Runs of each arm, by seeds 1, 2 …  [default: the study's]")
+@click.option("--jobs", type=click.IntRange(1), default=1, help="Runs at once.")
+@click.option("--threads", type=click.IntRange(1), default=1, help="Threads of each run.")
+@click.option("--run", "folder", type=Path, help="Folder of the study.  [default: runs/STUDY]")
+@click.option("--data", help="A corpus by name or folder, for every arm.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, for every arm.")
+@click.option("--device", "devices", multiple=True, help="One of several, each for a run at a time; repeat it.")
+def run_study(
+    file: Path,
+    seeds: int | None,
+    folder: Path | None,
+    data: str | None,
+    assignments: tuple[str, ...],
+    **options: Any,
+) -> int:
+    """Train every arm of a study with every seed, and compare them.
+
+    Each run is an ordinary run folder under the study's; the test text is scored once, at the checkpoint
+    that is best on valid. The same command goes on with a study that was stopped or killed, or adds seeds.
+    A run that diverged is a result, the worst one.
+    """
+    plan = study.read(file, seeds=seeds, data=data, assignments=assignments)
+    folder = folder or Path("runs") / plan.name
+    summary, stopped = study.run(plan, folder, say=_say, **options)
+    click.echo(study.table(summary))
+    click.echo(f"{folder}: {summary['runs']} of {summary['runs_planned']} runs; runs.csv, arms.csv, summary.json")
+    if stopped is None:
+        return 0
+    _say(f"stopped by {stopped}; every run is saved; the same command goes on")
+    return _STOPPED.get(stopped, 1)
 
 
 @cli.command()

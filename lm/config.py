@@ -215,9 +215,14 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Returns the tables of a TOML file; a fault is a UserError that names the file."""
+    """Returns the tables of a TOML file but its description; a fault is a UserError that names the file."""
+    return _without_description(read_tables(path, what))
+
+
+def read_tables(path: Path, what: str) -> dict[str, Any]:
+    """Returns all that a TOML file holds; a fault is a UserError that names the file."""
     try:
-        return _without_description(tomllib.loads(read_text(path, what)))
+        return tomllib.loads(read_text(path, what))
     except tomllib.TOMLDecodeError as fault:
         raise UserError(f"{what} must be TOML; {path}: {fault}") from None
 
@@ -240,6 +245,11 @@ def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
             raise UserError(f"--set must be section.key=value, such as train.lr=0.5; {assignment!r} came")
         changed.setdefault(section, {})[key] = _value(text.strip())
     return changed
+
+
+def assignment(name: str, value: Any) -> str:
+    """Returns `section.key=value` as `override` reads it back."""
+    return f"{name}={value if isinstance(value, str) else _written(value)}"
 
 
 def _value(text: str) -> Any:

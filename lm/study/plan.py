@@ -1,0 +1,141 @@
+"""What a study is: a TOML file of arms, read into the exact `train` command of every run."""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm import config
+from lm.config import Config
+from lm.errors import UserError
+
+_SECTIONS = tuple(Config.model_fields)
+_STUDY_KEYS = ("description", "seeds", "preset", "grid", "arms", *_SECTIONS)
+_ARM_KEYS = ("name", "preset", "published", *_SECTIONS)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        name: of its folder; its base's name with the values of the grid.
+        base: its name in the study's file: arms of one base differ only by the grid.
+        preset, assignments: what `train --preset … --set …` is given.
+        published: a median published for it, valid perplexity under `chunk-mean`, or None.
+        settings: all of it together.
+    """
+
+    name: str
+    base: str
+    preset: str
+    assignments: tuple[str, ...]
+    published: float | None
+    settings: Config
+
+    def command(self, seed: int | str, folder: Path | str) -> list[str]:
+        """Returns the arguments of the `train` command of one seed."""
+        given = [word for assignment in self.assignments for word in ("--set", assignment)]
+        return ["train", "--preset", self.preset, *given, "--seed", str(seed), "--run", str(folder)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study."""
+
+    arm: Arm
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.arm.name} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms times seeds; seeds count from 1."""
+
+    name: str
+    description: str
+    arms: tuple[Arm, ...]
+    seeds: int
+
+    def jobs(self) -> list[Job]:
+        """Returns every run, all arms of a seed before the next seed: a study cut short is balanced."""
+        return [Job(arm, seed) for seed in range(1, self.seeds + 1) for arm in self.arms]
+
+
+def read(path: Path, *, seeds: int | None = None, data: str | None = None, assignments: Sequence[str] = ()) -> Study:
+    """Reads a study file.
+
+    Its keys: `description`; `seeds`, how many; `preset`, of every arm that names none; the sections of a
+    configuration (`[train]` …), for every arm; `[grid]`, lists of values under full names such as
+    `"train.lr"`, whose every combination makes an arm of each; `[[arms]]`, each with a `name`, and maybe a
+    `preset`, sections of its own (`train.lr = 1`), and `published`, a median to compare with.
+
+    Arguments:
+        seeds, data: instead of the file's.
+        assignments: `section.key=value` for every arm, last.
+
+    Raises:
+        UserError: a key that is not known, a name used twice, or an arm whose settings cannot be.
+    """
+    tables = config.read_tables(path, "a study")
+    _known(tables, _STUDY_KEYS, f"{path}")
+    rows, grid = tables.get("arms", []), tables.get("grid", {})
+    if not (isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows)):
+        raise UserError(f"a study must have [[arms]]; {path} has none; write one table for each")
+    if not (isinstance(grid, Mapping) and all(isinstance(values, list) and values for values in grid.values())):
+        raise UserError(f'[grid] must hold lists of values under names such as "train.lr"; {path}: {grid!r} came')
+    count = tables.get("seeds", 1) if seeds is None else seeds
+    if not (isinstance(count, int) and count >= 1):
+        raise UserError(f"seeds must be a whole number from 1 on; {count!r} came; say how many runs an arm has")
+    last = ([] if data is None else [f"data.source={data}"]) + list(assignments)
+    arms = tuple(arm for row in rows for arm in _arms(tables, row, grid, last, path))
+    names = [arm.name for arm in arms]
+    if doubles := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"arms must have names of their own; {path} has {', '.join(sorted(doubles))} twice; rename")
+    return Study(path.stem, tables.get("description", ""), arms, count)
+
+
+def _arms(
+    tables: Mapping[str, Any], row: Mapping[str, Any], grid: Mapping[str, list[Any]], last: list[str], path: Path
+) -> Iterator[Arm]:
+    """The arms of one table: one for each point of the grid."""
+    name = row.get("name", "")
+    _known(row, _ARM_KEYS, f"{path}, arm {name!r}")
+    if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
+        raise UserError(f"an arm's name must be letters, digits, '.', '_' and '-'; {name!r} came in {path}; rename it")
+    preset = row.get("preset", tables.get("preset", "default"))
+    shared = [*_assignments(tables), *_assignments(row)]
+    for values in itertools.product(*grid.values()):
+        point = dict(zip(grid, values, strict=True))
+        parts = [f"{key.rpartition('.')[2]}={_short(value)}" for key, value in point.items()]
+        given = [*shared, *(config.assignment(key, value) for key, value in point.items()), *last]
+        try:
+            settings = config.build(config.override(config.preset(preset), given))
+        except UserError as fault:
+            raise UserError(f"{path}, arm {name}: {fault}") from None
+        kept = {line.partition("=")[0]: line for line in given}  # the last one of each key is what counts
+        yield Arm("_".join([name, *parts]), name, preset, tuple(kept.values()), row.get("published"), settings)
+
+
+def _assignments(tables: Mapping[str, Any]) -> list[str]:
+    sections = {name: tables[name] for name in _SECTIONS if name in tables}
+    return [
+        config.assignment(f"{name}.{key}", value) for name, table in sections.items() for key, value in table.items()
+    ]
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else re.sub(r"[^\w.-]", "-", str(value))
+
+
+def _known(tables: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    for key in tables:
+        if key not in keys:
+            raise UserError(f"{where}: a key must be one of {', '.join(keys)}; {key!r} came; rename or remove it")
+    for name in _SECTIONS:
+        if not isinstance(tables.get(name, {}), Mapping):
+            raise UserError(f"{where}: {name} must be a table of settings; {tables[name]!r} came; write [{name}]")

@@ -1,0 +1,97 @@
+"""How a study is doing: a line for each run that ends, and on a terminal one that moves."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lm.study import results
+from lm.study.plan import Job, Study
+
+_EVERY = 1.0  # seconds between looks at the running runs' logs
+
+
+class Progress:
+    """Says what ends; shows what runs where a person watches.
+
+    Arguments:
+        done: results that there are already.
+        say: receives whole lines.
+    """
+
+    def __init__(self, study: Study, folder: Path, done: Collection[Job], say: Callable[[str], None]) -> None:
+        self.folder, self.say = folder, say
+        self.jobs = study.jobs()
+        self.done, self.diverged = set(done), 0
+        self._at_start = len(self.done)
+        self._began = self._shown = time.monotonic()
+        self._moving = sys.stderr.isatty()
+        size = f"{len(study.arms)} arms x {study.seeds} seeds"
+        say(f"study {study.name}: {size}, {len(self.done)} of {len(self.jobs)} runs are done")
+
+    def finished(self, job: Job, result: Mapping[str, Any]) -> None:
+        """Says how a run ended."""
+        self.done.add(job)
+        row = result["row"]
+        told = f"diverged ({result['diverged']})" if row["diverged"] else f"best of {row['epochs']} epochs"
+        reached = ", ".join(f"{split} {_number(row[f'{split}_exact'])}" for split in ("valid", "test"))
+        self.diverged += row["diverged"]
+        self.line(f"[{len(self.done)}/{len(self.jobs)}] {job}: {told}: {reached} (exact)")
+
+    def line(self, text: str) -> None:
+        """Says a line above the moving one."""
+        self.close()
+        self.say(text)
+
+    def show(self, live: Collection[Job]) -> None:
+        """Moves the line: what is running, how far it is, how long it may take."""
+        now = time.monotonic()
+        if not self._moving or now - self._shown < _EVERY:
+            return
+        self._shown = now
+        running = [(job, *self._place(job)) for job in list(live)]
+        parts = [f"{job} epoch {epoch}/{job.arm.settings.train.epochs} {ppl}".rstrip() for job, epoch, ppl in running]
+        done = len(self.done) + sum(epoch / job.arm.settings.train.epochs for job, epoch, _ in running)
+        fresh = done - self._at_start
+        left = (now - self._began) / fresh * (len(self.jobs) - done) if fresh > 0.02 else None
+        head = f"{len(self.done)}/{len(self.jobs)} runs"
+        tail = "" if left is None else f", about {_duration(left)} left"
+        sys.stderr.write(f"\r\x1b[K{head}: {'; '.join(parts)}{tail}"[:200])
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Takes the moving line away."""
+        if self._moving:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def _place(self, job: Job) -> tuple[int, str]:
+        """Epochs that a running run has done, and its last validation as text."""
+        path = results.run_folder(self.folder, job) / "metrics.jsonl"
+        epoch, ppl = 0, ""
+        try:
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - 100_000))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return epoch, ppl
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # the first and the last may be torn
+            epoch = row["epoch"] - (row["kind"] == "train")
+            if row["kind"] == "valid":
+                ppl = f"valid {_number(row['ppl'])}"
+        return epoch, ppl
+
+
+def _number(ppl: float | None) -> str:
+    return "-" if ppl is None else f"{ppl:,.2f}"
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"

@@ -1,0 +1,289 @@
+"""Results of runs: one row each, quartiles of each arm, paired sign tests, as CSV and JSON."""
+
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rnnorm
+from lm import config, files
+from lm.errors import UserError
+from lm.evaluator import finite
+from lm.study.plan import Arm, Job, Study
+
+SUMMARY = "summary.json"
+MEASURES = ("valid_exact", "valid_chunk_mean", "test_exact", "test_chunk_mean")
+# Where a run may be done, not what it is.
+_ELSEWHERE = {"data.source", "data.dir", "train.device", "train.backend", "train.log_every", "checkpoint.every_steps"}
+
+Row = dict[str, Any]
+
+
+def path_of(folder: Path, job: Job) -> Path:
+    """Returns where a run's result is kept."""
+    return folder / "results" / f"{job.arm.name}-seed-{job.seed}.json"
+
+
+def run_folder(folder: Path, job: Job) -> Path:
+    """Returns where a run is kept."""
+    return folder / "runs" / job.arm.name / f"seed-{job.seed}"
+
+
+def load(folder: Path, job: Job) -> dict[str, Any] | None:
+    """Returns the result of a run that is over, or None.
+
+    Raises:
+        UserError: it was made with other settings than the job's.
+    """
+    path = path_of(folder, job)
+    if not path.exists():
+        return None
+    result = json.loads(files.read_text(path, "a result"))
+    ours, theirs = _settings(job), result["settings"]
+    told = [f"{k} is {theirs.get(k)} there and {v} here" for k, v in ours.items() if theirs.get(k) != v]
+    if told:
+        raise UserError(
+            f"a study goes on with its own settings; {folder} holds {job} with others: {'; '.join(told)}; "
+            "choose another folder with --run"
+        )
+    return result
+
+
+def save(folder: Path, job: Job, scores: Sequence[Mapping[str, Any]], diverged: str | None) -> dict[str, Any]:
+    """Writes the result of a run that is over, and returns it.
+
+    Arguments:
+        scores: the records that `eval --json` printed; none where no epoch was ever validated.
+        diverged: what was not finite, or None.
+    """
+    log = metrics(run_folder(folder, job))
+    epochs = [row for row in log if row["kind"] == "epoch"]
+    steps = [row for row in log if row["kind"] == "train"]
+    best = [row["epoch"] for row in log if row["kind"] == "valid" and row["best"]]
+    seconds = [row["seconds"] for row in epochs]
+    speeds = sorted(row["tokens_per_second"] for row in steps)
+    row: Row = {
+        "arm": job.arm.name,
+        "base": job.arm.base,
+        "cell": job.arm.settings.model.cell,
+        "norm": job.arm.settings.model.norm,
+        "lr": job.arm.settings.train.lr,
+        "seed": job.seed,
+        "diverged": diverged is not None,
+        "epochs": len(epochs),
+        "best_epoch": best[-1] if best else None,
+        **dict.fromkeys(MEASURES),
+        **{f"{score['split']}_{score['protocol'].replace('-', '_')}": score["ppl"] for score in scores},
+        "seconds": sum(seconds) if seconds else None,
+        "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
+    }
+    result = {
+        "row": row,
+        "diverged": diverged,
+        "settings": _settings(job),
+        "versions": versions(),
+        "scores": list(scores),
+        "epochs": _epochs(job, log),
+    }
+    files.write_whole(path_of(folder, job), json.dumps(result, indent=1).encode())
+    return result
+
+
+def metrics(run: Path) -> list[Row]:
+    """Returns what a run logged, line by line."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    flat = config.flatten(job.arm.settings)
+    return {key: value for key, value in flat.items() if key not in _ELSEWHERE | {"train.seed"}}
+
+
+def _epochs(job: Job, log: Iterable[Row]) -> list[Row]:
+    """One row for each epoch: perplexities as training saw them (validation in columns)."""
+    rows: dict[int, Row] = {}
+    names = {"valid": {"ppl": "valid_ppl"}, "epoch": {"ppl": "train_ppl", "seconds": "seconds"}}
+    for line in log:
+        if line["kind"] in names:
+            row = rows.setdefault(line["epoch"], {"arm": job.arm.name, "seed": job.seed, "epoch": line["epoch"]})
+            row.update({ours: line[theirs] for theirs, ours in names[line["kind"]].items()})
+    return [{"train_ppl": None, "seconds": None, **row} for row in rows.values()]
+
+
+def versions() -> dict[str, str]:
+    """Returns what a result depends on beside its settings and data."""
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "rnnorm": rnnorm.__version__,
+        "commit": git.stdout.strip() or "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "processor": _processor(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def sign_test(first: Mapping[int, float], second: Mapping[int, float]) -> dict[str, Any]:
+    """Returns the exact paired sign test between two arms over the seeds that both have.
+
+    With w seeds where `first` is lower, l where `second` is, n = w + l, ties left out:
+    `p = min(1, 2 sum_{k <= min(w, l)} C(n, k) / 2^n)`, two-sided.
+
+    Arguments:
+        first, second: perplexity by seed; infinity for a run that diverged.
+    """
+    pairs = [(first[seed], second[seed]) for seed in first.keys() & second.keys()]
+    lower, higher = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
+    n = lower + higher
+    tail = sum(math.comb(n, k) for k in range(min(lower, higher) + 1)) / 2**n
+    return {"lower": lower, "higher": higher, "ties": len(pairs) - n, "p": min(1.0, 2 * tail)}
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Returns a quantile by linear interpolation (numpy's default); infinities are values like others."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return low if low == high else low + (high - low) * (place - math.floor(place))
+
+
+def value(row: Row, measure: str) -> float:
+    """Returns a perplexity of a run: infinity where it diverged, whatever it reached before."""
+    found = row[measure]
+    return math.inf if row["diverged"] or found is None else found
+
+
+def summarize(study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what the results so far say, as JSON can hold it: null for the infinity of a diverged run.
+
+    Among arms of one base (which differ by the grid), the one of the lowest median valid perplexity
+    (`exact`) is `selected`; sign tests are between selected arms, on the test perplexity (`exact`).
+    """
+    rows = [result["row"] for result in results]
+    by_arm = {arm.name: [row for row in rows if row["arm"] == arm.name] for arm in study.arms}
+    arms = [_arm(arm, by_arm[arm.name]) for arm in study.arms if by_arm[arm.name]]
+    selected = set(_selected(arms))
+    seeds = {name: {row["seed"]: value(row, "test_exact") for row in by_arm[name]} for name in selected}
+    tests = [
+        {"first": first, "second": second, **sign_test(seeds[first], seeds[second])}
+        for first, second in itertools.combinations([arm["arm"] for arm in arms if arm["arm"] in selected], 2)
+    ]
+    finite_arms = [
+        {**arm, "selected": arm["arm"] in selected, **{name: finite(arm[name]) for name in MEASURES}} for arm in arms
+    ]
+    return {
+        "study": study.name,
+        "description": study.description,
+        "seeds": study.seeds,
+        "runs": len(rows),
+        "runs_planned": len(study.jobs()),
+        "arms": finite_arms,
+        "sign_tests": {"measure": "test_exact", "pairs": tests},
+        "data_sha256": _distinct(results, "data_sha256"),
+        "vocabulary_sha256": _distinct(results, "vocabulary_sha256"),
+        "versions": _same([result["versions"] for result in results]),
+    }
+
+
+def _arm(arm: Arm, rows: list[Row]) -> dict[str, Any]:
+    shares = {"median": 0.5, "q1": 0.25, "q3": 0.75, "min": 0.0, "max": 1.0}
+    speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"]]
+    return {
+        "arm": arm.name,
+        "base": arm.base,
+        "runs": len(rows),
+        "diverged": sum(row["diverged"] for row in rows),
+        "published": arm.published,
+        **{
+            name: {told: quantile([value(row, name) for row in rows], share) for told, share in shares.items()}
+            for name in MEASURES
+        },
+        "tokens_per_second": quantile(speeds, 0.5) if speeds else None,
+        "command": arm.command("SEED", f"runs/{arm.name}/seed-SEED"),
+    }
+
+
+def _selected(arms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The best arm of each base."""
+    best: dict[str, Mapping[str, Any]] = {}
+    for arm in arms:
+        held = best.setdefault(arm["base"], arm)
+        if arm["valid_exact"]["median"] < held["valid_exact"]["median"]:
+            best[arm["base"]] = arm
+    return [arm["arm"] for arm in best.values()]
+
+
+def _distinct(results: Iterable[Mapping[str, Any]], name: str) -> dict[str, list[str]]:
+    found: dict[str, set[str]] = {}
+    for score in (score for result in results for score in result["scores"]):
+        found.setdefault(score["split"], set()).add(score[name])
+    return {split: sorted(values) for split, values in found.items()}
+
+
+def _same(found: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    return {key: sorted({each[key] for each in found}) for key in (found[0] if found else ())}
+
+
+def write(folder: Path, study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Writes the tables and the summary of the results so far, each whole; returns the summary."""
+    summary = summarize(study, results)
+    tables = {
+        "runs": [result["row"] for result in results],
+        "epochs": [row for result in results for row in result["epochs"]],
+        "arms": [
+            {key: arm[key] for key in ("arm", "base", "selected", "runs", "diverged", "published")}
+            | {"measure": name, **{told: math.inf if found is None else found for told, found in arm[name].items()}}
+            for arm in summary["arms"]
+            for name in MEASURES
+        ],
+    }
+    for name, rows in tables.items():
+        files.write_whole(folder / f"{name}.csv", to_csv(rows).encode())
+    files.write_whole(folder / SUMMARY, json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Returns rows as CSV; an absent value is an empty field."""
+    if not rows:
+        return ""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Returns the arms as a table for a person: medians over seeds, a published one beside."""
+    heads = ("valid", "test", "valid chunk-mean", "published")
+    width = max([3, *(len(arm["arm"]) for arm in summary["arms"])])
+    lines = [f"{'arm':{width}} {'runs':>5} {'diverged':>8}" + "".join(f" {head:>16}" for head in heads)]
+    for arm in summary["arms"]:
+        medians = [arm[name]["median"] for name in ("valid_exact", "test_exact", "valid_chunk_mean")]
+        shown = [*("diverged" if m is None else f"{m:,.2f}" for m in medians), f"{arm['published'] or '-'}"]
+        lines.append(f"{arm['arm']:{width}} {arm['runs']:5} {arm['diverged']:8}" + "".join(f" {s:>16}" for s in shown))
+    return "\n".join(lines)

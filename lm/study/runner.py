@@ -1,0 +1,218 @@
+"""The queue of a study: so many runs at once, each the ordinary `train` and `eval` in processes of their own."""
+
+import fcntl
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from lm import files
+from lm.errors import UserError
+from lm.study import results
+from lm.study.plan import Job, Study
+from lm.study.progress import Progress
+
+Say = Callable[[str], None]
+_POLL = 0.2  # seconds
+_PLAN = "commands.txt"
+
+
+class _StoppedError(Exception):
+    """The study was asked to stop."""
+
+
+def run(
+    study: Study,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    threads: int = 1,
+    devices: Sequence[str] = (),
+    say: Say = print,
+) -> tuple[dict[str, Any], str | None]:
+    """Runs what is missing of a study, and returns its summary and what stopped it, if anything did.
+
+    A run that is over is never run or scored again; one that was stopped goes on from its checkpoint; one
+    that diverged is a result. Ctrl-C and SIGTERM let every run save and stop; a second one kills them.
+
+    Arguments:
+        folder: of the study, see `lm.study`.
+        jobs: runs at once; each computes with so many `threads`.
+        devices: given out to the runs, one each; none: as the settings say.
+        say: receives lines for a person.
+
+    Raises:
+        UserError: a folder that holds something else; results of other settings; runs that failed (the others
+            are done first).
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / _PLAN).exists():
+        raise UserError(
+            f"a study's folder must be empty or a study's own; {folder} is neither; choose another with --run"
+        )
+    done = {job: found for job in study.jobs() if (found := results.load(folder, job)) is not None}
+    missing = [job for job in study.jobs() if job not in done]
+    files.write_whole(folder / _PLAN, _described(study).encode())
+    progress = Progress(study, folder, done, say)
+    runs = _Runs(folder, threads, devices, jobs)
+    failed: dict[Job, str] = {}
+    with _signals(runs), ThreadPoolExecutor(jobs) as pool:
+        waiting: dict[Future[dict[str, Any]], Job] = {pool.submit(runs.work, job): job for job in missing}
+        while waiting:
+            over, _ = wait(waiting, timeout=_POLL, return_when=FIRST_EXCEPTION)
+            over |= {future for future in waiting if future.done()}
+            for future in over:
+                job = waiting.pop(future)
+                try:
+                    done[job] = future.result()
+                    progress.finished(job, done[job])
+                    results.write(folder, study, [done[job] for job in study.jobs() if job in done])
+                except _StoppedError:
+                    pass
+                except UserError as fault:
+                    failed[job] = str(fault)
+                    progress.line(str(fault))
+            runs.pass_on()
+            progress.show(runs.live)
+    progress.close()
+    if failed:
+        raise UserError(
+            f"every run of a study must end; {len(failed)} of {len(study.jobs())} failed: "
+            f"{next(iter(failed.values()))}; put it right and give the same command again"
+        )
+    return results.write(folder, study, [done[job] for job in study.jobs() if job in done]), runs.stopped
+
+
+def _described(study: Study) -> str:
+    """The study as the commands that it consists of."""
+    lines = [f"# {study.name}: {study.description}", f"# seeds 1 to {study.seeds}"]
+    for arm in study.arms:
+        words = arm.command("SEED", f"runs/{arm.name}/seed-SEED")
+        lines.append("python -m lm " + " ".join(f"'{word}'" if "{" in word or " " in word else word for word in words))
+    return "\n".join(lines) + "\n"
+
+
+class _Runs:
+    """Does the jobs; `work` in a thread of the pool, the other methods in the main one."""
+
+    def __init__(self, folder: Path, threads: int, devices: Sequence[str], jobs: int) -> None:
+        self.folder = folder
+        self.stopped: str | None = None
+        self.live: dict[Job, subprocess.Popen[str]] = {}
+        self._asked = 0
+        self._told: dict[subprocess.Popen[str], int] = {}
+        names = [*devices] or [""]
+        self._devices: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for number in range(jobs):
+            self._devices.put(names[number % len(names)])
+        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+    def stop(self, reason: str) -> None:
+        """Asks each run to save and stop; asked again, kills them. Safe to call from a signal handler."""
+        self._asked += 1
+        self.stopped = reason
+
+    def pass_on(self) -> None:
+        """Tells the running processes what `stop` asked for."""
+        for process in list(self.live.values()):
+            if self._told.get(process, 0) < self._asked:
+                self._told[process] = self._asked
+                process.send_signal(signal.SIGINT if self._asked == 1 else signal.SIGKILL)
+
+    def work(self, job: Job) -> dict[str, Any]:
+        """Returns the result of a job, once it is over."""
+        device = self._devices.get()
+        try:
+            with self._log(job) as log:
+                found = results.load(self.folder, job)  # another process may have done it while we waited
+                return found or self._train_and_score(job, device, log)
+        finally:
+            self._devices.put(device)
+
+    def _train_and_score(self, job: Job, device: str, log: IO[str]) -> dict[str, Any]:
+        where = results.run_folder(self.folder, job)
+        chosen = ["--device", device] if device else []
+        code, _ = self._lm(job, log, [*job.arm.command(job.seed, where), *chosen])
+        diverged = next((row["what"] for row in results.metrics(where) if row["kind"] == "diverged"), None)
+        if code and not (code == 1 and diverged):
+            raise UserError(f"{job} failed with exit code {code}: {_last_line(log.name)} (see {log.name})")
+        scores = []
+        if (where / "checkpoints" / "best.pt").exists():
+            protocols = ["--protocol", "exact", "--protocol", "chunk-mean"]
+            splits = ["--split", "valid", "--split", "test"]
+            code, printed = self._lm(job, log, ["eval", str(where), *splits, *protocols, "--json", *chosen])
+            if code:
+                raise UserError(f"{job} could not be scored: {_last_line(log.name)} (see {log.name})")
+            scores = json.loads(printed)
+        return results.save(self.folder, job, scores, diverged)
+
+    def _lm(self, job: Job, log: IO[str], arguments: Sequence[str]) -> tuple[int, str]:
+        """Runs one command, which says into the log; returns its exit code and what it printed."""
+        if self.stopped:
+            raise _StoppedError
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lm", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=self._environment,
+            start_new_session=True,  # so that Ctrl-C on the terminal reaches it through `pass_on` alone, once
+        )
+        self.live[job] = process
+        try:
+            printed, _ = process.communicate()
+        finally:
+            del self.live[job]
+        if self.stopped and process.returncode:
+            raise _StoppedError
+        log.write(printed)
+        log.flush()
+        return process.returncode, printed
+
+    @contextmanager
+    def _log(self, job: Job) -> Iterator[IO[str]]:
+        """The log of a run, locked. The run's processes inherit it and so hold the lock: where a study was killed
+        and they were not, the next one waits for them to end."""
+        where = results.run_folder(self.folder, job)
+        where.parent.mkdir(parents=True, exist_ok=True)
+        with where.with_suffix(".log").open("a", encoding="utf-8") as log:
+            while True:
+                try:
+                    fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if self.stopped:
+                        raise _StoppedError from None
+                    time.sleep(_POLL)
+            yield log
+
+
+def _last_line(path: str) -> str:
+    lines = Path(path).read_text("utf-8", errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("error: ") if lines else "it said nothing"
+
+
+@contextmanager
+def _signals(runs: _Runs) -> Iterator[None]:
+    """Inside, Ctrl-C, SIGTERM and a closed terminal stop the runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {
+        number: signal.signal(number, lambda number, _: runs.stop(signal.Signals(number).name)) for number in numbers
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

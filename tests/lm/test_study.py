@@ -1,0 +1,288 @@
+import csv
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lm import config, study
+from lm.cli import main
+from lm.errors import UserError
+from lm.study import results
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted((ROOT / "scripts/studies").glob("*.toml"))
+
+SMALL = """
+seeds = 2
+[model]
+hidden_size = 8
+[train]
+optimizer = "sgd"
+schedule = "constant"
+epochs = 2
+lr = 0.5
+batch_size = 3
+window = "uniform{2..9}"
+log_every = 1
+[[arms]]
+name = "good"
+model.norm = "layer"
+[[arms]]
+name = "bad"
+train.weight_decay = 1e38
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path, lines):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split, count in (("train", 60), ("valid", 30), ("test", 30)):
+        (folder / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines(count, seed=count)))
+    return folder
+
+
+@pytest.fixture
+def read(tmp_path):
+    """`read(text, **options)`: the study of a file that holds the text."""
+
+    def make(text=SMALL, **options):
+        path = tmp_path / "small.toml"
+        path.write_text(text)
+        return study.read(path, **options)
+
+    return make
+
+
+def test_an_arm_is_its_preset_the_studys_settings_and_its_own(read):
+    plan = read(
+        """
+        preset = "paper-lstm-layer"
+        [data]
+        source = "markov"
+        [train]
+        lr = 2
+        clip = 0.25
+        [[arms]]
+        name = "one"
+        [[arms]]
+        name = "two"
+        preset = "paper-rnn-none"
+        train.lr = 3.0
+        train.window = 7
+        """,
+        assignments=["train.clip=0.5"],
+    )
+    one, two = plan.arms
+    expected = config.override(
+        config.preset("paper-lstm-layer"), ["data.source=markov", "train.lr=2.0", "train.clip=0.5"]
+    )
+    assert one.settings == config.build(expected)
+    assert (two.settings.model.norm, two.settings.train.lr, two.settings.train.window) == ("none", 3.0, "7")
+    assert two.command(5, "there") == [
+        *("train", "--preset", "paper-rnn-none", "--set", "data.source=markov", "--set", "train.lr=3.0"),
+        *("--set", "train.clip=0.5", "--set", "train.window=7", "--seed", "5", "--run", "there"),
+    ]
+
+
+def test_a_grid_makes_an_arm_of_each_combination(read):
+    grid = '[grid]\n"train.lr" = [0.5, 2]\n"model.norm" = ["rms", "none"]\n[[arms]]\nname = "a"\n[[arms]]\nname = "b"'
+    plan = read(grid, seeds=2)
+    assert [arm.name for arm in plan.arms][:4] == [
+        *("a_lr=0.5_norm=rms", "a_lr=0.5_norm=none", "a_lr=2_norm=rms", "a_lr=2_norm=none")
+    ]
+    assert {arm.base for arm in plan.arms} == {"a", "b"}
+    assert [(job.arm.name, job.seed) for job in plan.jobs()] == [
+        (arm.name, seed) for seed in (1, 2) for arm in plan.arms
+    ]
+    assert plan.arms[1].settings.model.norm == "none"
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_that_ship_can_be_read(path):
+    assert study.read(path).arms
+
+
+def test_the_papers_arms_are_the_presets_to_the_letter():
+    plan = study.read(ROOT / "scripts/studies/paper.toml")
+    assert [arm.name for arm in plan.arms] == [f"{c}-{n}" for c in ("rnn", "lstm") for n in ("online", "layer", "none")]
+    for arm in plan.arms:
+        assert arm.settings == config.build(config.preset(f"paper-{arm.name}"))
+        assert arm.assignments == ()
+        assert arm.settings.train.clip is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds = 1", r"a study must have \[\[arms\]\]"),
+        ("seds = 1\n[[arms]]\nname='a'", "a key must be one of description, seeds, .*'seds' came"),
+        ("[[arms]]\nname='a'\nlr=1", "arm 'a': a key must be one of name, preset, .*'lr' came"),
+        ("[[arms]]\nname='a b'", "an arm's name must be letters.*'a b' came"),
+        ("[[arms]]\nname='a'\n[[arms]]\nname='a'", "a twice; rename"),
+        ("[[arms]]\nname='a'\ntrain.lrr=1", "arm a: train.lrr must be a known key"),
+        ("[[arms]]\nname='a'\npreset='papr'", "arm a: a preset must be one of"),
+        ("[[arms]]\nname='a'\ntrain=1", "train must be a table of settings; 1 came"),
+        ("seeds=0\n[[arms]]\nname='a'", "seeds must be a whole number from 1 on; 0 came"),
+        ("[grid]\n'train.lr'=1\n[[arms]]\nname='a'", r"\[grid\] must hold lists"),
+        ("[[arms]", "a study must be TOML"),
+    ],
+)
+def test_a_study_file_with_a_fault(read, text, message):
+    with pytest.raises(UserError, match=message):
+        read(text)
+
+
+def test_the_sign_test_is_the_exact_binomial():
+    seeds = range(10)
+    first = dict.fromkeys(seeds, 1.0)
+    second = dict.fromkeys(seeds, 2.0) | {0: 0.5, 20: 0.1}
+    found = study.sign_test(first, second)
+    assert (found["lower"], found["higher"], found["ties"]) == (9, 1, 0)
+    assert found["p"] == pytest.approx(2 * (1 + 10) / 2**10)
+    diverged = dict.fromkeys(seeds, math.inf)
+    assert study.sign_test(diverged, diverged) == {"lower": 0, "higher": 0, "ties": 10, "p": 1.0}
+    assert study.sign_test(first, diverged)["lower"] == 10
+    assert study.sign_test(first, {99: 1.0})["p"] == 1.0
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_the_sign_test_by_all_outcomes(n):
+    """p is the chance, each seed a fair coin, of a count as far from even."""
+    for outcome in itertools.product((0.0, 2.0), repeat=n):
+        found = study.sign_test(dict.fromkeys(range(n), 1.0), dict(enumerate(outcome)))
+        far = abs(sum(outcome) / 2 - n / 2)
+        chance = np.mean([abs(sum(coins) - n / 2) >= far for coins in itertools.product((0, 1), repeat=n)])
+        assert found["p"] == pytest.approx(chance)
+
+
+def test_quartiles_are_numpys_and_know_infinity():
+    values = [5.0, 1.0, 4.0, 2.0, 9.0, 7.0]
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        assert results.quantile(values, share) == pytest.approx(np.quantile(values, share))
+    assert results.quantile([1.0, 2.0, math.inf], 0.5) == 2.0
+    assert results.quantile([1.0, math.inf, math.inf, math.inf], 0.75) == math.inf
+
+
+def row(arm, seed, ppl, diverged=False):
+    shown = {"arm": arm.name, "base": arm.base, "seed": seed, "diverged": diverged, "tokens_per_second": 10.0}
+    return {
+        "row": {**shown, **dict.fromkeys(results.MEASURES, ppl)},
+        "scores": [{"split": "test", "data_sha256": "d", "vocabulary_sha256": "v"}],
+        "versions": {"torch": "2"},
+    }
+
+
+def test_a_summary_counts_a_diverged_run_as_the_worst(read):
+    plan = read(SMALL, seeds=3)
+    good, bad = plan.arms
+    found = [row(good, 1, 10.0), row(good, 2, 12.0), row(good, 3, 1.0, diverged=True), row(bad, 1, 11.0)]
+    summary = study.summarize(plan, found)
+    first, second = summary["arms"]
+    assert (first["runs"], first["diverged"], second["runs"]) == (3, 1, 1)
+    assert first["test_exact"] == {"median": 12.0, "q1": 11.0, "q3": None, "min": 10.0, "max": None}
+    assert summary["sign_tests"]["pairs"] == [
+        {"first": "good", "second": "bad", "lower": 1, "higher": 0, "ties": 0, "p": 1.0}
+    ]
+    assert (summary["runs"], summary["runs_planned"]) == (4, 6)
+    assert summary["data_sha256"] == {"test": ["d"]}
+    assert "12.00" in study.table(summary)
+
+
+def test_the_best_of_a_grid_is_selected(read):
+    plan = read('[grid]\n"train.lr" = [1, 2]\n[[arms]]\nname = "a"\n[[arms]]\nname = "b"')
+    found = [row(arm, 1, ppl) for arm, ppl in zip(plan.arms, (9.0, 8.0, 7.0, 8.0), strict=True)]
+    summary = study.summarize(plan, found)
+    assert [arm["arm"] for arm in summary["arms"] if arm["selected"]] == ["a_lr=2", "b_lr=1"]
+    assert [(pair["first"], pair["second"]) for pair in summary["sign_tests"]["pairs"]] == [("a_lr=2", "b_lr=1")]
+
+
+@pytest.mark.slow
+def test_a_study_runs_once_and_a_diverged_run_is_a_result(read, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    plan = read(SMALL, seeds=1, data=str(corpus))
+    folder, said = tmp_path / "study", []
+    summary, stopped = study.run(plan, folder, jobs=2, say=said.append)
+    assert stopped is None
+    good, bad = (json.loads((folder / f"results/{name}-seed-1.json").read_text()) for name in ("good", "bad"))
+    assert (good["row"]["diverged"], bad["row"]["diverged"], bad["diverged"]) == (False, True, "loss")
+    assert (good["row"]["epochs"], len(good["epochs"])) == (2, 2)
+    scored = {(score["split"], score["protocol"]): score["ppl"] for score in good["scores"]}
+    assert len(scored) == 4
+    for split, protocol in scored:
+        assert good["row"][f"{split}_{protocol.replace('-', '_')}"] == scored[split, protocol]
+    log = [json.loads(line) for line in (folder / "runs/good/seed-1/metrics.jsonl").read_text().splitlines()]
+    assert scored["valid", "exact"] == pytest.approx(log[-1]["ppl"], rel=1e-6)
+    best = min((line["ppl"], line["epoch"]) for line in log if line["kind"] == "valid")
+    assert good["row"]["best_epoch"] == best[1]
+    rows = list(csv.DictReader((folder / "runs.csv").read_text().splitlines()))
+    assert {row["arm"]: row["diverged"] for row in rows} == {"good": "False", "bad": "True"}
+    assert len(list(csv.DictReader((folder / "arms.csv").read_text().splitlines()))) == 8
+    assert any("bad seed 1: diverged (loss)" in line for line in said)
+    # again: nothing runs, the same comes out; with other settings it is refused
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert study.run(plan, folder, say=said.append) == (summary, None)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    other = read(SMALL, seeds=1, data=str(corpus), assignments=["train.lr=0.25"])
+    with pytest.raises(UserError, match=r"holds good seed 1 with others: train.lr is 0.5 there and 0.25 here"):
+        study.run(other, folder)
+
+
+def test_a_folder_of_something_else_is_refused(read, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/diary.txt").write_text("")
+    with pytest.raises(UserError, match="a study's folder must be empty or a study's own"):
+        study.run(read(), tmp_path / "mine")
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_told(read, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (corpus / "valid.txt").write_bytes(b"\xff\n")
+    plan = read(SMALL.rpartition("[[arms]]")[0], seeds=1, data=str(corpus))
+    with pytest.raises(UserError, match=r"every run of a study must end; 1 of 1 failed: .* exit code 2: .*UTF-8"):
+        study.run(plan, tmp_path / "study", jobs=2, say=lambda _: None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_study_that_is_stopped_goes_on(read, corpus, tmp_path, number, capsys, monkeypatch):
+    """Ctrl-C saves and ends the runs; SIGKILL leaves them to end by themselves, and the next study waits for them."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    epochs = 100_000 if number == signal.SIGINT else 15
+    (tmp_path / "one.toml").write_text(SMALL.split('[[arms]]\nname = "bad"')[0])
+    command = ["study", "one.toml", "--data", "text", "--seeds", "1", "--run", "out", "--set"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lm", *command, f"train.epochs={epochs}"],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    log = tmp_path / "out/runs/good/seed-1/metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not (log.exists() and log.stat().st_size > 1000) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "stopped by SIGINT; every run is saved; the same command goes on" in said
+        assert "stopped by SIGINT after step" in (tmp_path / "out/runs/good/seed-1.log").read_text()
+        epochs = json.loads(log.read_text().splitlines()[-1])["epoch"] + 1
+    assert not list(tmp_path.glob("out/results/*"))
+    assert main([*command, f"train.epochs={epochs}"]) == 0
+    assert "1 of 1 runs" in capsys.readouterr().out
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"train"' in line]
+    assert steps == list(range(1, len(steps) + 1)), "no step twice: no two processes in one folder"
+    assert len(json.loads((tmp_path / "out/results/good-seed-1.json").read_text())["epochs"]) == epochs
