@@ -1,6 +1,6 @@
 """rnnorm: recurrent layers with online, layer, RMS or no normalization at every pre-activation, torch.nn's drop-in."""
 
-from rnnorm import distributed, norms
+from rnnorm import distributed, functional, norms
 from rnnorm._layers import GRU, LSTM, RNN
 from rnnorm._online_norm import OnlineNorm
 from rnnorm._single_step import GRUCell, LSTMCell, RNNCell
@@ -18,5 +18,6 @@ __all__ = [
     "RNNCell",
     "backends",
     "distributed",
+    "functional",
     "norms",
 ]

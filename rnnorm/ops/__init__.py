@@ -29,4 +29,4 @@ def run(operands: Operands, spec: Spec) -> Results:
         tensor is not None and tensor.requires_grad for tensor in operands[: len(DIFFERENTIABLE)]
     )
     spec = spec._replace(backend=backend.name, save=save)
-    return Results(*torch.ops.rnnorm.sequence(*operands, *spec))
+    return library.run_sequence(operands, spec)

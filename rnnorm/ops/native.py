@@ -14,18 +14,6 @@ use_micro_kernel = True
 threads = 0
 
 
-def _ready(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Contiguous and in the dtype that the kernels compute in; counts stay integers."""
-    if tensor is None:
-        return None
-    return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-
-
-def _ready_operands(operands: Operands) -> list[Tensor | None]:
-    dtype = statistics_dtype(operands.x.dtype)
-    return [_ready(tensor, dtype) for tensor in operands]
-
-
 def _constants(spec: Spec) -> list[float]:
     return [spec.eps, spec.alpha_fwd, spec.alpha_bwd, SCALE_EPS, CLAMP_LIMIT]
 
@@ -66,14 +54,11 @@ class Native:
 
     def forward(self, operands: Operands, spec: Spec) -> Results:
         found = torch.ops.rnnorm_cpu.forward(
-            _ready_operands(operands),
+            operands,
             *(spec.cell, spec.norm, spec.guard, _constants(spec)),
             *(spec.cell_norm, spec.training, spec.reverse, spec.save, use_micro_kernel, threads),
         )
-        dtype = operands.x.dtype
-        y, h, c = (state.to(dtype) for state in found[:3])
-        mean, var, cell_mean, cell_var = (s if spec.controlled else s.new_empty(0) for s in found[3:7])
-        return Results(y, h, c, mean, var, cell_mean, cell_var, found[7:])
+        return Results._make((*found[:7], found[7:]))
 
     def backward(
         self,
@@ -84,20 +69,14 @@ class Native:
         need_input: bool,
         need_weights: bool,
     ) -> list[Tensor | None]:
-        dtype = statistics_dtype(operands.x.dtype)
-        ready = _ready_operands(operands)
         found = torch.ops.rnnorm_cpu.backward(
-            [_ready(grad, dtype) for grad in grads],
-            ready,
-            list(saved),
+            grads,
+            operands,
+            saved,
             *(spec.cell, spec.norm, spec.guard, _constants(spec)),
             *(spec.cell_norm, spec.training, spec.reverse, use_micro_kernel, threads, need_input, need_weights),
         )
-        for name in ("norm_u", "norm_v", "cell_norm_u", "cell_norm_v"):
-            buffer, moved = getattr(operands, name), ready[Operands._fields.index(name)]
-            if buffer is not None and moved is not None and moved.data_ptr() != buffer.data_ptr():
-                buffer.copy_(moved)
         return [
-            grad.to(operand.dtype) if operand is not None and (grad.numel() or not operand.numel()) else None
+            grad if operand is not None and (grad.numel() or not operand.numel()) else None
             for grad, operand in zip(found, operands[: len(DIFFERENTIABLE)], strict=True)
         ]

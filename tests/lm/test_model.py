@@ -99,7 +99,7 @@ def test_log_probs_and_nll_agree(model):
     net = model().eval()
     hidden, _ = net(IDS)
     chosen = -net.log_probs(hidden).gather(2, IDS[..., None])[..., 0]
-    torch.testing.assert_close(net.token_nll(hidden, IDS), chosen.detach())
+    torch.testing.assert_close(net.token_nll(hidden, IDS), chosen.detach().double())
 
 
 def test_state_is_taken_apart_and_put_together(model):

@@ -9,7 +9,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace rnnorm {
@@ -71,10 +74,16 @@ struct Gemm {
   }
 };
 
+// What one call of the micro-kernel takes: eight times seven rows, and so much of K that a slice of B, which every seven rows
+// pass over anew, stays in the second cache.
+inline constexpr int64_t block_rows = 56, block_depth = 512;
+
 // Columns cut into slices for the micro-kernel: at most four vectors of 16 wide, so that registers are left for seven rows
 // at a time, and of even width, since a narrow rest would run at a fraction of the speed.
 class Slices {
  public:
+  static constexpr int64_t widest = 64;
+
   explicit Slices(int64_t columns) : columns_(columns), vectors_((columns + 15) / 16), count_((vectors_ + 3) / 4) {}
 
   int64_t count() const { return count_; }
@@ -84,6 +93,12 @@ class Slices {
  private:
   int64_t columns_, vectors_, count_;
 };
+
+// `count` rows of `width` values (row stride `ld`), one behind the other.
+template <typename T>
+void copy_rows(const T* source, int64_t ld, int64_t count, int64_t width, T* out) {
+  for (int64_t k = 0; k < count; ++k) std::copy_n(source + k * ld, width, out + k * width);
+}
 
 // B [K, columns], packed slice by slice.
 template <typename T>
@@ -109,22 +124,23 @@ class Panels {
   void pack_columns(const T* source, int64_t ld) {
     for (int64_t slice = 0; slice < slices_.count(); ++slice) {
       const int64_t start = slices_.begin(slice), w = slices_.width(slice);
-      for (int64_t k = 0; k < K_; ++k) std::copy_n(source + k * ld + start, w, data_.get() + start * K_ + k * w);
+      copy_rows(source + start, ld, K_, w, data_.get() + start * K_);
     }
   }
 
   // C [M, columns] = A [M, K] B, plus what C holds (`add`) or a row of biases (not null).
   void multiply(const Gemm<T>& gemm, int64_t M, const T* A, int64_t lda, T* C, int64_t ldc, bool add,
                 const T* bias = nullptr) const {
-    constexpr int64_t rows = 56;  // eight times seven
     for (int64_t slice = 0; slice < slices_.count(); ++slice) {
       const int64_t start = slices_.begin(slice), w = slices_.width(slice);
-      for (int64_t m = 0; m < M; m += rows) {
-        const int64_t count = std::min(rows, M - m);
+      for (int64_t m = 0; m < M; m += block_rows) {
+        const int64_t count = std::min(block_rows, M - m);
         T* block = C + m * ldc + start;
         if (bias != nullptr)
           for (int64_t i = 0; i < count; ++i) std::copy_n(bias + start, w, block + i * ldc);
-        gemm(count, w, K_, A + m * lda, lda, data_.get() + start * K_, w, block, ldc, add || bias != nullptr);
+        for (int64_t k = 0; k < std::max<int64_t>(K_, 1); k += block_depth)
+          gemm(count, w, std::min(block_depth, K_ - k), A + m * lda + k, lda, data_.get() + start * K_ + k * w, w, block,
+               ldc, add || bias != nullptr || k > 0);
       }
     }
   }
@@ -135,14 +151,53 @@ class Panels {
   std::unique_ptr<T[]> data_;
 };
 
+#if defined(__AVX512F__)
+using Lanes = float __attribute__((vector_size(64)));
+
+// Of 2 x 2 blocks of `step` x `step` values, the two off the diagonal change places.
+template <int step, std::size_t... j>
+inline void exchange(Lanes& a, Lanes& b, std::index_sequence<j...>) {
+  const Lanes first = __builtin_shufflevector(a, b, (j & step ? 16 + j - step : j)...);
+  b = __builtin_shufflevector(a, b, (j & step ? 16 + j : j + step)...);
+  a = first;
+}
+
+template <int... step>
+inline void transpose_lanes(Lanes* rows) {
+  const auto stage = [rows]<int s>(std::integral_constant<int, s>) {
+    for (int i = 0; i < 16; ++i)
+      if (!(i & s)) exchange<s>(rows[i], rows[i + s], std::make_index_sequence<16>());
+  };
+  (stage(std::integral_constant<int, step>()), ...);
+}
+#endif
+
+// One tile of `transpose`, by shuffles where that is faster; whether it was.
+template <typename T>
+bool transpose_tile(const T* in, int64_t ld, T* out, int64_t out_ld) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    Lanes rows[16];
+    for (int i = 0; i < 16; ++i) std::memcpy(&rows[i], in + i * ld, sizeof(Lanes));
+    transpose_lanes<1, 2, 4, 8>(rows);
+    for (int i = 0; i < 16; ++i) std::memcpy(out + i * out_ld, &rows[i], sizeof(Lanes));
+    return true;
+  }
+#endif
+  return false;
+}
+
 // `out` [columns, rows] = transpose of `in` [rows, columns] (row stride `ld`).
 template <typename T>
 void transpose(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out) {
   constexpr int64_t tile = 16;
   for (int64_t r0 = 0; r0 < rows; r0 += tile)
-    for (int64_t c0 = 0; c0 < columns; c0 += tile)
+    for (int64_t c0 = 0; c0 < columns; c0 += tile) {
+      const bool whole = r0 + tile <= rows && c0 + tile <= columns;
+      if (whole && transpose_tile(in + r0 * ld + c0, ld, out + c0 * rows + r0, rows)) continue;
       for (int64_t c = c0; c < std::min(c0 + tile, columns); ++c)
         for (int64_t r = r0; r < std::min(r0 + tile, rows); ++r) out[c * rows + r] = in[r * ld + c];
+    }
 }
 
 }  // namespace rnnorm

@@ -48,7 +48,7 @@ T* pointer(const Tensor& tensor) {
   return tensor.defined() && tensor.numel() > 0 ? tensor.data_ptr<T>() : nullptr;
 }
 
-// The tensors and sizes of one call. Every operand is contiguous, on the CPU, of the statistics dtype.
+// The tensors and sizes of one call, every operand made contiguous and of the dtype that is computed in.
 template <typename T>
 struct Call {
   Options options;
@@ -97,7 +97,15 @@ struct Call {
 
   static std::vector<Tensor> unpacked(const Operands& operands) {
     std::vector<Tensor> found;
-    for (const std::optional<Tensor>& operand : operands) found.push_back(operand.value_or(Tensor()));
+    found.reserve(operands.size());
+    for (const std::optional<Tensor>& operand : operands) {
+      Tensor tensor = operand.value_or(Tensor());
+      if (tensor.defined()) {
+        if (tensor.is_floating_point()) tensor = tensor.to(c10::CppTypeToScalarType<T>::value);
+        tensor = tensor.contiguous();
+      }
+      found.push_back(std::move(tensor));
+    }
     return found;
   }
 
@@ -184,7 +192,7 @@ struct Forward {
     if (call.get(WEIGHT_HR) != nullptr) projected = call.empty({S, call.H});
     for (Operand which : {MEAN, VAR, CELL_MEAN, CELL_VAR}) {
       const Tensor& statistic = call.tensors[which];
-      statistics.push_back(statistic.defined() ? statistic.clone() : call.empty({0}));
+      statistics.push_back(statistic.defined() && call.options.training ? statistic.clone() : statistic);
     }
     norm.mean = pointer<T>(statistics[0]);
     norm.var = pointer<T>(statistics[1]);
@@ -369,7 +377,7 @@ struct Forward {
     }
   }
 
-  // y [T, N, P], h [N, P], c [N, H], the four statistics, then what was kept.
+  // y [T, N, P], h [N, P], c [N, H], the four statistics where they moved, then what was kept.
   std::vector<Tensor> results() {
     const Walk& walk = call.walk;
     const int64_t P = call.P, H = call.H;
@@ -385,7 +393,9 @@ struct Forward {
     call.gather(hidden.data_ptr<T>(), P, walk.last, h.data_ptr<T>());
     if (lstm) call.gather(cell_state.data_ptr<T>(), H, walk.last, c.data_ptr<T>());
     std::vector<Tensor> out{y, h, c};
-    out.insert(out.end(), statistics.begin(), statistics.end());
+    const bool moved = call.options.training && call.options.kind == Kind::online;
+    for (const Tensor& statistic : statistics)
+      out.push_back(moved && statistic.defined() ? statistic : call.empty({0}));
     out.insert(out.end(), kept.begin(), kept.end());
     return out;
   }
@@ -435,9 +445,10 @@ struct Backward {
     grad_x = need_input ? call.empty({S, I}) : call.empty({0});
     if (!need_weights) return;
     samples_before = call.empty({S, P});
-    grad_weight_ih = call.zeros({C, I});
-    grad_weight_hh = call.zeros({C, P});
-    if (projected.defined()) grad_weight_hr = call.zeros({P, H});
+    const auto product = [&](at::IntArrayRef shape) { return S > 0 ? call.empty(shape) : call.zeros(shape); };
+    grad_weight_ih = product({C, I});
+    grad_weight_hh = product({C, P});
+    if (projected.defined()) grad_weight_hr = product({P, H});
     if (call.get(BIAS_IH) != nullptr) {
       grad_bias_ih = call.zeros({C});
       grad_bias_hh = call.zeros({C});
@@ -632,16 +643,20 @@ struct Backward {
 
   // grad_x: this thread's share of the samples times the input weights.
   void multiply_inputs(int id, int threads) {
-    constexpr int64_t rows = 56;
     const Slices slices(call.I);
     const Range share = part_of(call.walk.S, id, threads);
     const T *parts = grad_input_part.data_ptr<T>(), *weight = call.get(WEIGHT_IH);
     const int64_t I = call.I, C = call.C;
-    for (int64_t slice = 0; slice < slices.count(); ++slice) {
-      const int64_t column = slices.begin(slice);
-      for (int64_t s = share.begin; s < share.end; s += rows)
-        gemm(std::min(rows, share.end - s), slices.width(slice), C, parts + s * C, C, weight + column, I,
-             grad_x.data_ptr<T>() + s * I + column, I, false);
+    std::vector<T> packed(block_depth * Slices::widest);
+    for (int64_t k = 0; k < C; k += block_depth) {
+      const int64_t depth = std::min(block_depth, C - k);
+      for (int64_t slice = 0; slice < slices.count(); ++slice) {
+        const int64_t column = slices.begin(slice), width = slices.width(slice);
+        copy_rows(weight + k * I + column, I, depth, width, packed.data());
+        for (int64_t s = share.begin; s < share.end; s += block_rows)
+          gemm(std::min(block_rows, share.end - s), width, depth, parts + s * C + k, C, packed.data(), width,
+               grad_x.data_ptr<T>() + s * I + column, I, k > 0);
+      }
     }
   }
 
@@ -657,25 +672,25 @@ struct Backward {
     Tensor& gradient;     // [columns of left, K]
   };
 
-  // For each product: gradient += left' [., S] right [S, K], for this thread's columns of `left` [S, columns].
+  // For each product: gradient = left' [., S] right [S, K], for this thread's columns of `left` [S, columns].
   void multiply_transposed(int id, int threads, const Tensor& left, std::initializer_list<Product> products) {
-    constexpr int64_t tall = 256, chunk = 56;
     const int64_t S = call.walk.S, columns = left.size(1);
     const Range share = part_of(columns, id, threads);
-    std::vector<T> packed(tall * chunk);
+    const int64_t blocks = (S + block_depth - 1) / block_depth, tall = (S + blocks - 1) / blocks;
+    std::unique_ptr<T[]> turned(new T[share.size() * tall]);
+    std::vector<T> packed(tall * Slices::widest);
     for (int64_t s = 0; s < S; s += tall) {
       const int64_t depth = std::min(tall, S - s);
-      for (int64_t c = share.begin; c < share.end; c += chunk) {
-        const int64_t count = std::min(chunk, share.end - c);
-        transpose(left.data_ptr<T>() + s * columns + c, columns, depth, count, packed.data());
-        for (const Product& product : products) {
-          const int64_t K = product.right.size(1);
-          const Slices slices(K);
-          for (int64_t slice = 0; slice < slices.count(); ++slice) {
-            const int64_t k = slices.begin(slice);
-            gemm(count, slices.width(slice), depth, packed.data(), depth, product.right.template data_ptr<T>() + s * K + k,
-                 K, product.gradient.template data_ptr<T>() + c * K + k, K, true);
-          }
+      transpose(left.data_ptr<T>() + s * columns + share.begin, columns, depth, share.size(), turned.get());
+      for (const Product& product : products) {
+        const int64_t K = product.right.size(1);
+        const Slices slices(K);
+        for (int64_t slice = 0; slice < slices.count(); ++slice) {
+          const int64_t k = slices.begin(slice), width = slices.width(slice);
+          copy_rows(product.right.template data_ptr<T>() + s * K + k, K, depth, width, packed.data());
+          for (int64_t c = 0; c < share.size(); c += block_rows)
+            gemm(std::min(block_rows, share.size() - c), width, depth, turned.get() + c * depth, depth, packed.data(),
+                 width, product.gradient.template data_ptr<T>() + (share.begin + c) * K + k, K, s > 0);
         }
       }
     }
@@ -720,17 +735,31 @@ Options options_of(std::string_view cell, std::string_view norm, std::string_vie
           cell_norm, training, reverse, save, micro && micro_kernel_works(), threads};
 }
 
-template <typename Function>
-auto by_dtype(const Operands& operands, const Function& function) {
-  const Tensor x = std::optional<Tensor>(operands.get(X)).value();
-  return x.scalar_type() == at::kDouble ? function(double()) : function(float());
-}
+at::ScalarType dtype_of(const Operands& operands) { return std::optional<Tensor>(operands.get(X))->scalar_type(); }
 
 std::vector<Tensor> forward(const Operands& operands, std::string_view cell, std::string_view norm,
                             std::string_view guard, at::ArrayRef<double> constants, bool cell_norm, bool training,
                             bool reverse, bool save, bool micro, int64_t threads) {
   const Options options = options_of(cell, norm, guard, constants, cell_norm, training, reverse, save, micro, threads);
-  return by_dtype(operands, [&](auto zero) { return Forward<decltype(zero)>(operands, options).run(); });
+  const at::ScalarType dtype = dtype_of(operands);
+  std::vector<Tensor> found =
+      dtype == at::kDouble ? Forward<double>(operands, options).run() : Forward<float>(operands, options).run();
+  for (int k = 0; k < 3; ++k) found[k] = found[k].to(dtype);  // y, h and c
+  return found;
+}
+
+template <typename T>
+std::vector<Tensor> gradients(const Operands& grads, const Operands& operands, const std::vector<Tensor>& kept,
+                              const Options& options, bool need_input, bool need_weights) {
+  Backward<T> pass(grads, operands, kept, options, need_input, need_weights);
+  std::vector<Tensor> found = pass.run();
+  const auto given = [&](size_t which) { return std::optional<Tensor>(operands.get(which)); };
+  for (Operand which : {U, V, CELL_U, CELL_V})  // what moved may be a copy, made for its dtype or strides
+    if (auto buffer = given(which); buffer && !buffer->is_same(pass.call.tensors[which]))
+      buffer->copy_(pass.call.tensors[which]);
+  for (size_t k = 0; k < found.size(); ++k)
+    if (auto operand = given(k)) found[k] = found[k].to(operand->scalar_type());
+  return found;
 }
 
 std::vector<Tensor> backward(const Operands& grads, const Operands& operands, const std::vector<Tensor>& kept,
@@ -738,9 +767,8 @@ std::vector<Tensor> backward(const Operands& grads, const Operands& operands, co
                              at::ArrayRef<double> constants, bool cell_norm, bool training, bool reverse, bool micro,
                              int64_t threads, bool need_input, bool need_weights) {
   const Options options = options_of(cell, norm, guard, constants, cell_norm, training, reverse, true, micro, threads);
-  return by_dtype(operands, [&](auto zero) {
-    return Backward<decltype(zero)>(grads, operands, kept, options, need_input, need_weights).run();
-  });
+  const auto chosen = dtype_of(operands) == at::kDouble ? &gradients<double> : &gradients<float>;
+  return chosen(grads, operands, kept, options, need_input, need_weights);
 }
 
 }  // namespace

@@ -1,0 +1,385 @@
+// A linear decoder and its cross entropy on the CPU, with gradients, without ever holding all the logits.
+//
+// Threads own slices of the vocabulary for the whole call and take the rows block by block. In a block each thread walks
+// over tiles of its slice: logits (transposed: [tile, rows], so that weights and gradients are used as they lie in memory),
+// their exponentials relative to a reference that is known before the maximum is, and their product with the weights.
+// Then the threads meet, the sums become the log-sum-exp, and the exponentials that were kept give the gradients of weights
+// and bias, with what is missing to probabilities folded into the narrow factor, hidden.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "gemm.h"
+#include "math.h"
+#include "team.h"
+
+namespace rnnorm {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t vector = 16, tallest_tile = 128, least_rows = 64, most_rows = 128, group = 32;
+// How far, in nats, a logit may rise above its row's reference: far enough to be rare, and sums stay finite in float32.
+constexpr int headroom = 40;
+
+template <typename T>
+struct Problem {
+  const T *hidden, *weight, *bias;  // [., E], [V, E], [V] or null
+  const int64_t* targets;
+  const T* weights;           // [.] of the rows, or null: all 1
+  std::vector<int64_t> rows;  // those that count
+  int64_t E, V;
+  int64_t threads;  // 0: as many as are useful
+  double* nats;
+  T *grad_hidden, *grad_weight, *grad_bias;  // null: not wanted
+  Gemm<T> gemm;
+
+  bool keeps() const { return grad_weight != nullptr || grad_bias != nullptr; }
+  T weight_of(int64_t row) const { return weights == nullptr ? T(1) : weights[row]; }
+};
+
+// What the threads tell each other of a block.
+template <typename T>
+struct Report {
+  std::vector<T> reference;    // [rows]
+  std::vector<double> sum;     // [rows] of e^(logit - reference) over the slice
+  Tensor weighted;             // [rows, E] the same sums of e^(logit - reference) weight
+};
+
+template <typename T>
+struct Board {
+  std::vector<Report<T>> reports;  // one a thread
+  std::vector<T> chosen;           // [rows] the targets' logits
+};
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return tensor.defined() ? tensor.data_ptr<T>() : nullptr;
+}
+
+template <typename T>
+class Decoder {
+ public:
+  Decoder(const Problem<T>& problem, int64_t width, int id, int threads, Board<T>* boards)
+      : problem_(problem), width_(width), id_(id), threads_(threads), boards_(boards), slice_(part_of(problem.V, id, threads)),
+        tiles_((slice_.size() + tallest_tile - 1) / tallest_tile), units_((slice_.size() + vector - 1) / vector) {
+    const auto empty = [](int64_t count) { return at::empty({count}, c10::CppTypeToScalarType<T>::value); };
+    columns_ = empty(problem.E * width);
+    if (problem.grad_weight != nullptr) scaled_ = empty(problem.E * width);
+    logits_ = empty(tallest_tile * width);
+    if (problem.grad_hidden != nullptr) turned_ = empty(tallest_tile * width);
+    kept_ = empty((problem.keeps() ? slice_.size() : tallest_tile) * width);
+    if (problem.keeps()) references_.resize(tiles_ * width);
+    highest_.resize(width);
+    sums_.resize(width);
+    factors_.resize(width);
+    for (int turn = 0; turn < 2; ++turn) {
+      Report<T>& mine = boards[turn].reports[id];
+      mine.reference.resize(width);
+      mine.sum.resize(width);
+      if (problem.grad_hidden != nullptr) mine.weighted = empty(width * problem.E);
+    }
+  }
+
+  // Rows `first` to `first + count` of those that count, for this thread's slice of the vocabulary.
+  void logits(int64_t first, int64_t count, int turn) {
+    first_ = first;
+    count_ = count;
+    board_ = &boards_[turn];
+    load();
+    Report<T>& mine = board_->reports[id_];
+    std::fill(mine.reference.begin(), mine.reference.end(), std::numeric_limits<T>::lowest());
+    std::fill(mine.sum.begin(), mine.sum.end(), 0.0);
+    auto target = targets_.begin();
+    for (int64_t index = 0; index < tiles_; ++index) {
+      const Range tile = this->tile(index);
+      T* logits = data<T>(logits_);
+      T* exponentials = data<T>(kept_) + (problem_.keeps() ? (tile.begin - slice_.begin) * width_ : 0);
+      problem_.gemm(tile.size(), width_, problem_.E, problem_.weight + tile.begin * problem_.E, problem_.E,
+                    data<T>(columns_), width_, logits, width_, false);
+      for (; target != targets_.end() && target->first < tile.end; ++target)
+        board_->chosen[target->second] = logits[(target->first - tile.begin) * width_ + target->second] + bias(target->first);
+      exponentiate(tile, logits, exponentials);
+      if (raise(index > 0)) exponentiate(tile, logits, exponentials);
+      for (int64_t r = 0; r < width_; ++r) mine.sum[r] += sums_[r];
+      if (problem_.keeps()) std::copy_n(mine.reference.data(), width_, references_.data() + index * width_);
+      if (problem_.grad_hidden != nullptr) {
+        transpose(exponentials, width_, tile.size(), width_, data<T>(turned_));
+        problem_.gemm(width_, problem_.E, tile.size(), data<T>(turned_), tile.size(),
+                      problem_.weight + tile.begin * problem_.E, problem_.E, data<T>(mine.weighted), problem_.E, index > 0);
+      }
+    }
+  }
+
+  // When all threads have done the above.
+  void gradients() {
+    const Report<T>& mine = board_->reports[id_];
+    for (int64_t r = 0; r < width_; ++r)
+      factors_[r] =
+          r < count_ ? static_cast<T>(std::exp(mine.reference[r] - normalizer(r))) * problem_.weight_of(row(r)) : T(0);
+    const Range share = part_of(count_, id_, threads_);
+    for (int64_t r = share.begin; r < share.end; ++r) finish_row(r);
+    if (problem_.keeps()) weight_gradients();
+  }
+
+ private:
+  Range tile(int64_t index) const {
+    const auto edge = [&](int64_t i) { return std::min(slice_.end, slice_.begin + units_ * i / tiles_ * vector); };
+    return {edge(index), edge(index + 1)};
+  }
+
+  static void fetch(const T* begin, const T* end) {
+    for (const T* line = begin; line < end; line += 64 / sizeof(T)) __builtin_prefetch(line, 0, 2);
+  }
+
+  T bias(int64_t v) const { return problem_.bias == nullptr ? T(0) : problem_.bias[v]; }
+
+  int64_t row(int64_t r) const { return problem_.rows[first_ + r]; }
+
+  const T* hidden(int64_t r) const { return problem_.hidden + row(r) * problem_.E; }
+
+  void load() {
+    const int64_t E = problem_.E;
+    T* columns = data<T>(columns_);
+    for (int64_t e = 0; e < E; ++e)
+      for (int64_t r = 0; r < width_; ++r) columns[e * width_ + r] = r < count_ ? hidden(r)[e] : T(0);
+    targets_.clear();
+    for (int64_t r = 0; r < count_; ++r) {
+      const int64_t target = problem_.targets[row(r)];
+      if (target >= slice_.begin && target < slice_.end) targets_.emplace_back(target, r);
+    }
+    std::sort(targets_.begin(), targets_.end());
+  }
+
+  void exponentiate(Range tile, const T* logits, T* out) {
+    const T* reference = board_->reports[id_].reference.data();
+    for (int64_t r = 0; r < width_; r += vector) {
+      T high[vector], sum[vector], from[vector];
+      for (int64_t j = 0; j < vector; ++j) {
+        high[j] = std::numeric_limits<T>::lowest();
+        sum[j] = 0;
+        from[j] = reference[r + j];
+      }
+      for (int64_t v = 0; v < tile.size(); ++v) {
+        const T b = bias(tile.begin + v);
+        const T* logit = logits + v * width_ + r;
+        T* to = out + v * width_ + r;
+#pragma omp simd
+        for (int64_t j = 0; j < vector; ++j) {
+          const T x = logit[j] + b;
+          const T e = exponential(x - from[j]);
+          high[j] = x > high[j] ? x : high[j];
+          sum[j] += e;
+          to[j] = e;
+        }
+      }
+      std::copy_n(high, vector, highest_.data() + r);
+      std::copy_n(sum, vector, sums_.data() + r);
+    }
+  }
+
+  // Whether some logit of the tile is too high above its row's reference; what was summed so far then follows.
+  bool raise(bool started) {
+    Report<T>& mine = board_->reports[id_];
+    bool any = false;
+    for (int64_t r = 0; r < width_; ++r) any |= highest_[r] > mine.reference[r] + headroom;
+    if (!any) return false;
+    for (int64_t r = 0; r < width_; ++r) {
+      if (!(highest_[r] > mine.reference[r] + headroom)) continue;
+      const T factor = exponential(mine.reference[r] - highest_[r]);
+      mine.reference[r] = highest_[r];
+      mine.sum[r] *= factor;
+      if (started && problem_.grad_hidden != nullptr)
+        for (int64_t e = 0; e < problem_.E; ++e) data<T>(mine.weighted)[r * problem_.E + e] *= factor;
+    }
+    return true;
+  }
+
+  // log sum exp of a row's logits.
+  double normalizer(int64_t r) const {
+    double highest = -std::numeric_limits<double>::infinity(), sum = 0;
+    for (int t = 0; t < threads_; ++t) highest = std::max<double>(highest, board_->reports[t].reference[r]);
+    for (int t = 0; t < threads_; ++t)
+      sum += board_->reports[t].sum[r] * std::exp(board_->reports[t].reference[r] - highest);
+    return highest + std::log(sum);
+  }
+
+  void finish_row(int64_t r) {
+    const int64_t E = problem_.E, row = this->row(r);
+    const double total = normalizer(r);
+    problem_.nats[row] = total - board_->chosen[r];
+    if (problem_.grad_hidden == nullptr) return;
+    T* __restrict out = problem_.grad_hidden + row * E;
+    const T* chosen = problem_.weight + problem_.targets[row] * E;
+    const T weight = problem_.weight_of(row);
+    for (int64_t e = 0; e < E; ++e) out[e] = -weight * chosen[e];
+    for (int t = 0; t < threads_; ++t) {
+      const Report<T>& report = board_->reports[t];
+      const T factor = static_cast<T>(std::exp(report.reference[r] - total)) * weight;
+      const T* weighted = data<T>(report.weighted) + r * E;
+      for (int64_t e = 0; e < E; ++e) out[e] += factor * weighted[e];
+    }
+  }
+
+  void weight_gradients() {
+    const int64_t E = problem_.E;
+    T* scaled = data<T>(scaled_);
+    if (scaled != nullptr)
+      for (int64_t r = 0; r < width_; ++r)
+        for (int64_t e = 0; e < E; ++e) scaled[r * E + e] = r < count_ ? factors_[r] * hidden(r)[e] : T(0);
+    const bool add = first_ > 0;
+    for (int64_t index = 0; index < tiles_; ++index) {
+      const Range tile = this->tile(index);
+      T* exponentials = data<T>(kept_) + (tile.begin - slice_.begin) * width_;
+      follow(index, tile, exponentials);
+      if (problem_.grad_bias != nullptr)
+        for (int64_t v = 0; v < tile.size(); ++v) {
+          T sum = 0;
+#pragma omp simd reduction(+ : sum)
+          for (int64_t r = 0; r < width_; ++r) sum += exponentials[v * width_ + r] * factors_[r];
+          T& gradient = problem_.grad_bias[tile.begin + v];
+          gradient = add ? gradient + sum : sum;
+        }
+      if (problem_.grad_weight != nullptr)
+        for (int64_t v = 0; v < tile.size(); v += group) {
+          const int64_t count = std::min(group, tile.size() - v);
+          const T* from = exponentials + v * width_;
+          T* to = problem_.grad_weight + (tile.begin + v) * E;
+          const int64_t ahead = std::min(2*group, slice_.end - tile.begin - v);
+          fetch(from + group * width_, from + ahead * width_);
+          if (add) fetch(to + group * E, to + ahead * E);
+          problem_.gemm(count, E, width_, from, width_, scaled, E, to, E, add);
+        }
+    }
+    for (const auto& [target, r] : targets_) {
+      const T weight = problem_.weight_of(row(r));
+      if (problem_.grad_bias != nullptr) problem_.grad_bias[target] -= weight;
+      if (problem_.grad_weight == nullptr) continue;
+      T* __restrict gradient = problem_.grad_weight + target * E;
+      const T* from = hidden(r);
+      for (int64_t e = 0; e < E; ++e) gradient[e] -= weight * from[e];
+    }
+  }
+
+  // Exponentials of a tile that came before its reference was raised.
+  void follow(int64_t index, Range tile, T* exponentials) {
+    const T *before = references_.data() + index * width_, *now = board_->reports[id_].reference.data();
+    if (std::equal(before, before + width_, now)) return;
+    for (int64_t r = 0; r < width_; ++r) sums_[r] = before[r] == now[r] ? T(1) : exponential(before[r] - now[r]);
+    for (int64_t v = 0; v < tile.size(); ++v)
+      for (int64_t r = 0; r < width_; ++r) exponentials[v * width_ + r] *= sums_[r];
+  }
+
+  const Problem<T>& problem_;
+  const int64_t width_;
+  const int id_, threads_;
+  Board<T>* boards_;
+  Board<T>* board_ = nullptr;
+  const Range slice_;
+  const int64_t tiles_, units_;
+  int64_t first_ = 0, count_ = 0;
+  Tensor columns_;  // [E, rows] hidden, transposed
+  Tensor scaled_;   // [rows, E] hidden times what makes probabilities of exponentials
+  Tensor logits_, turned_;
+  Tensor kept_;  // [slice, rows] exponentials, or [tile, rows] where no gradient needs them later
+  std::vector<T> references_, highest_, sums_, factors_;
+  std::vector<std::pair<int64_t, int64_t>> targets_;  // those in the slice, with their rows in the block
+};
+
+// Rows of a block: what they need stays below an eighth of all the logits, or is what `least_rows` need.
+template <typename T>
+int64_t block_rows(const Problem<T>& problem, int threads) {
+  const int64_t M = problem.rows.size();
+  const int64_t per_row = (problem.keeps() ? problem.V : 0) + threads * (4 * problem.E + 2 * tallest_tile);
+  const int64_t rows = std::clamp(M * problem.V / 8 / per_row, least_rows, most_rows);
+  const int64_t blocks = (M + rows - 1) / rows;
+  return ((M + blocks - 1) / blocks + vector - 1) / vector * vector;
+}
+
+template <typename T>
+void solve(const Problem<T>& problem) {
+  const int64_t M = problem.rows.size();
+  constexpr int64_t worthwhile = 2'000'000;  // multiplications of one product; below, a second thread costs more than it does
+  const int64_t useful = std::min(1 + M * problem.V * problem.E / worthwhile, int64_t{at::get_num_threads()});
+  const int most = static_cast<int>(std::min(problem.threads > 0 ? problem.threads : useful, (problem.V + 63) / 64));
+  const int64_t width = block_rows(problem, most);
+  Board<T> boards[2];
+  for (Board<T>& board : boards) {
+    board.reports.resize(most);
+    board.chosen.resize(width);
+  }
+  Team::run(most, [&](int id, Team& team) {
+    Decoder<T> decoder(problem, width, id, team.size(), boards);
+    int turn = 0;
+    for (int64_t first = 0; first < M; first += width, turn ^= 1) {
+      decoder.logits(first, std::min(width, M - first), turn);
+      team.wait();
+      decoder.gradients();
+    }
+    problem.gemm.release();
+  });
+}
+
+// The rows whose weight is not 0. Targets are checked here: nothing past the weights may ever be read.
+template <typename T>
+std::vector<int64_t> counted(const Tensor& targets, const T* weights, int64_t V) {
+  std::vector<int64_t> rows;
+  const int64_t* target = targets.data_ptr<int64_t>();
+  for (int64_t m = 0; m < targets.size(0); ++m) {
+    if (weights != nullptr && weights[m] == 0) continue;
+    TORCH_CHECK_VALUE(target[m] >= 0 && target[m] < V, "targets must lie in 0 ... ", V - 1, "; ", target[m], " came");
+    rows.push_back(m);
+  }
+  return rows;
+}
+
+template <typename T>
+std::vector<Tensor> run(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const Tensor& targets, const std::optional<Tensor>& weights, bool need_hidden, bool need_weight,
+                        bool need_bias, bool micro, int64_t threads) {
+  const int64_t M = hidden.size(0);
+  TORCH_CHECK_VALUE(hidden.size(1) == weight.size(1) && targets.size(0) == M && (!weights || weights->size(0) == M) &&
+                        (!bias || bias->size(0) == weight.size(0)), "rnnorm: linear_cross_entropy: shapes do not agree");
+  const T* of_rows = weights ? weights->data_ptr<T>() : nullptr;
+  std::vector<int64_t> rows = counted(targets, of_rows, weight.size(0));
+  const bool all = static_cast<int64_t>(rows.size()) == M, none = rows.empty();
+  const auto made = [&](bool wanted, bool written, at::IntArrayRef shape) {
+    if (!wanted) return at::empty({0}, hidden.options());
+    return written ? at::empty(shape, hidden.options()) : at::zeros(shape, hidden.options());
+  };
+  const Tensor nats = at::zeros({M}, at::kDouble);
+  const Tensor grad_hidden = made(need_hidden, all, hidden.sizes());
+  const Tensor grad_weight = made(need_weight, !none, weight.sizes());
+  const Tensor grad_bias = made(need_bias, !none, {weight.size(0)});
+  if (!none) {
+    const auto wanted = [](bool need, const Tensor& gradient) { return need ? gradient.data_ptr<T>() : nullptr; };
+    solve(Problem<T>{hidden.data_ptr<T>(), weight.data_ptr<T>(), bias ? bias->data_ptr<T>() : nullptr,
+                     targets.data_ptr<int64_t>(), of_rows, std::move(rows), weight.size(1), weight.size(0), threads,
+                     nats.data_ptr<double>(), wanted(need_hidden, grad_hidden), wanted(need_weight, grad_weight),
+                     wanted(need_bias, grad_bias), Gemm<T>{micro && micro_kernel_works()}});
+  }
+  return {nats, grad_hidden, grad_weight, grad_bias};
+}
+
+// Every tensor is contiguous and on the CPU; hidden, weight, bias and the rows' weights of one dtype; targets int64.
+std::vector<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                                         const Tensor& targets, const std::optional<Tensor>& weights, bool need_hidden,
+                                         bool need_weight, bool need_bias, bool micro, int64_t threads) {
+  const auto chosen = hidden.scalar_type() == at::kDouble ? &run<double> : &run<float>;
+  return chosen(hidden, weight, bias, targets, weights, need_hidden, need_weight, need_bias, micro, threads);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rnnorm_cpu, CPU, library) {
+  library.impl("linear_cross_entropy", &linear_cross_entropy);
+}
+
+}  // namespace rnnorm
