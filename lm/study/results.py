@@ -23,7 +23,7 @@ from lm.study.plan import Arm, Job, Study
 SUMMARY = "summary.json"
 MEASURES = ("valid_exact", "valid_chunk_mean", "test_exact", "test_chunk_mean")
 # Where a run may be done, not what it is.
-_ELSEWHERE = {"data.source", "data.dir", "train.device", "train.backend", "train.log_every", "checkpoint.every_steps"}
+_ELSEWHERE = {"data.source", "data.dir", "train.device", "train.backend", "train.log_every"}
 
 Row = dict[str, Any]
 
@@ -49,7 +49,9 @@ def load(folder: Path, job: Job) -> dict[str, Any] | None:
         return None
     result = json.loads(files.read_text(path, "a result"))
     ours, theirs = _settings(job), result["settings"]
-    told = [f"{k} is {theirs.get(k)} there and {v} here" for k, v in ours.items() if theirs.get(k) != v]
+    # a setting that came after the result was written had its default's meaning then
+    theirs = {**config.flatten(config.Config()), **theirs}
+    told = [f"{k} is {theirs[k]} there and {v} here" for k, v in ours.items() if theirs[k] != v]
     if told:
         raise UserError(
             f"a study goes on with its own settings; {folder} holds {job} with others: {'; '.join(told)}; "
@@ -106,7 +108,7 @@ def metrics(run: Path) -> list[Row]:
 
 def _settings(job: Job) -> dict[str, Any]:
     flat = config.flatten(job.arm.settings)
-    return {key: value for key, value in flat.items() if key not in _ELSEWHERE | {"train.seed"}}
+    return {k: v for k, v in flat.items() if k not in _ELSEWHERE | {"train.seed"} and not k.startswith("checkpoint.")}
 
 
 def _epochs(job: Job, log: Iterable[Row]) -> list[Row]:
@@ -222,8 +224,13 @@ def _arm(arm: Arm, rows: list[Row]) -> dict[str, Any]:
             for name in MEASURES
         },
         "tokens_per_second": quantile(speeds, 0.5) if speeds else None,
-        "command": arm.command("SEED", f"runs/{arm.name}/seed-SEED"),
+        "command": _anywhere(arm.command("SEED", f"runs/{arm.name}/seed-SEED")),
     }
+
+
+def _anywhere(command: Sequence[str]) -> list[str]:
+    """The command without this machine's path of the text."""
+    return ["data.source=FOLDER" if word.startswith("data.source=") and os.sep in word else word for word in command]
 
 
 def _selected(arms: Sequence[Mapping[str, Any]]) -> list[str]:
