@@ -1,7 +1,9 @@
 """The command line: `python -m lm` and `rnnlm`. Wiring and words only; the work is in the other modules."""
 
+import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import rnnorm
 from lm import config, corpora, run, study, tokenizers
 from lm.config import Config
 from lm.errors import UserError
-from lm.evaluator import Score, record
+from lm.evaluator import Group, Score, record
 from lm.sample import sample as draw_sample
 from lm.trainer import DivergedError
 
@@ -134,6 +136,8 @@ def compose(
     help="How.  [default: the run's]",
 )
 @click.option("--data", help="Another corpus, by name or folder.  [default: the run's]")
+@click.option("--by-frequency", is_flag=True, help="In bands of how often the training text holds a word, too.")
+@click.option("--by-position", is_flag=True, help="In bands of the place in the line, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole record.")
 @_which
 @_backend
@@ -143,6 +147,8 @@ def evaluate(
     splits: tuple[str, ...],
     protocols: tuple[str, ...],
     data: str | None,
+    by_frequency: bool,
+    by_position: bool,
     as_json: bool,
     which: str,
     backend: str | None,
@@ -150,11 +156,14 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of a run's model. Several splits and protocols: each with each."""
     trained = run.load(folder, which=which, backend=backend or "auto", device=device or "cpu", say=_say)
-    scores = [
-        (split, run.score(trained, split, protocol=protocol, data=data))
-        for split in splits
-        for protocol in protocols or (None,)
-    ]
+    methods = protocols or (trained.config.eval.protocol,)
+    if (by_frequency or by_position) and "exact" not in methods:
+        raise UserError(f"bands are of the protocol exact; {', '.join(methods)} came; add --protocol exact")
+    scores = []
+    for split, protocol in itertools.product(splits, methods):
+        score = run.score(trained, split, protocol=protocol, data=data, groups=by_frequency or by_position)
+        frequency, position = by_frequency and score.by_frequency, by_position and score.by_position
+        scores.append((split, replace(score, by_frequency=frequency or None, by_position=position or None)))
     if as_json:
         records = [{"split": split, **record(score)} for split, score in scores]
         click.echo(json.dumps(records[0] if len(records) == 1 else records, indent=2))
@@ -173,7 +182,16 @@ def report(split: str, score: Score) -> str:
         "bits per word": score.bits_per_word,
         "bits per byte": score.bits_per_byte,
     }
-    return "\n".join(lines + [f"  {name:14} {value:12,.3f}" for name, value in rows.items() if value is not None])
+    lines += [f"  {name:14} {value:12,.3f}" for name, value in rows.items() if value is not None]
+    for groups in (score.by_frequency, score.by_position):
+        lines += bands(groups, score.nll) if groups else []
+    return "\n".join(lines)
+
+
+def bands(groups: Sequence[Group], nll: float) -> list[str]:
+    """Returns a table of the bands of a score of so many nats."""
+    rows = [f"  {group.name:20} {group.tokens:10,} {group.nll / nll:7.1%} {group.ppl:14,.2f}" for group in groups]
+    return ["", f"  {'tokens':20} {'number':>10} {'nats':>7} {'perplexity':>14}", *rows]
 
 
 @cli.command("study")

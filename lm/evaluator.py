@@ -19,6 +19,18 @@ if TYPE_CHECKING:
 
 PROTOCOLS = ("exact", "columns", "chunk-mean")
 _CHUNK_MEAN_COLUMNS, _CHUNK_MEAN_STEPS = 10, 32  # of the online-normalization authors' experiment
+_FREQUENCIES = (0, 1, 10, 100, 1000, 10_000)  # the least training count of each band
+_POSITIONS = (1, 2, 3, 4, 5, 9, 17, 33, 65)  # the first place in the line of each band
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some of the scored tokens: their number, their nats in all, and exp(nll / tokens)."""
+
+    name: str
+    tokens: int
+    nll: float
+    ppl: float
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class Score:
         bits_per_word, bits_per_byte: of the text, ends of lines counted.
         unigram_ppl: of the training text's unigram model (counts plus one) on the same text, per word.
         data_sha256, vocabulary_sha256: of the text and of the tokenizer.
+        by_frequency, by_position: the tokens in bands, where asked for; see `by_frequency`, `by_position`.
     """
 
     protocol: str
@@ -54,6 +67,8 @@ class Score:
     unigram_ppl: float | None = None
     data_sha256: str = ""
     vocabulary_sha256: str = ""
+    by_frequency: tuple[Group, ...] | None = None
+    by_position: tuple[Group, ...] | None = None
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +78,13 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def record(score: Score) -> dict[str, Any]:
     """Returns the whole score as JSON can hold it."""
-    return finite(asdict(score))
+    groups = {
+        name: [finite(asdict(group)) for group in found]
+        for name in ("by_frequency", "by_position")
+        if (found := getattr(score, name)) is not None
+    }
+    plain = replace(score, by_frequency=None, by_position=None)
+    return {k: v for k, v in finite(asdict(plain)).items() if not k.startswith("by_")} | groups
 
 
 def evaluate(
@@ -76,6 +97,7 @@ def evaluate(
     batch_size: int = 20,
     train_counts: Tensor | None = None,
     data_sha256: str = "",
+    groups: bool = False,
 ) -> Score:
     """Returns the score of a model on a stream of N tokens.
 
@@ -84,6 +106,7 @@ def evaluate(
         chunk: steps computed at once; the result does not depend on it.
         batch_size: columns of the protocol `columns`.
         train_counts: [V], how often the training text holds each token, for `unigram_ppl`.
+        groups: protocol `exact` with `train_counts`: the score by frequency and by position too.
 
     Raises:
         UserError: an unknown protocol, or a stream too short for it.
@@ -96,6 +119,9 @@ def evaluate(
         cut = columns(stream.ids, 1 if protocol == "exact" else batch_size, tokenizer.eos)
         nll, scored = _nll(model, cut, chunk).numpy(), _active(cut)
         score = summarize(nll[scored], cut.targets.numpy()[scored], stream, tokenizer, protocol)
+        if groups and protocol == "exact" and train_counts is not None:
+            told = (nll[:, 0], stream.ids, tokenizer)
+            score = replace(score, by_frequency=by_frequency(*told, train_counts), by_position=by_position(*told))
     unigram = None if train_counts is None else unigram_perplexity(train_counts, stream)
     return replace(score, unigram_ppl=unigram, data_sha256=data_sha256, vocabulary_sha256=tokenizer.sha256)
 
@@ -103,6 +129,54 @@ def evaluate(
 def token_nlls(model: "LanguageModel", stream: Stream, tokenizer: Tokenizer, chunk: int = 1024) -> np.ndarray:
     """Returns the nats of each of the stream's N tokens in order, [N] float64: what `exact` sums."""
     return _nll(model, columns(stream.ids, 1, tokenizer.eos), chunk).flatten().numpy()
+
+
+def by_frequency(nll: np.ndarray, ids: np.ndarray, tokenizer: Tokenizer, counts: Tensor) -> tuple[Group, ...]:
+    """Returns the tokens in bands of how often the training text holds them; `<unk>` and `<eos>` apart.
+
+    Arguments:
+        nll: [N] nats of each token of the stream, in order.
+        ids: [N], the stream.
+        counts: [V], of the training text.
+    """
+    return _bands(nll, ids, tokenizer, counts.cpu().numpy()[ids], _FREQUENCIES, "{} times")
+
+
+def by_position(nll: np.ndarray, ids: np.ndarray, tokenizer: Tokenizer) -> tuple[Group, ...]:
+    """Returns the tokens in bands of their place in the line, from 1; `<unk>` and `<eos>` apart.
+
+    Arguments:
+        nll: [N] nats of each token of the stream, in order.
+        ids: [N], the stream.
+    """
+    is_first = np.concatenate([[True], ids[:-1] == tokenizer.eos])
+    place = np.arange(len(ids)) - np.maximum.accumulate(np.where(is_first, np.arange(len(ids)), 0)) + 1
+    return _bands(nll, ids, tokenizer, place, _POSITIONS, "place {}")
+
+
+def _bands(
+    nll: np.ndarray, ids: np.ndarray, tokenizer: Tokenizer, values: np.ndarray, starts: tuple[int, ...], name: str
+) -> tuple[Group, ...]:
+    """One group for each band of the values that has tokens, then `<unk>`, then `<eos>`: every token in one."""
+    band = np.searchsorted(starts, values, side="right") - 1
+    names = [name.format(_range(low, high)) for low, high in zip(starts, [*starts[1:], None], strict=True)]
+    for special, token in (("<unk>", tokenizer.unk), ("<eos>", tokenizer.eos)):
+        if token is not None:
+            band = np.where(ids == token, len(names), band)
+            names.append(special)
+    tokens = np.bincount(band, minlength=len(names))
+    sums = [float(nll[band == number].sum()) for number in range(len(names))]
+    return tuple(
+        Group(name, int(count), total, perplexity(total, int(count)))
+        for name, count, total in zip(names, tokens, sums, strict=True)
+        if count
+    )
+
+
+def _range(low: int, high: int | None) -> str:
+    if high is None:
+        return f"{low:,}+"
+    return f"{low:,}" if high == low + 1 else f"{low:,}-{high - 1:,}"
 
 
 def unigram_perplexity(counts: Tensor, stream: Stream) -> float:

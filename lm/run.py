@@ -153,9 +153,19 @@ def _saved(place: Path, which: str, say: Say) -> dict[str, Any]:
 
 
 def score(
-    trained: Trained, split: str, *, protocol: str | None = None, chunk: int | None = None, data: str | None = None
+    trained: Trained,
+    split: str,
+    *,
+    protocol: str | None = None,
+    chunk: int | None = None,
+    data: str | None = None,
+    groups: bool = False,
 ) -> Score:
-    """Returns the score of a run's model on a split of its own corpus, or of another with the same tokenizer."""
+    """Returns the score of a run's model on a split of its own corpus, or of another with the same tokenizer.
+
+    Arguments:
+        groups: by frequency and by position too, where the protocol is `exact`.
+    """
     settings = trained.config
     corpus = corpora.load(data or settings.data.source, Path(settings.data.dir))
     return evaluate(
@@ -166,6 +176,7 @@ def score(
         chunk=chunk or settings.eval.chunk,
         train_counts=trained.train_counts,
         data_sha256=corpus.sha256(split),
+        groups=groups,
     )
 
 

@@ -147,8 +147,8 @@ class _Runs:
         scores = []
         if (where / "checkpoints" / "best.pt").exists():
             protocols = ["--protocol", "exact", "--protocol", "chunk-mean"]
-            splits = ["--split", "valid", "--split", "test"]
-            code, printed = self._lm(job, log, ["eval", str(where), *splits, *protocols, "--json", *chosen])
+            splits, bands = ["--split", "valid", "--split", "test"], ["--by-frequency", "--by-position"]
+            code, printed = self._lm(job, log, ["eval", str(where), *splits, *protocols, *bands, "--json", *chosen])
             if code:
                 raise UserError(f"{job} could not be scored: {_last_line(log.name)} (see {log.name})")
             scores = json.loads(printed)

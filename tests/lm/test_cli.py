@@ -153,6 +153,20 @@ def test_a_run_that_diverges_exits_with_one(call, corpus, tmp_path):
     assert (tmp_path / "run/checkpoints/last.pt").is_file()
 
 
+def test_eval_in_bands_and_by_several_protocols(call, trained):
+    out, _ = call("eval", trained, "--by-frequency", "--by-position")
+    assert re.search(r"place 1 +[\d,]+ +[\d.]+% +[\d,.]+\n", out)
+    assert re.search(r"10-99 times +[\d,]+ +[\d.]+% +[\d,.]+\n", out)
+    both = ("--protocol", "exact", "--protocol", "chunk-mean", "--split", "valid", "--split", "test")
+    records = json.loads(call("eval", trained, "--json", "--by-position", *both)[0])
+    assert [(each["split"], each["protocol"], "by_position" in each, "by_frequency" in each) for each in records] == [
+        *[("valid", "exact", True, False), ("valid", "chunk-mean", False, False)],
+        *[("test", "exact", True, False), ("test", "chunk-mean", False, False)],
+    ]
+    message = "bands are of the protocol exact; chunk-mean came"
+    assert message in fault(call, "eval", trained, "--by-position", "--protocol", "chunk-mean")
+
+
 def test_data_verbs(process, call, corpus):
     assert "python-docs" in process("data", "list")[0]
     assert "entropy" in call("data", "get", "markov")[0]

@@ -7,7 +7,7 @@ import torch
 from lm import loss, stream, tokenizers
 from lm.corpora import markov
 from lm.errors import UserError
-from lm.evaluator import evaluate, evaluating, token_nlls, unigram_perplexity
+from lm.evaluator import evaluate, evaluating, record, token_nlls, unigram_perplexity
 
 
 def by_hand(net, ids, eos):
@@ -191,3 +191,31 @@ def test_a_broken_model_scores_not_a_number(model, text, tokenizer):
     net = model()
     torch.nn.init.constant_(net.decoder.bias, math.nan)
     assert math.isnan(evaluate(net, text(5), tokenizer).ppl)
+
+
+def test_bands_hold_every_token_once_and_add_up(model, tokenizer):
+    data = stream.encode(["the cat sat", "", "zebra the dog ran on a mat", "<unk>"], tokenizer)
+    counts = torch.zeros(tokenizer.size, dtype=torch.int64)
+    for word, count in (("the", 10_000), ("cat", 999), ("dog", 9), ("a", 1)):
+        counts[tokenizer.encode(word)[0]] = count
+    net = model()
+    score = evaluate(net, data, tokenizer, chunk=3, train_counts=counts, groups=True)
+    nlls = token_nlls(net, data, tokenizer)
+    frequency, position = ({group.name: group for group in found} for found in (score.by_frequency, score.by_position))
+    assert {name: group.tokens for name, group in frequency.items()} == {
+        **{"0 times": 4, "1-9 times": 2, "100-999 times": 1, "10,000+ times": 2},
+        **{"<unk>": 2, "<eos>": 4},
+    }
+    assert frequency["1-9 times"].nll == pytest.approx(nlls[7] + nlls[10])
+    assert {name: group.tokens for name, group in position.items()} == {
+        **{"place 1": 1, "place 2": 2, "place 3": 2, "place 4": 1, "place 5-8": 3},
+        **{"<unk>": 2, "<eos>": 4},
+    }
+    assert position["place 2"].nll == pytest.approx(nlls[1] + nlls[6])
+    assert position["place 2"].ppl == pytest.approx(math.exp((nlls[1] + nlls[6]) / 2))
+    for groups in (score.by_frequency, score.by_position):
+        assert sum(group.tokens for group in groups) == score.tokens
+        assert math.fsum(group.nll for group in groups) == pytest.approx(score.nll, rel=1e-14)
+    rows = record(score)
+    assert rows["by_position"][0]["name"] == "place 1"
+    assert "by_position" not in record(evaluate(net, data, tokenizer))
