@@ -54,6 +54,13 @@ def write_whole(path: Path, content: bytes, *, previous: Path | None = None, new
         raise UserError(f"{path} must be writable; {fault.strerror}; check the path and its folder") from None
 
 
+def remove_leftovers(path: Path) -> None:
+    """Removes what processes that were killed inside `write_whole` have left of a file; let none be running."""
+    for found in path.parent.glob(f".{path.name}.*"):
+        if found.suffix[1:].isdecimal():
+            found.unlink(missing_ok=True)
+
+
 def _sync(folder: Path) -> None:
     """Makes renames in a folder last."""
     handle = os.open(folder, os.O_RDONLY)

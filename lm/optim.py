@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,13 @@ from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer
 from lm.config import TrainConfig
 
 _NEVER = float(2**53)
+_STATE: dict[type[Optimizer], set[str]] = {
+    SGD: {"momentum_buffer"},
+    ASGD: {"step", "eta", "mu", "ax"},
+    Adam: {"step", "exp_avg", "exp_avg_sq"},
+    AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
+_LIKE_PARAMETER = {"momentum_buffer", "ax", "exp_avg", "exp_avg_sq"}
 
 
 def build(model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -27,6 +35,29 @@ def build(model: nn.Module, config: TrainConfig) -> Optimizer:
             return Adam(parameters, lr=lr, weight_decay=decay, fused=True)
         case "adamw":
             return AdamW(parameters, lr=lr, weight_decay=decay, fused=True)
+
+
+def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Restores what `optimizer.state_dict()` returned.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is of other parameters, another optimizer or other settings; torch itself
+            would take the first wrong value at some later step.
+    """
+    built = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for before, after in zip(built, optimizer.param_groups, strict=True):
+        for key in before.keys() - {"params"}:
+            moves = key in ("lr", "t0")
+            if type(after[key]) is not type(before[key]) or not (moves or after[key] == before[key]):
+                raise ValueError(f"the optimizer's {key} is {after[key]!r} and must be {before[key]!r}")
+    for parameter, values in optimizer.state.items():
+        if values.keys() != (wanted := _STATE[type(optimizer)]):
+            raise ValueError(f"the optimizer keeps {sorted(values)} and must keep {sorted(wanted)}")
+        for name, value in values.items():
+            shape = parameter.shape if name in _LIKE_PARAMETER else torch.Size()
+            if value is not None and value.shape != shape:
+                raise ValueError(f"the optimizer's {name} has shape {list(value.shape)} and must have {list(shape)}")
 
 
 def learning_rate(config: TrainConfig, *, epoch: float, step: int, falls: int) -> float:

@@ -23,6 +23,8 @@ from lm.corpora import Corpus
 from lm.errors import UserError
 from lm.evaluator import Score, evaluate
 from lm.events import Scored
+from lm.lock import NAME as LOCK
+from lm.lock import Lock
 from lm.model import LanguageModel
 from lm.progress import Progress
 from lm.stream import Stream
@@ -96,24 +98,23 @@ def train(
     """
     require_backend(settings.train.backend)
     device = require_device(settings.train.device)
-    aside = _claim(folder, resume, overwrite)
-    saved = None if aside else _last(folder, say)
-    if not aside:
-        _same_run(folder, settings, saved)
-    text = _text(settings, saved)
-    model = _model(settings, text.tokenizer, device)
-    trainer = _trainer(model, settings, text, device)
-    if saved is not None:
-        _restore(model, saved, folder)
-        trainer.load_state_dict(saved)
-    if aside:
-        folder.rename(aside)
-        say(f"{folder}: what was there is now in {aside}")
-    _describe(say, settings, text, model)
-    say(f"run folder {folder}: " + (f"goes on after step {saved['progress']['step']}" if saved else "a new run"))
-    files.write_whole(folder / "config.toml", config.to_toml(settings).encode())
-    tokenizers.save(text.tokenizer, folder / "tokenizer.json")
-    return _fit(trainer, settings, folder, text, say)
+    with Lock() as lock:
+        aside = _claim(folder, resume, overwrite, lock)
+        saved = None if aside else _last(folder, say)
+        if not aside:
+            _same_run(folder, settings, saved)
+        text = _text(settings, saved)
+        model = _model(settings, text.tokenizer, device)
+        trainer = _trainer(model, settings, text, device)
+        if saved is not None:
+            _resume(trainer, settings, saved, folder)
+        if aside:
+            folder.rename(aside)
+            say(f"{folder}: what was there is now in {aside}")
+        _occupy(folder, settings, text.tokenizer, lock)
+        _describe(say, settings, text, model)
+        say(f"run folder {folder}: " + (f"goes on after step {saved['progress']['step']}" if saved else "a new run"))
+        return _fit(trainer, settings, folder, text, say)
 
 
 def load(folder: Path, *, which: str = "best", backend: str = "auto", device: str = "cpu", say: Say = print) -> Trained:
@@ -200,12 +201,14 @@ def require_device(name: str) -> torch.device:
     return device
 
 
-def _claim(folder: Path, resume: str, overwrite: bool) -> Path | None:
-    """Refuses a folder that is not for this run; returns where to move it aside to, if that was asked for."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+def _claim(folder: Path, resume: str, overwrite: bool, lock: Lock) -> Path | None:
+    """Refuses a folder that is not for a run, and locks one that holds a run; returns where to move it aside to, if
+    that was asked for."""
+    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK}):
         return None
     if not (folder / "config.toml").is_file():
         raise UserError(f"a run folder must be empty or a run's own; {folder} is neither; choose another with --run")
+    lock.take(folder)
     if overwrite:
         number = 1
         while (aside := folder.with_name(f"{folder.resolve().name}.old{number}")).exists():
@@ -214,6 +217,19 @@ def _claim(folder: Path, resume: str, overwrite: bool) -> Path | None:
     if resume == "never":
         raise UserError(f"a run that never resumes needs an empty folder; {folder} holds a run; {_WAYS}")
     return None
+
+
+def _occupy(folder: Path, settings: Config, tokenizer: Tokenizer, lock: Lock) -> None:
+    """Makes the folder this run's, and removes what a process that was killed while it wrote has left there."""
+    if not lock.holds(folder):
+        lock.take(folder)
+        if (folder / "config.toml").exists():
+            raise UserError(f"a new run needs a folder of its own; another began in {folder} just now; {_WAYS}")
+    for place in (folder, folder / "checkpoints"):
+        for name in ("config.toml", "tokenizer.json", "metrics.jsonl", "last.pt", "best.pt"):
+            files.remove_leftovers(place / name)
+    files.write_whole(folder / "config.toml", config.to_toml(settings).encode())
+    tokenizers.save(tokenizer, folder / "tokenizer.json")
 
 
 def _same_run(folder: Path, settings: Config, saved: Mapping[str, Any] | None) -> None:
@@ -266,7 +282,7 @@ def _text(settings: Config, saved: Mapping[str, Any] | None) -> _Text:
     sha256 = {split: corpus.sha256(split) for split in ("train", "valid")}
     if saved is not None:
         for split, value in sha256.items():
-            if saved["data_sha256"][split] != value:
+            if saved["data_sha256"].get(split) != value:
                 raise UserError(
                     f"a run goes on with the text it began with; the {split} text of {data.source} is another; "
                     "restore it, or begin another run with --run"
@@ -287,12 +303,29 @@ def _model(settings: Config, tokenizer: Tokenizer, device: torch.device) -> Lang
 
 
 def _restore(model: LanguageModel, saved: Mapping[str, Any], folder: Path) -> None:
-    try:
+    with _fitting(folder, "model"):
         model.load_state_dict(saved["model"])
-    except RuntimeError as fault:
+
+
+def _resume(trainer: Trainer, settings: Config, saved: Mapping[str, Any], folder: Path) -> None:
+    _restore(trainer.model, saved, folder)
+    shape = settings.model
+    state = [(shape.num_layers, settings.train.batch_size, shape.hidden_size)] * (2 if shape.cell == "lstm" else 1)
+    with _fitting(folder, "training state"):
+        if [tuple(tensor.shape) for tensor in saved["state"]] not in ([], state):
+            raise ValueError(f"the carried state must be of shapes {state}")
+        trainer.load_state_dict(dict(saved))
+
+
+@contextmanager
+def _fitting(folder: Path, what: str) -> Iterator[None]:
+    """Inside, whatever torch raises on values that do not fit is a fault of the checkpoint."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
         why = " ".join(str(fault).split())[:200]
         raise UserError(
-            f"a checkpoint must hold the model of its configuration; the one in {folder} does not ({why}); "
+            f"a checkpoint must hold the {what} of its configuration; the one in {folder} does not ({why}); "
             "take another checkpoint"
         ) from None
 

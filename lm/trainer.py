@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,11 @@ class Progress:
     stale: int = 0
     waited: int = 0
     falls: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if type(getattr(self, field.name)) is not field.type:  # a checkpoint may hold anything
+                raise TypeError(f"progress.{field.name} is {getattr(self, field.name)!r} and must be {field.type}")
 
 
 class DivergedError(Exception):
@@ -96,7 +101,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; load the model's own state first."""
         self.progress = Progress(**state["progress"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        optim.load(self.optimizer, state["optimizer"])
         self.state = state_of([tensor.to(self.device) for tensor in state["state"]])
 
     def fit(self) -> str:

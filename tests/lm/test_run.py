@@ -8,6 +8,7 @@ import torch
 
 from lm import checkpoint, config, run, tokenizers
 from lm.errors import UserError
+from lm.lock import Lock
 from lm.trainer import DivergedError
 
 
@@ -93,7 +94,7 @@ def test_a_run_folder_holds_all_of_a_run(train, settings, tmp_path):
     assert outcome.reason == "epochs"
     assert outcome.score.protocol == "exact"
     assert {path.name for path in folder.iterdir()} == {
-        *("config.toml", "tokenizer.json", "metrics.jsonl", "tensorboard", "checkpoints")
+        *("config.toml", "tokenizer.json", "metrics.jsonl", "tensorboard", "checkpoints", ".lock")
     }
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.pt", "previous.pt", "best.pt"}
     assert config.build(config.read_toml(folder / "config.toml", "")) == settings()
@@ -301,6 +302,95 @@ def test_a_checkpoint_of_another_model_is_refused(train, tmp_path):
     checkpoint.save(path, {key: value for key, value in saved.items() if key not in ("format", "version")})
     with pytest.raises(UserError, match="must hold the model of its configuration"):
         run.load(tmp_path / "run")
+
+
+def stuffed(path, **changes):
+    """Writes a checkpoint that is whole, with other values."""
+    saved = {key: value for key, value in checkpoint.load(path).items() if key not in ("format", "version")}
+    checkpoint.save(path, {**saved, **{key: change(saved[key]) for key, change in changes.items()}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": lambda m: {**m, "more": torch.zeros(2)}}, "must hold the model .*more"),
+        (
+            {"model": lambda m: {k: v for k, v in m.items() if k != "decoder.bias"}},
+            "must hold the model .*decoder.bias",
+        ),
+        ({"model": lambda m: {**m, "decoder.bias": 3}}, "must hold the model"),
+        ({"model": lambda m: {**m, "decoder.bias": torch.zeros(3)}}, "must hold the model .*size mismatch"),
+        ({"config": lambda c: {**c, "model": {**c["model"], "hidden_size": 9}}}, "model.hidden_size is 9 there and 8"),
+        ({"config": lambda c: {**c, "extra": 1}}, "extra must be a known section"),
+        ({"tokenizer": lambda t: {"kind": "word"}}, "a tokenizer's state must be"),
+        ({"state": lambda s: s[:1]}, r"must hold the training state .*of shapes \[\(1, 3, 8\), \(1, 3, 8\)\]"),
+        ({"state": lambda s: [t[:, :2] for t in s]}, "must hold the training state .*of shapes"),
+        ({"state": lambda s: 3}, "must hold the training state"),
+        ({"optimizer": lambda o: {}}, "must hold the training state"),
+        ({"optimizer": lambda o: {**o, "param_groups": []}}, "must hold the training state"),
+        (
+            {"optimizer": lambda o: {**o, "state": {0: {**o["state"][0], "exp_avg": torch.zeros(2)}}}},
+            r"must hold the training state .*exp_avg has shape \[2\] and must have \[12, 8\]",
+        ),
+        (
+            {"optimizer": lambda o: {**o, "state": {0: {"step": torch.zeros(())}}}},
+            r"optimizer keeps \['step'\] and must",
+        ),
+        ({"progress": lambda p: {**p, "more": 1}}, "must hold the training state .*more"),
+        ({"progress": lambda p: {"step": 1}}, None),
+        ({"progress": lambda p: {**p, "epoch": "1"}}, "must hold the training state .*epoch"),
+        ({"data_sha256": lambda d: {}}, "goes on with the text it began with"),
+    ],
+)
+def test_a_whole_checkpoint_with_values_that_do_not_fit(train, tmp_path, changes, message):
+    train("train.max_steps=2", "train.optimizer=adam", "train.lr=0.01")
+    stuffed(tmp_path / "run/checkpoints/last.pt", **changes)
+    before = files_of(tmp_path / "run")
+    if message is None:  # absent counts start anew, as in a file of an older version that did not keep them
+        train("train.max_steps=2", "train.optimizer=adam", "train.lr=0.01")
+        return
+    with pytest.raises(UserError, match=message):
+        train("train.max_steps=3", "train.optimizer=adam", "train.lr=0.01")
+    assert files_of(tmp_path / "run") == before
+
+
+def test_two_runs_in_one_folder(train, settings, tmp_path):
+    with Lock() as other:
+        train("train.max_steps=1")
+        before = files_of(tmp_path / "run")
+        other.take(tmp_path / "run")
+        for options in ({}, {"overwrite": True}):
+            with pytest.raises(UserError, match=r"for one process at a time; .*run is in use by process \d+ on"):
+                train(**options)
+        assert {**files_of(tmp_path / "run"), ".lock": b""} == before
+        assert run.load(tmp_path / "run").step == 1, "evaluating needs no lock"
+
+
+def test_two_new_runs_at_once(train, settings, tmp_path, monkeypatch):
+    text = run._text
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(run, "_text", text)
+        train("train.max_steps=1", "train.seed=7")
+        return text(*arguments)
+
+    monkeypatch.setattr(run, "_text", meanwhile)
+    with pytest.raises(UserError, match=r"another began in .*run just now"):
+        train()
+    assert run.load(tmp_path / "run").config.train.seed == 7
+
+
+def test_what_a_killed_process_left_is_removed(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").write_text("process 1 on")
+    train("train.max_steps=1")
+    left = (".config.toml.12", "checkpoints/.last.pt.7", "checkpoints/.best.pt.7", ".metrics.jsonl.8")
+    kept = (".notes.2024", "checkpoints/.last.pt.keep", "mine.txt")
+    for name in (*left, *kept):
+        (tmp_path / "run" / name).write_text("")
+    train("train.max_steps=1")
+    assert not any((tmp_path / "run" / name).exists() for name in left)
+    assert all((tmp_path / "run" / name).exists() for name in kept)
 
 
 def test_a_folder_that_is_no_run(tmp_path):
