@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import rnnorm
-from lm import config, corpora, run, study, tokenizers
+from lm import config, corpora, distributed, run, study, tokenizers
 from lm.config import Config
 from lm.errors import UserError
 from lm.evaluator import Group, Score, record
@@ -42,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(fault), 2)
     except OSError as fault:
         return _fail(f"{fault.filename or 'a file'}: {fault.strerror or fault}", 2)
+    except distributed.ElsewhereError:
+        return 2
+    except distributed.ProcessError as fault:
+        click.echo(f"error: {fault}", err=True)
+        return 1
     except DivergedError as fault:
         return _fail(f"{fault}; lower train.lr or set train.clip, in another run folder", 1)
     except (KeyboardInterrupt, click.Abort):
@@ -49,12 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {message}", err=True)
+    _say(f"error: {message}")
     return code
 
 
 def _say(line: str) -> None:
-    click.echo(line, err=True)
+    if distributed.is_first():  # the others find the same, and would say the same
+        click.echo(line, err=True)
 
 
 @click.group(context_settings=_SETTINGS)
@@ -68,7 +74,7 @@ def cli() -> None:
     "--preset", help="Settings by name, or a TOML file; `rnnlm config --list` names them.  [default: default]"
 )
 @click.option("--data", help="A corpus by name (`rnnlm data list`), or a folder with train, valid and test.")
-@click.option("--run", "folder", type=Path, help="Run folder.  [default: runs/PRESET-DATA]")
+@click.option("--run", "--folder", "folder", type=Path, help="Run folder.  [default: runs/PRESET-DATA]")
 @click.option("--resume", type=click.Choice(["auto", "never"]), default="auto", help="Go on where the folder's run is.")
 @click.option("--overwrite", is_flag=True, help="Move a folder that holds a run aside, and begin anew.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, such as train.lr=0.5.")
@@ -94,9 +100,11 @@ def train(
     source = Path(settings.data.source).name
     folder = folder or Path("runs") / f"{Path(preset or 'default').stem}-{source}"
     outcome = run.train(settings, folder, resume=resume, overwrite=overwrite, say=_say)
-    if outcome.score is None:
+    if outcome.reason not in run.ENDS:
         _say(f"stopped by {outcome.reason} after step {outcome.step}; saved; go on with: rnnlm train --run {folder}")
         return _STOPPED.get(outcome.reason, 1)
+    if outcome.score is None:
+        return 0  # a process that is not the first
     click.echo(f"{folder}: {outcome.step:,} steps, {outcome.speed}")
     click.echo(f"valid perplexity {outcome.score.ppl:,.2f} (exact, best checkpoint)")
     click.echo(f"TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")

@@ -99,6 +99,9 @@ class TrainConfig(Section):
     max_steps: Count | None = Field(default=None, description="stop after so many steps in all, if that comes first")
     lr: Positive = Field(default=0.003, description="learning rate")
     batch_size: Count = Field(default=20, description="columns that are read side by side")
+    accumulate: Count = Field(
+        default=1, description="parts of a step's columns that are computed one after another, to save memory"
+    )
     window: str = Field(default="32", description="steps of truncated BPTT: 64, uniform{2..128} or awd{70}")
     optimizer: Literal["sgd", "asgd", "adam", "adamw"] = Field(default="adam", description="asgd: averaged sgd")
     momentum: Rate = Field(default=0.0, description="sgd: momentum")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lm.distributed import Team
 from lm.errors import UserError
 from lm.stream import Columns, Stream, columns, plan
 from lm.tokenizers import Tokenizer
@@ -98,6 +99,7 @@ def evaluate(
     train_counts: Tensor | None = None,
     data_sha256: str = "",
     groups: bool = False,
+    team: Team = Team(),  # noqa: B008
 ) -> Score:
     """Returns the score of a model on a stream of N tokens.
 
@@ -107,6 +109,7 @@ def evaluate(
         batch_size: columns of the protocol `columns`.
         train_counts: [V], how often the training text holds each token, for `unigram_ppl`.
         groups: protocol `exact` with `train_counts`: the score by frequency and by position too.
+        team: processes that each run a share of the columns; all of them return the whole score.
 
     Raises:
         UserError: an unknown protocol, or a stream too short for it.
@@ -117,7 +120,7 @@ def evaluate(
         score = _chunk_mean(_nll(model, _trimmed(stream.ids), chunk))
     else:
         cut = columns(stream.ids, 1 if protocol == "exact" else batch_size, tokenizer.eos)
-        nll, scored = _nll(model, cut, chunk).numpy(), _active(cut)
+        nll, scored = _shared_nll(model, cut, chunk, team).numpy(), _active(cut)
         score = summarize(nll[scored], cut.targets.numpy()[scored], stream, tokenizer, protocol)
         if groups and protocol == "exact" and train_counts is not None:
             told = (nll[:, 0], stream.ids, tokenizer)
@@ -208,6 +211,14 @@ def _nll(model: "LanguageModel", cut: Columns, chunk: int) -> Tensor:
             hidden, state = model(window.inputs.to(device), state, window.lengths)
             parts.append(model.token_nll(hidden, window.targets.to(device)).double().cpu())
     return torch.cat(parts)
+
+
+def _shared_nll(model: "LanguageModel", cut: Columns, chunk: int, team: Team) -> Tensor:
+    """`_nll` of the whole columns on each of the processes, which run a share each."""
+    steps, width = cut.targets.shape
+    first, stop = team.share(width)
+    own = _nll(model, cut.part(first, stop), chunk) if first < stop else torch.zeros(steps, 0, dtype=torch.float64)
+    return team.join(own, 1, width)
 
 
 def _active(cut: Columns) -> np.ndarray:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import rnnorm
 from lm.config import ModelConfig
 from lm.loss import linear_cross_entropy, token_nll
+from lm.stream import Window
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
@@ -86,6 +87,24 @@ class LanguageModel(nn.Module):
         return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
 
 
+class Objective(nn.Module):
+    """A model and its loss as one forward: DistributedDataParallel prepares the gradients of what its forward returns.
+
+    Arguments:
+        model: shared, not copied.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, window: Window, state: State | None) -> tuple[Tensor, State]:
+        """Returns the summed nats of a window's targets, and the state after it."""
+        hidden, state = self.model(window.inputs, state, window.lengths)
+        total, _ = self.model.loss(hidden, window.targets, window.mask)
+        return total, state
+
+
 def _layers(config: ModelConfig, width: int, backend: str) -> nn.Module:
     online = rnnorm.norms.Online(alpha_fwd=config.alpha_fwd, alpha_bwd=config.alpha_bwd, guard=config.guard)
     norm = online if config.norm == "online" else config.norm
@@ -107,6 +126,11 @@ def _first(value: float | None, otherwise: float) -> float:
 def detach(state: State) -> State:
     """Returns the state cut from its graph, as truncated BPTT carries it on."""
     return state.detach() if isinstance(state, Tensor) else (state[0].detach(), state[1].detach())
+
+
+def columns_of(state: State | None, first: int, stop: int) -> State | None:
+    """Returns the state of the columns first … stop - 1."""
+    return state_of([tensor[:, first:stop] for tensor in state_tensors(state)])
 
 
 def state_tensors(state: State | None) -> list[Tensor]:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import rnnorm
-from lm import checkpoint, config, corpora, files, optim, stream, tokenizers
+from lm import checkpoint, config, corpora, distributed, files, optim, stream, tokenizers
 from lm.checkpoint import Checkpoints
-from lm.config import Config
-from lm.corpora import Corpus
+from lm.config import Config, TrainConfig
+from lm.distributed import Team
 from lm.errors import UserError
 from lm.evaluator import Score, evaluate
 from lm.events import Scored
@@ -41,6 +41,8 @@ _MAY_CHANGE = {
     *("checkpoint.every_steps", "checkpoint.every_minutes", "eval.protocol", "eval.chunk"),
 }
 _WAYS = "choose another with --run, or give --overwrite, which moves the folder aside"
+# How a run ends for good, rather than being stopped.
+ENDS = ("epochs", "max_steps", "patience")
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,9 @@ class Trained:
 
 @dataclass(frozen=True)
 class _Text:
-    """The training text and all that follows from it."""
+    """The training text and all that follows from it, but the text."""
 
-    corpus: Corpus
+    name: str
     tokenizer: Tokenizer
     train: Stream
     valid: Stream
@@ -96,25 +98,43 @@ def train(
             text that changed. Nothing is written then.
         DivergedError: see `Trainer.fit`; the last good checkpoint stays.
     """
-    require_backend(settings.train.backend)
-    device = require_device(settings.train.device)
-    with Lock() as lock:
-        aside = _claim(folder, resume, overwrite, lock)
-        saved = None if aside else _last(folder, say)
-        if not aside:
-            _same_run(folder, settings, saved)
-        text = _text(settings, saved)
+    with distributed.joined() as team, Lock() as lock:
+
+        def opened() -> tuple[Config, Path | None, dict[str, Any] | None, _Text]:
+            _require(settings.train, team)
+            aside = _claim(folder, resume, overwrite, lock)
+            saved = None if aside else _last(folder, say)
+            if not aside:
+                _same_run(folder, settings, saved)
+            return settings, aside, saved, _text(settings, saved)
+
+        # the settings too: those of a run that goes on are in its folder, which other machines need not see
+        settings, aside, saved, text = team.of_first(opened)
+        require_backend(settings.train.backend)  # on each process: the first step waits for no one's compiler
+        device = require_device(team.place(settings.train.device))
         model = _model(settings, text.tokenizer, device)
-        trainer = _trainer(model, settings, text, device)
+        trainer = _trainer(model, settings, text, team)
         if saved is not None:
             _resume(trainer, settings, saved, folder)
+        team.of_first(lambda: _occupy(folder, settings, text.tokenizer, lock, aside))
+        if not team.first:
+            return _follow(trainer)
         if aside:
-            folder.rename(aside)
             say(f"{folder}: what was there is now in {aside}")
-        _occupy(folder, settings, text.tokenizer, lock)
         _describe(say, settings, text, model)
-        say(f"run folder {folder}: " + (f"goes on after step {saved['progress']['step']}" if saved else "a new run"))
-        return _fit(trainer, settings, folder, text, say)
+        where = f"goes on after step {saved['progress']['step']}" if saved else "a new run"
+        say(f"run folder {folder}: {where}" + (f", {team.size} processes" if team.size > 1 else ""))
+        return _fit(trainer, settings, folder, text)
+
+
+def _require(options: TrainConfig, team: Team) -> None:
+    require_backend(options.backend)
+    require_device(team.place(options.device))
+    if options.batch_size < team.size * options.accumulate:
+        raise UserError(
+            f"train.batch_size must have a column for each of train.accumulate parts in each process; "
+            f"{options.batch_size} came for {options.accumulate} parts in {team.size}; raise it, or lower the others"
+        )
 
 
 def load(folder: Path, *, which: str = "best", backend: str = "auto", device: str = "cpu", say: Say = print) -> Trained:
@@ -219,8 +239,10 @@ def _claim(folder: Path, resume: str, overwrite: bool, lock: Lock) -> Path | Non
     return None
 
 
-def _occupy(folder: Path, settings: Config, tokenizer: Tokenizer, lock: Lock) -> None:
+def _occupy(folder: Path, settings: Config, tokenizer: Tokenizer, lock: Lock, aside: Path | None) -> None:
     """Makes the folder this run's, and removes what a process that was killed while it wrote has left there."""
+    if aside:
+        folder.rename(aside)
     if not lock.holds(folder):
         lock.take(folder)
         if (folder / "config.toml").exists():
@@ -294,7 +316,7 @@ def _text(settings: Config, saved: Mapping[str, Any] | None) -> _Text:
         tokenizer = tokenizers.train(data.tokenizer, corpus.splits["train"], data.vocab_size)
     ids, valid = (stream.encode(corpus.splits[split], tokenizer) for split in ("train", "valid"))
     counts = torch.bincount(torch.from_numpy(ids.ids), minlength=tokenizer.size)
-    return _Text(corpus, tokenizer, ids, valid, counts, sha256)
+    return _Text(corpus.name, tokenizer, ids, valid, counts, sha256)
 
 
 def _model(settings: Config, tokenizer: Tokenizer, device: torch.device) -> LanguageModel:
@@ -330,7 +352,7 @@ def _fitting(folder: Path, what: str) -> Iterator[None]:
         ) from None
 
 
-def _trainer(model: LanguageModel, settings: Config, text: _Text, device: torch.device) -> Trainer:
+def _trainer(model: LanguageModel, settings: Config, text: _Text, team: Team) -> Trainer:
     options = settings.train
     width = min(options.valid_batch_size, max(1, len(text.valid.ids) // 2))
 
@@ -344,17 +366,18 @@ def _trainer(model: LanguageModel, settings: Config, text: _Text, device: torch.
             chunk=settings.eval.chunk,
             train_counts=text.counts,
             data_sha256=text.sha256["valid"],
+            team=team,
         )
 
     data = stream.columns(text.train.ids, options.batch_size, text.tokenizer.eos)
-    return Trainer(model, options, data, validate)
+    return Trainer(model, options, data, validate, team=team)
 
 
 def _describe(say: Say, settings: Config, text: _Text, model: LanguageModel) -> None:
     shape, tokenizer = settings.model, text.tokenizer
     size = sum(parameter.numel() for parameter in model.parameters())
     say(
-        f"data {text.corpus.name}: {len(text.train.ids):,} tokens to train on, {len(text.valid.ids):,} to validate, "
+        f"data {text.name}: {len(text.train.ids):,} tokens to train on, {len(text.valid.ids):,} to validate, "
         f"{tokenizer.kind} vocabulary of {tokenizer.size:,}"
     )
     say(
@@ -363,7 +386,17 @@ def _describe(say: Say, settings: Config, text: _Text, model: LanguageModel) -> 
     )
 
 
-def _fit(trainer: Trainer, settings: Config, folder: Path, text: _Text, say: Say) -> Outcome:
+def _follow(trainer: Trainer) -> Outcome:
+    """What a process does that is not the first: trains and validates with it, and neither writes nor speaks."""
+    with _signals(trainer):
+        reason = trainer.fit()
+    if reason in ENDS:
+        with optim.averaged(trainer.optimizer):
+            _validate_rest(trainer)
+    return Outcome(reason, trainer.progress.step, None, "")
+
+
+def _fit(trainer: Trainer, settings: Config, folder: Path, text: _Text) -> Outcome:
     step, options = trainer.progress.step, settings.train
     shared = (step, options.log_every)
     json_lines = JsonLines(folder / "metrics.jsonl", *shared, text.pieces_per_word)
@@ -382,7 +415,7 @@ def _fit(trainer: Trainer, settings: Config, folder: Path, text: _Text, say: Say
         with _signals(trainer):
             reason = trainer.fit()
         score = None
-        if reason in ("epochs", "max_steps", "patience"):
+        if reason in ENDS:
             progress.close()
             score = _final(trainer, settings, folder, text, saves)
             event = Scored(trainer.progress.epoch, trainer.progress.step, "valid", score)
@@ -423,13 +456,10 @@ def _checkpoints(trainer: Trainer, settings: Config, folder: Path, text: _Text) 
 
 def _final(trainer: Trainer, settings: Config, folder: Path, text: _Text, saves: Checkpoints) -> Score:
     """The exact score of the best weights on the validation text; they are then in the model."""
-    if trainer.progress.position:  # max_steps ended the run inside an epoch, which is not validated yet
-        with optim.averaged(trainer.optimizer):
-            now = trainer.validate()
-            if not math.isfinite(now.nll):
-                raise DivergedError("the validation is not finite")
-            if now.nll / now.tokens < trainer.progress.best:
-                checkpoint.save(saves.folder / "best.pt", saves.weights())
+    with optim.averaged(trainer.optimizer):
+        now = _validate_rest(trainer)
+        if now is not None and now.nll / now.tokens < trainer.progress.best:
+            checkpoint.save(saves.folder / "best.pt", saves.weights())
     best = saves.folder / "best.pt"
     _restore(trainer.model, checkpoint.load(best), folder)
     return evaluate(
@@ -440,6 +470,16 @@ def _final(trainer: Trainer, settings: Config, folder: Path, text: _Text, saves:
         train_counts=text.counts,
         data_sha256=text.sha256["valid"],
     )
+
+
+def _validate_rest(trainer: Trainer) -> Score | None:
+    """The validation of an epoch that max_steps ended before its own; on all processes."""
+    if not trainer.progress.position:
+        return None
+    now = trainer.validate()
+    if not math.isfinite(now.nll):
+        raise DivergedError("the validation is not finite")
+    return now
 
 
 @contextmanager

@@ -77,7 +77,7 @@ class Columns:
     Attributes:
         inputs: [T, B] int64, the token before each target.
         targets: [T, B] int64.
-        last: columns active in the last row; B when all are.
+        last: columns active in the last row; B when all are, 0 only in a part of wider columns.
     """
 
     inputs: Tensor
@@ -98,6 +98,26 @@ class Columns:
         lengths[self.last :] -= 1
         mask = torch.arange(stop - start)[:, None] < lengths
         return Window(inputs, targets, lengths, mask)
+
+    def to(self, device: torch.device) -> "Columns":
+        """Returns the columns on a device."""
+        return Columns(self.inputs.to(device), self.targets.to(device), self.last)
+
+    def active(self, start: int, stop: int) -> int:
+        """Returns how many targets of the window count."""
+        steps, width = self.targets.shape
+        return (stop - start) * width - (width - self.last if stop == steps else 0)
+
+    def part(self, first: int, stop: int) -> "Columns":
+        """Returns the columns first … stop - 1."""
+        last = min(max(self.last - first, 0), stop - first)
+        return Columns(self.inputs[:, first:stop].contiguous(), self.targets[:, first:stop].contiguous(), last)
+
+
+def parts(width: int, count: int) -> list[tuple[int, int]]:
+    """Returns `width` columns as `count` stretches (first, one past the last) of widths that differ by at most one."""
+    cuts = [width * k // count for k in range(count + 1)]
+    return list(itertools.pairwise(cuts))
 
 
 def columns(ids: np.ndarray, batch_size: int, eos: int) -> Columns:

@@ -13,10 +13,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lm import optim, stream
 from lm.config import TrainConfig
+from lm.distributed import Team
 from lm.evaluator import Score
 from lm.events import Diverged, EpochEnded, Event, Interrupted, Listener, Started, Stepped, Validated
-from lm.model import LanguageModel, State, detach, state_of, state_tensors
-from lm.stream import Columns
+from lm.model import LanguageModel, Objective, State, columns_of, detach, state_of, state_tensors
+from lm.stream import Columns, parts
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,21 @@ class DivergedError(Exception):
 class Trainer:
     """Truncated back-propagation through time over columns.
 
-    All randomness follows from (seed, step) and (seed, epoch): none is kept from step to step, so a run
+    All randomness follows from (seed, step, process) and (seed, epoch): none is kept from step to step, so a run
     that is loaded goes on to the bit as if it had not stopped.
+
+    The columns are shared out over the processes of a team, and each share over `accumulate` parts computed one after
+    another. The gradient is that of the mean over all of them, so both are the same as one computation, to rounding,
+    unless online normalization sees its samples in another order: part by part, and in each process only its own, the
+    streams averaged after the step. The carried state is kept whole on each process.
 
     Arguments:
         model: trained in place.
         config: optimizer, schedule, window policy and so on.
-        data: the training columns.
-        validate: scores the model as it is.
+        data: the training columns of all processes.
+        validate: scores the model as it is; called by all processes.
         listeners: called with each event, in this order.
+        team: the processes that train together.
     """
 
     def __init__(
@@ -73,10 +80,14 @@ class Trainer:
         data: Columns,
         validate: Callable[[], Score],
         listeners: Sequence[Listener] = (),
+        team: Team = Team(),  # noqa: B008
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config, self.data, self.team = model, config, data, team
         self.device = next(model.parameters()).device
-        self.data = replace(data, inputs=data.inputs.to(self.device), targets=data.targets.to(self.device))
+        first, stop = team.share(config.batch_size)
+        cuts = [(first + start, first + end) for start, end in parts(stop - first, config.accumulate)]
+        self.parts = [(cut, data.part(*cut).to(self.device)) for cut in cuts]
+        self.objective = team.data_parallel(Objective(model))
         self.validate = validate
         self.listeners = list(listeners)
         self.optimizer = optim.build(model, config)
@@ -87,7 +98,7 @@ class Trainer:
         self._stop: str | None = None
 
     def stop(self, reason: str) -> None:
-        """Asks the loop to end after the present step. Safe to call from a signal handler."""
+        """Asks the loop to end after the present step, on all processes. Safe to call from a signal handler."""
         self._stop = reason
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,7 +121,8 @@ class Trainer:
         Raises:
             DivergedError: the loss, the gradient or a validation is not finite; the event came before.
         """
-        self._emit(Started(*self._place(), self.config.epochs, self._active_tokens(), self.progress.tokens))
+        tokens = self.data.active(0, len(self.data.targets))
+        self._emit(Started(*self._place(), self.config.epochs, tokens, self.progress.tokens))
         while (reason := self._ended()) is None:
             began = time.perf_counter()
             for start, stop in self._windows():
@@ -127,9 +139,10 @@ class Trainer:
         return [window for window in windows if window[0] >= progress.position]
 
     def _paused(self) -> str | None:
-        if self._stop is None and self.progress.step == self.config.max_steps:
+        asked = self.team.agree(self._stop)
+        if asked is None and self.progress.step == self.config.max_steps:
             return "max_steps"
-        return self._stop
+        return asked
 
     def _ended(self) -> str | None:
         config, progress = self.config, self.progress
@@ -139,27 +152,25 @@ class Trainer:
             return "max_steps"
         if config.patience is not None and progress.stale >= config.patience:
             return "patience"
-        return self._stop
+        return self.team.agree(self._stop)
 
     def _step(self, start: int, stop: int) -> None:
         began = time.perf_counter()
         config, progress = self.config, self.progress
-        torch.manual_seed(_derive(config.seed, progress.step))
-        window = self.data.window(start, stop)
+        torch.manual_seed(_derive(config.seed, progress.step, self.team.rank))
+        count = self.data.active(start, stop)
         rate = self._rate(start) * stream.policy(config.window).rate_scale(stop - start)
         optim.set_learning_rate(self.optimizer, rate)
         self.model.train()
         self.optimizer.zero_grad()
-        with self._autocast():
-            hidden, state = self.model(window.inputs, self.state, window.lengths)
-            total, count = self.model.loss(hidden, window.targets, window.mask)
-        (total / count).backward()
+        own, state = self._backward(start, stop, count)
+        self.team.average_streams(self.model)
         norm = self._clip()
-        nats, norm_value = total.item(), norm.item()
+        nats, norm_value = self.team.sum(own), norm.item()
         if not (math.isfinite(nats) and math.isfinite(norm_value)):
             self._diverge("loss" if not math.isfinite(nats) else "gradient's norm")
         self.optimizer.step()
-        self.state = detach(state)
+        self.state = state
         self.progress = replace(
             progress,
             step=progress.step + 1,
@@ -181,6 +192,21 @@ class Trainer:
                 seconds=time.perf_counter() - began,
             )
         )
+
+    def _backward(self, start: int, stop: int, count: int) -> tuple[float, State | None]:
+        """Makes the gradient of the mean nats of a window's `count` targets; returns the sum of this process's, and
+        the state of all columns after the window."""
+        nats, states = 0.0, []
+        for number, (cut, data) in enumerate(self.parts, 1):
+            with self.team.apart(self.objective) if number < len(self.parts) else nullcontext():
+                with self._autocast():
+                    total, state = self.objective(data.window(start, stop), columns_of(self.state, *cut))
+                # the team averages over its processes what is here a sum over them
+                (total * self.team.size / count).backward()
+            nats += total.item()
+            states.append(state_tensors(detach(state)))
+        own = [torch.cat(tensors, 1) for tensors in zip(*states, strict=True)]
+        return nats, state_of([self.team.join(tensor, 1, self.config.batch_size) for tensor in own])
 
     def _end_epoch(self, seconds: float) -> None:
         done = self.progress
@@ -225,10 +251,6 @@ class Trainer:
     def _place(self) -> tuple[int, int]:
         return self.progress.epoch + 1, self.progress.step
 
-    def _active_tokens(self) -> int:
-        steps, width = self.data.targets.shape
-        return (steps - 1) * width + self.data.last
-
     def _emit(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
@@ -250,5 +272,5 @@ def _next_epoch(config: TrainConfig, done: Progress, nats: float) -> Progress:
     )
 
 
-def _derive(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+def _derive(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])

@@ -13,8 +13,8 @@ def average_streams(module: nn.Module, group: "dist.ProcessGroup | None" = None)
 
     `mean = E[mean_k]`, `var = E[var_k] + E[mean_k^2] - E[mean_k]^2` (that of the K streams' samples taken together),
     `u = E[u_k]`, `v = E[v_k]`, where E averages over k = 1..K. Call it on all processes, with the same modules, once
-    per step after the backward pass. With DistributedDataParallel give that `broadcast_buffers=False`: it would copy
-    the first process's streams over the others'.
+    per step after the backward pass. With DistributedDataParallel give that `forward_sync_buffers=False` (before torch
+    2.13 `broadcast_buffers=False`): it would copy the first process's streams over the others'.
 
     Arguments: `module` holds layers, cells or `OnlineNorm` at any depth (none: nothing to do); `group` is a process
     group, the default one if None. Sums are float64, results have the streams' dtypes and the same bits on all

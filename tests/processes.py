@@ -16,7 +16,7 @@ import torch.distributed as dist
 _DEADLINE = 120.0
 # Imports once, what DistributedDataParallel imports too, in a process that has no threads, and then forks.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "rnnorm", "lm.run"])
+_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torch.utils.tensorboard", "rnnorm", "lm.run"])
 
 
 def run(count: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:

@@ -92,6 +92,29 @@ def test_windows_partition_the_stream(data, width: int, policy: str, seed: int, 
     assert max(sizes) - min(sizes) <= 1
 
 
+@settings(deadline=None, max_examples=100)
+@given(some.data(), some.integers(1, 9), some.integers(1, 9))
+def test_parts_hold_the_columns_once(data, width: int, count: int):
+    ids = np.arange(data.draw(some.integers(2 * width, 60)))
+    cut = stream.columns(ids, width, eos=0)
+    stretches = stream.parts(width, count)
+    assert [start for start, _ in stretches] + [width] == [0] + [stop for _, stop in stretches]
+    sizes = [stop - start for start, stop in stretches]
+    assert max(sizes) - min(sizes) <= 1
+    shares = [cut.part(*stretch) for stretch in stretches if stretch[0] < stretch[1]]
+    assert torch.equal(torch.cat([share.targets for share in shares], 1), cut.targets)
+    steps = len(cut.targets)
+    for start, stop in ((0, steps), (max(0, steps - 2), steps), (0, 1)):
+        whole, windows = cut.window(start, stop), [share.window(start, stop) for share in shares]
+        active = [window.targets.numel() if window.mask is None else int(window.mask.sum()) for window in windows]
+        assert active == [share.active(start, stop) for share in shares]
+        assert sum(active) == cut.active(start, stop)
+        assert torch.equal(torch.cat([window.inputs for window in windows], 1), whole.inputs)
+        lengths = [torch.full(w.inputs.shape[1:], stop - start) if w.lengths is None else w.lengths for w in windows]
+        assert torch.cat(lengths).sum() == sum(active)
+        assert torch.cat(lengths).min() >= 1
+
+
 def test_a_plan_is_of_its_seed_and_epoch():
     plan = stream.plan("uniform{2..128}", 5000, 3, 1)
     assert plan == stream.plan("uniform{2..128}", 5000, 3, 1)

@@ -57,6 +57,7 @@ CASES = {
     "plateau": ({"lr": 3.0, "clip": 0.5, "schedule": "plateau", "patience": 9}, {"cell": "rnn_tanh"}),
     "cell norm": ({"window": "awd{9}"}, {"cell_norm": True, "num_layers": 2}),
     "bfloat16": ({"autocast": "bfloat16"}, {}),
+    "parts": ({"accumulate": 2}, {"num_layers": 2}),
 }
 
 
@@ -114,6 +115,37 @@ def test_the_loss_falls_and_every_token_counts_once_an_epoch(trainer, text):
     steps = [e for e in events if isinstance(e, Stepped)]
     assert [e.step for e in steps] == list(range(1, len(steps) + 1))
     assert sum(e.nll * e.tokens for e in steps if e.epoch == 1) == pytest.approx(ended[0].nll)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_parts_of_a_step_equal_the_whole_without_norm(trainer, cell, count):
+    settings = {"batch_size": 5, "lr": 1.0, "momentum": 0.5, "clip": 0.5, "window": "uniform{2..9}"}
+    whole, parts = (
+        trainer((), {**settings, "accumulate": accumulate}, norm="none", cell=cell) for accumulate in (1, count)
+    )
+    assert len(parts.parts) == count
+    for run in (whole, parts):
+        run.fit()
+    ours, theirs = everything(parts), everything(whole)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=2e-5, atol=2e-6)
+    assert ours[1]["nll"] == pytest.approx(theirs[1]["nll"], rel=1e-6)
+    assert ours[1]["step"] == theirs[1]["step"]
+
+
+def test_streams_see_the_parts_in_order(trainer):
+    run = trainer((), {"batch_size": 4, "accumulate": 2, "max_steps": 1, "lr": 1e-12})
+    alone = copy.deepcopy(run.model)
+    run.fit()
+    window = run.data.window(0, 7)
+    for columns in (slice(0, 2), slice(2, 4)):
+        hidden, _ = alone(window.inputs[:, columns])
+        total, _ = alone.loss(hidden, window.targets[:, columns])
+        (total / 28).backward()
+    buffers = dict(alone.named_buffers())
+    assert buffers["layers.norm_v_l0"].any()
+    for name, value in run.model.named_buffers():
+        torch.testing.assert_close(value, buffers[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_the_order_of_events(trainer):

@@ -34,9 +34,9 @@ def _buffers(net: nn.Module) -> dict[str, Tensor]:
 
 
 def _average() -> Any:
-    net = nn.parallel.DistributedDataParallel(_moved(dist.get_rank()), broadcast_buffers=False)
-    average_streams(net)
-    return _buffers(net.module)
+    net = _moved(dist.get_rank())
+    average_streams(nn.Sequential(net))
+    return _buffers(net)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -80,7 +80,7 @@ def _train(count: int) -> Any:
     """A step of data parallel training."""
     torch.manual_seed(0)
     layer = rnnorm.LSTM(3, 4, backend="reference")
-    data = nn.parallel.DistributedDataParallel(layer, broadcast_buffers=False)
+    data = nn.parallel.DistributedDataParallel(layer, forward_sync_buffers=False)
     x = torch.randn(5, 4, 3).tensor_split(count, 1)[dist.get_rank()]
     for _ in range(2):
         data.zero_grad()
