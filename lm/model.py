@@ -105,7 +105,7 @@ class Objective(nn.Module):
         return total, state
 
 
-def _layers(config: ModelConfig, width: int, backend: str) -> nn.Module:
+def _layers(config: ModelConfig, width: int, backend: str) -> rnnorm.LSTM | rnnorm.GRU | rnnorm.RNN:
     online = rnnorm.norms.Online(alpha_fwd=config.alpha_fwd, alpha_bwd=config.alpha_bwd, guard=config.guard)
     norm = online if config.norm == "online" else config.norm
     size = (width, config.hidden_size, config.num_layers)

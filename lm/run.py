@@ -23,6 +23,7 @@ from lm.distributed import Team
 from lm.errors import UserError
 from lm.evaluator import Score, evaluate
 from lm.events import Scored
+from lm.internals import Internals
 from lm.lock import NAME as LOCK
 from lm.lock import Lock
 from lm.model import LanguageModel
@@ -354,7 +355,7 @@ def _fitting(folder: Path, what: str) -> Iterator[None]:
 
 def _trainer(model: LanguageModel, settings: Config, text: _Text, team: Team) -> Trainer:
     options = settings.train
-    width = min(options.valid_batch_size, max(1, len(text.valid.ids) // 2))
+    width = _valid_width(settings, text)
 
     def validate() -> Score:
         return evaluate(
@@ -371,6 +372,11 @@ def _trainer(model: LanguageModel, settings: Config, text: _Text, team: Team) ->
 
     data = stream.columns(text.train.ids, options.batch_size, text.tokenizer.eos)
     return Trainer(model, options, data, validate, team=team)
+
+
+def _valid_width(settings: Config, text: _Text) -> int:
+    """Columns of the validation: fewer where the text is short."""
+    return min(settings.train.valid_batch_size, max(1, len(text.valid.ids) // 2))
 
 
 def _describe(say: Say, settings: Config, text: _Text, model: LanguageModel) -> None:
@@ -399,7 +405,9 @@ def _follow(trainer: Trainer) -> Outcome:
 def _fit(trainer: Trainer, settings: Config, folder: Path, text: _Text) -> Outcome:
     step, options = trainer.progress.step, settings.train
     shared = (step, options.log_every)
-    json_lines = JsonLines(folder / "metrics.jsonl", *shared, text.pieces_per_word)
+    columns = stream.columns(text.valid.ids, _valid_width(settings, text), text.tokenizer.eos)
+    internals = Internals(trainer.model, columns.inputs)
+    json_lines = JsonLines(folder / "metrics.jsonl", *shared, text.pieces_per_word, internals)
     tensorboard = TensorBoard(
         folder / "tensorboard",
         *shared,
@@ -407,6 +415,7 @@ def _fit(trainer: Trainer, settings: Config, folder: Path, text: _Text) -> Outco
         text.tokenizer,
         config.flatten(settings),
         text.pieces_per_word,
+        internals,
     )
     progress = Progress(text.pieces_per_word)
     saves = _checkpoints(trainer, settings, folder, text)

@@ -10,6 +10,7 @@ from typing import Any
 from lm import files
 from lm.evaluator import finite, perplexity, record
 from lm.events import Diverged, EpochEnded, Event, Scored, Stepped, Validated
+from lm.internals import Internals
 from lm.model import LanguageModel
 from lm.sample import sample
 from lm.tokenizers import Tokenizer
@@ -20,16 +21,26 @@ SAMPLE_LENGTH = 100
 class JsonLines:
     """Appends one JSON object a line: `kind`, `step`, `epoch`, and what was measured.
 
-    The kinds are `train` (each `log_every` steps), `valid`, `epoch`, `diverged` and `final`.
+    The kinds are `train` (each `log_every` steps), `valid`, `internals` (with each validation), `epoch`,
+    `diverged` and `final`.
 
     Arguments:
         path: the file; what it holds of steps after `step`, or of the kind `final`, is dropped first.
         step: where the run stands; 0 for a new one.
         pieces_per_word: of the training text, so that its perplexity is per word as the validation's is.
+        internals: looks inside the model at each validation; None: nobody does.
     """
 
-    def __init__(self, path: Path, step: int, log_every: int, pieces_per_word: float = 1.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        step: int,
+        log_every: int,
+        pieces_per_word: float = 1.0,
+        internals: Internals | None = None,
+    ) -> None:
         self.path, self.log_every, self.pieces_per_word = path, log_every, pieces_per_word
+        self.internals = internals
         kept = [line for line in _lines(path) if _is_before(line, step)]
         files.write_whole(path, "".join(f"{line}\n" for line in kept).encode())
 
@@ -37,9 +48,14 @@ class JsonLines:
         fields = self._fields(event)
         if fields is not None:
             kind, values = fields
-            row = {"kind": kind, "step": event.step, "epoch": event.epoch, **values}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(row)) + "\n")
+            self._append(event, kind, values)
+        if isinstance(event, Validated) and self.internals is not None:
+            self._append(event, "internals", self.internals.at(event.step))
+
+    def _append(self, event: Event, kind: str, values: Mapping[str, Any]) -> None:
+        row = {"kind": kind, "step": event.step, "epoch": event.epoch, **values}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(row)) + "\n")
 
     def _fields(self, event: Event) -> tuple[str, dict[str, Any]] | None:
         match event:
@@ -68,7 +84,7 @@ def _is_before(line: str, step: int) -> bool:
     """Whether a line belongs to what a run at this step has logged; a torn line does not."""
     try:
         row = json.loads(line)
-        return row["kind"] in ("train", "valid", "epoch") and row["step"] <= step and step > 0
+        return row["kind"] in ("train", "valid", "internals", "epoch") and row["step"] <= step and step > 0
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -94,6 +110,7 @@ class TensorBoard:
     Arguments:
         folder: of the event files; what they hold of steps after `step` is marked as void.
         settings: names and values of the hyper-parameters.
+        internals: looks inside the model at each validation; None: nobody does.
     """
 
     def __init__(
@@ -105,12 +122,13 @@ class TensorBoard:
         tokenizer: Tokenizer,
         settings: Mapping[str, Any],
         pieces_per_word: float = 1.0,
+        internals: Internals | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         self.model, self.tokenizer = model, tokenizer
-        self.log_every, self.pieces_per_word = log_every, pieces_per_word
+        self.log_every, self.pieces_per_word, self.internals = log_every, pieces_per_word, internals
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
         if step == 0:
             # SummaryWriter.add_hparams would put them into a second run beside this one
@@ -125,6 +143,9 @@ class TensorBoard:
                 loss = event.score.nll / event.score.tokens
                 self._scalars(event, "valid", {"loss": loss, "ppl": event.score.ppl})
                 self._streams(event)
+                if self.internals is not None:
+                    gates = self.internals.at(event.step)["gates"]
+                    self._scalars(event, "saturated", {name: gate["saturated"] for name, gate in gates.items()})
                 text = sample(self.model, self.tokenizer, length=SAMPLE_LENGTH, seed=event.step)
                 self.writer.add_text("sample", "    " + text.replace("\n", "\n    "), event.step)
             case EpochEnded():

@@ -1,6 +1,7 @@
 """rnnorm: recurrent layers with online, layer, RMS or no normalization at every pre-activation, torch.nn's drop-in."""
 
 from rnnorm import distributed, functional, norms
+from rnnorm._gates import gates
 from rnnorm._layers import GRU, LSTM, RNN
 from rnnorm._online_norm import OnlineNorm
 from rnnorm._single_step import GRUCell, LSTMCell, RNNCell
@@ -19,5 +20,6 @@ __all__ = [
     "backends",
     "distributed",
     "functional",
+    "gates",
     "norms",
 ]

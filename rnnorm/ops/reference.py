@@ -106,17 +106,26 @@ def _streams(operands: Operands, prefix: str) -> tuple[Tensor, Tensor, Tensor, T
     return None if mean is None else (mean.clone(), var.clone(), u, v)
 
 
-def run(operands: Operands, spec: Spec) -> Results:
-    """A whole sequence, step by step and, in the streams, sample by sample."""
+def run(operands: Operands, spec: Spec, watch: Callable[[Tensor], None] = lambda _: None) -> Results:
+    """A whole sequence, step by step and, in the streams, sample by sample.
+
+    `watch` sees what each nonlinearity is given, [n, k*H] for the k gates that are normalized together.
+    """
     o = operands
     T, N, _ = o.x.shape
     dtype, wide = o.x.dtype, statistics_dtype(o.x.dtype)
     H = o.weight_ih.size(0) // spec.gates
     gate_streams, cell_streams = _streams(o, "norm"), _streams(o, "cell_norm")
-    normalize = _normalizer(spec, H, o.norm_weight, o.norm_bias, gate_streams)
+    normalize_gates = _normalizer(spec, H, o.norm_weight, o.norm_bias, gate_streams)
     cell = _normalizer(spec, H, o.cell_norm_weight, o.cell_norm_bias, cell_streams)
     normalize_cell: Callable[[Tensor], Tensor] = (lambda c: cell(c, 0)) if spec.cell_norm else (lambda c: c)
     step = CELLS[spec.cell].step
+
+    def normalize(pre: Tensor, first: int) -> Tensor:
+        normalized = normalize_gates(pre, first)
+        watch(normalized)
+        return normalized
+
     h, c = o.h.to(wide), None if o.c is None else o.c.to(wide)
     lengths = torch.full((N,), T) if o.lengths is None else o.lengths
     ys: list[Tensor] = [o.x.new_zeros(N, h.size(1), dtype=wide)] * T

@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from lm.evaluator import Score
 from lm.events import Diverged, EpochEnded, Scored, Stepped, Validated
+from lm.internals import Internals
 from lm.tracking import JsonLines, TensorBoard
 
 SCORE = Score("columns", 50.0, 50.0, 40.0, 10, unk=0)
@@ -46,6 +48,19 @@ def test_each_event_is_a_line(tmp_path):
     }
     assert (found[2]["ppl"], found[2]["protocol"], found[2]["best"]) == (50.0, "columns", True)
     assert (found[3]["loss"], found[3]["ppl"]) == (2.5, math.exp(5.0))
+
+
+def test_internals_are_logged_with_each_validation(tmp_path, model):
+    path = tmp_path / "metrics.jsonl"
+    log = JsonLines(path, 0, 1, internals=Internals(model(), torch.ones(3, 2, dtype=torch.int64)))
+    for event in epoch(4):
+        log(event)
+    found = rows(path)
+    assert [row["kind"] for row in found] == ["valid", "internals", "epoch"]
+    assert found[1]["streams"]["norm_var_l0"] == [1.0] * 5
+    assert sum(found[1]["gates"]["f_l0"]["counts"]) == 3 * 2 * 12
+    JsonLines(path, 4, 1)
+    assert rows(path) == found
 
 
 def test_what_json_cannot_hold_is_null(tmp_path):

@@ -1,0 +1,64 @@
+"""What goes on inside the recurrence: the normalization's streams, and how far its gates are driven."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rnnorm
+from lm.model import LanguageModel
+
+QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+BINS = 20
+STEPS = 64  # of the text that gates are looked at on
+_SATURATED = 0.05  # of the whole range, at each end
+
+
+class Internals:
+    """Looks at a model on a few steps of text, once for each step of training.
+
+    Arguments:
+        inputs: [T, B] tokens; the first `STEPS` steps are read, from the zero state.
+    """
+
+    def __init__(self, model: LanguageModel, inputs: Tensor) -> None:
+        self.model = model
+        self.inputs = inputs[:STEPS].to(next(model.parameters()).device)
+        self._seen: tuple[int, dict[str, Any]] | None = None
+
+    def at(self, step: int) -> dict[str, Any]:
+        """Returns what `look` finds; asked again at the same step, without looking again."""
+        if self._seen is None or self._seen[0] != step:
+            self._seen = step, look(self.model, self.inputs)
+        return self._seen[1]
+
+
+@torch.no_grad()
+def look(model: LanguageModel, inputs: Tensor) -> dict[str, Any]:
+    """Returns what goes on in each layer, as JSON can hold it. The model is left as it was.
+
+    `streams`: by names such as `norm_mean_l0`, the minimum, 10 %, 50 % and 90 % quantiles and maximum over
+    channels. `gates`: by names such as `f_l0`, `counts` of values in 20 equal bins of `low` … `high`, and
+    `saturated`, the share within 5 % of the range from an end. A gate without bounds (relu) is left out.
+    """
+    at = torch.tensor(QUANTILES, dtype=torch.float64)
+    streams = {
+        name: [_short(value) for value in buffer.cpu().double().quantile(at)]
+        for name, buffer in model.layers.named_buffers()
+    }
+    if getattr(model.layers, "nonlinearity", "tanh") == "relu":
+        return {"streams": streams, "gates": {}}
+    values = rnnorm.gates(model.layers, model.embedding(inputs))
+    return {"streams": streams, "gates": {name: _gate(name, value) for name, value in values.items()}}
+
+
+def _gate(name: str, values: Tensor) -> dict[str, Any]:
+    low, high = (-1.0 if name[0] in "gnh" else 0.0), 1.0  # tanh, else sigmoid
+    edge = _SATURATED * (high - low)
+    counts = torch.histc(values.float().cpu(), BINS, low, high)
+    saturated = ((values < low + edge) | (values > high - edge)).double().mean()
+    return {"low": low, "high": high, "counts": counts.long().tolist(), "saturated": _short(saturated)}
+
+
+def _short(value: Tensor) -> float | None:
+    return float(f"{float(value):.6g}") if value.isfinite() else None

@@ -1,0 +1,56 @@
+"""What a recurrent layer's gates are at each step, for looking at."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from rnnorm._cells import CELLS
+from rnnorm._layers import Recurrent
+from rnnorm._module import State
+from rnnorm.ops import reference
+
+_ACTIVATIONS = {"g": torch.tanh, "n": torch.tanh, "rnn_tanh": torch.tanh, "rnn_relu": torch.relu}  # sigmoid elsewhere
+
+
+@torch.no_grad()
+def gates(layer: Recurrent, input: Tensor, hx: State | None = None) -> dict[str, Tensor]:
+    """Returns the values of every gate at every step, after its nonlinearity, in evaluation mode.
+
+    Statistics are frozen and nothing of the layer moves, whatever its mode; dropout is off. Values are computed by the
+    definitional backend, step by step: slow, for diagnosis. In the dtype of the statistics (float32 at least).
+
+    Arguments:
+        layer: an `LSTM`, `GRU` or `RNN`.
+        input: [T, N, I], or [N, T, I] with `batch_first`.
+        hx: the first state as the layer takes it, or None for zeros.
+
+    Returns:
+        [T, N, H] for each gate and layer, by names such as `f_l0`: i, f, g, o of an LSTM, r, z, n of a GRU, h of an
+        RNN; `_reverse` at the end for the reverse direction.
+
+    Raises:
+        ValueError: an input or state of a wrong shape, dtype or device.
+    """
+    if input.dim() != 3 or not input.numel():
+        raise ValueError(f"input must be [T, N, I] with at least one step; got shape {tuple(input.shape)}")
+    x, state = layer._prepared(input.transpose(0, 1) if layer.batch_first else input, hx, single=False)
+    names = CELLS[layer.cell].gates
+    found: dict[str, Tensor] = {}
+    rows = itertools.count()
+    for suffixes in layer._suffixes():
+        outputs = []
+        for reverse, suffix in enumerate(suffixes):
+            row = next(rows)
+            h, c = state[0][row], state[1][row] if len(state) == 2 else None
+            spec = layer._spec(reverse=reverse == 1)._replace(training=False)
+            seen: list[Tensor] = []
+            outputs.append(reference.run(layer._operands(suffix, x, h, c, None), spec, seen.append).y)
+            calls = len(seen) // x.size(0)
+            steps = [torch.cat(seen[i : i + calls], 1) for i in range(0, len(seen), calls)]
+            values = torch.stack(steps[::-1] if reverse else steps).chunk(len(names), 2)
+            for name, value in zip(names, values, strict=True):
+                activation = _ACTIVATIONS.get(layer.cell if name == "h" else name, torch.sigmoid)
+                found[name + suffix] = activation(value)
+        x = torch.cat(outputs, 2)
+    return found
