@@ -2,6 +2,7 @@
 without running any code."""
 
 import io
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -44,8 +45,17 @@ def save(path: Path, payload: Mapping[str, Any], previous: Path | None = None) -
         UserError: the file cannot be written; what was there still is.
     """
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "version": VERSION, **payload}, buffer)
+    torch.save(_plain({"format": FORMAT, "version": VERSION, **payload}), buffer)
     files.write_whole(path, archive.seal(buffer), previous=previous, new_folder=False)
+
+
+def _plain(value: Any) -> Any:
+    """Rebuilds containers, so that equal states make equal bytes: a pickle says of an object met again only where."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    return sys.intern(value) if type(value) is str else value
 
 
 def load(path: Path, device: str = "cpu") -> dict[str, Any]:
@@ -88,6 +98,44 @@ def load_last(folder: Path, say: Say = print) -> dict[str, Any] | None:
             raise DamagedCheckpointError(f"{fault}. And the one before it: {second}") from None
         say(f"warning: {fault}; going on from the one before it, {previous.name}, of step {saved['progress']['step']}")
         return saved
+
+
+def describe(path: Path) -> Iterator[str]:
+    """Yields what a file holds as lines for a person, the largest last. Nothing of it is loaded.
+
+    Raises:
+        UserError: see `load`; after the lines of what can still be read.
+    """
+    with _opened(path) as file:
+        intact = archive.is_intact(file)
+        seal = {True: "checksum good", False: "checksum WRONG", None: "no checksum"}[intact]
+        yield f"{path}: {path.stat().st_size:,} bytes, {seal}"
+        found = archive.examine(file)
+        _check(found, path)
+        yield f"tokenizer.kind = {_shown(found.pop('tokenizer').get('kind'))}"
+        tensors = []
+        for name, value in archive.leaves(found):
+            if isinstance(value, Stored):
+                tensors.append((_dotted(name), value))
+            elif "params" not in name:  # the optimizer's numbers of its parameters
+                yield f"{_dotted(name)} = {_shown(value)}"
+        yield f"{len(tensors)} tensors, {sum(value.nbytes for _, value in tensors):,} bytes:"
+        for text, value in tensors:
+            kind = str(value.dtype).removeprefix("torch.")
+            yield f"{text:40} {kind:8} {list(value.shape)!s:16} {value.nbytes:12,} bytes"
+        if intact is False:
+            raise DamagedError("its checksum does not match")
+
+
+def _dotted(name: tuple[Any, ...]) -> str:
+    return ".".join(_shown(part).removeprefix("'").removesuffix("'") for part in name)
+
+
+def _shown(value: Any) -> str:
+    """A value as short text, without line ends and other characters that would do something to a terminal."""
+    if type(value) is int and value.bit_length() > 1000:
+        return "a huge number"
+    return "none" if value is None else repr(value)[:100]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import rnnorm
-from lm import config, corpora, distributed, run, study, tokenizers
+from lm import checkpoint, config, corpora, distributed, run, study, tokenizers
 from lm.config import Config
 from lm.errors import UserError
 from lm.evaluator import Group, Score, record
@@ -291,6 +291,19 @@ def get_data(name: str, data_dir: Path) -> None:
 def check_data(name: str, data_dir: Path) -> None:
     """Verify a corpus that is here, or a folder: sizes, checksums."""
     click.echo(corpora.check(name, data_dir))
+
+
+@cli.group("checkpoint")
+def checkpoint_group() -> None:
+    """Look into checkpoints."""
+
+
+@checkpoint_group.command("show")
+@click.argument("file", type=Path)
+def show_checkpoint(file: Path) -> None:
+    """Print what a checkpoint holds: where the run stood, settings, tensors, and whether its checksum is good."""
+    for line in checkpoint.describe(file):
+        click.echo(line)
 
 
 @cli.group("tokenizer")

@@ -1,6 +1,8 @@
 """Files read with a clear fault, and files written whole or not at all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lm.errors import UserError
@@ -36,7 +38,7 @@ def write_whole(path: Path, content: bytes, *, previous: Path | None = None, new
         UserError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with writing(path):
         if new_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -50,6 +52,13 @@ def write_whole(path: Path, content: bytes, *, previous: Path | None = None, new
             _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)  # there only if a step before failed
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, what the system raises on a file that is written, a full disk say, is a UserError that names the file."""
+    try:
+        yield
     except OSError as fault:
         raise UserError(f"{path} must be writable; {fault.strerror}; check the path and its folder") from None
 

@@ -431,16 +431,21 @@ def _fit(trainer: Trainer, settings: Config, folder: Path, text: _Text) -> Outco
             json_lines(event)
             tensorboard(event)
         return Outcome(reason, trainer.progress.step, score, progress.speed)
-    except DivergedError as fault:
-        raise DivergedError(f"{fault}; the last good checkpoint is {_kept(folder)}") from None
+    except (DivergedError, UserError) as fault:
+        raise type(fault)(f"{fault}; {_kept(folder)}") from None
     finally:
         progress.close()
         tensorboard.close()
 
 
 def _kept(folder: Path) -> str:
-    path = folder / "checkpoints" / "last.pt"
-    return f"{path} (step {checkpoint.load(path)['progress']['step']})"
+    """Names the last good checkpoint."""
+    for path in (folder / "checkpoints" / name for name in ("last.pt", "previous.pt")):
+        try:
+            return f"the last good checkpoint is {path} (step {checkpoint.load(path)['progress']['step']})"
+        except UserError:
+            continue
+    return "no checkpoint is left"
 
 
 def _checkpoints(trainer: Trainer, settings: Config, folder: Path, text: _Text) -> Checkpoints:

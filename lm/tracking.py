@@ -1,7 +1,12 @@
 """Listeners that keep the record of a run: JSON lines, and TensorBoard."""
 
+import io
 import json
 import math
+import os
+import re
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +21,8 @@ from lm.sample import sample
 from lm.tokenizers import Tokenizer
 
 SAMPLE_LENGTH = 100
+_POWERS = [1e-12 * 1.1**power for power in range(775)]  # to 1e20: SummaryWriter's own bins
+_BINS = [*(-edge for edge in reversed(_POWERS)), 0.0, *_POWERS]
 
 
 class JsonLines:
@@ -54,7 +61,7 @@ class JsonLines:
 
     def _append(self, event: Event, kind: str, values: Mapping[str, Any]) -> None:
         row = {"kind": kind, "step": event.step, "epoch": event.epoch, **values}
-        with self.path.open("a", encoding="utf-8") as file:
+        with files.writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(row)) + "\n")
 
     def _fields(self, event: Event) -> tuple[str, dict[str, Any]] | None:
@@ -124,16 +131,14 @@ class TensorBoard:
         pieces_per_word: float = 1.0,
         internals: Internals | None = None,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         self.model, self.tokenizer = model, tokenizer
         self.log_every, self.pieces_per_word, self.internals = log_every, pieces_per_word, internals
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+        self.file = EventFile(folder, void_from=step + 1 if step else 0)
         if step == 0:
-            # SummaryWriter.add_hparams would put them into a second run beside this one
             for summary in hparams(dict(settings), {"valid/ppl": math.nan}):
-                self.writer._get_file_writer().add_summary(summary)
+                self.file.add(0, summary)
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -147,23 +152,82 @@ class TensorBoard:
                     gates = self.internals.at(event.step)["gates"]
                     self._scalars(event, "saturated", {name: gate["saturated"] for name, gate in gates.items()})
                 text = sample(self.model, self.tokenizer, length=SAMPLE_LENGTH, seed=event.step)
-                self.writer.add_text("sample", "    " + text.replace("\n", "\n    "), event.step)
+                self._text(event, "sample", "    " + text.replace("\n", "\n    "))
             case EpochEnded():
                 self._scalars(event, "epoch", _of_epoch(event, self.pieces_per_word))
-                self.writer.flush()
             case Scored():
                 # One step on, where a run that goes on voids it: its own final score comes later.
                 event = replace(event, step=event.step + 1)
                 self._scalars(event, "final", {f"{event.split}_ppl_{event.score.protocol}": event.score.ppl})
 
     def close(self) -> None:
-        """Writes what is pending and closes the file."""
-        self.writer.close()
+        """Closes the file."""
+        self.file.close()
 
     def _scalars(self, event: Event, group: str, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(f"{group}/{name}", value, event.step)
+        from torch.utils.tensorboard.summary import scalar
+
+        self.file.add(event.step, *(scalar(f"{group}/{name}", value) for name, value in values.items()))
+
+    def _text(self, event: Event, name: str, value: str) -> None:
+        from torch.utils.tensorboard.summary import text
+
+        self.file.add(event.step, text(name, value))
 
     def _streams(self, event: Event) -> None:
+        from torch.utils.tensorboard.summary import histogram
+
         for name, buffer in self.model.layers.named_buffers():
-            self.writer.add_histogram(f"streams/{name}", buffer, event.step)
+            self.file.add(event.step, histogram(f"streams/{name}", buffer, _BINS))
+
+
+class EventFile:
+    """One file of TensorBoard's, written at once and without a thread.
+
+    torch's SummaryWriter keeps what it is given in memory for up to two minutes: a killed process would leave a gap,
+    and a full disk would show as another thread's traceback. Its file names also sort wrongly within a second.
+
+    Arguments:
+        folder: of the event files; made where it is not there.
+        void_from: what the files that are there hold from this step on does not count.
+    """
+
+    def __init__(self, folder: Path, void_from: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event as Record
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        # TensorBoard reads the files of a folder in the order of their names
+        times = (re.match(r"events\.out\.tfevents\.(\d{10})\.", path.name) for path in folder.glob("events.*"))
+        newest = max((int(found[1]) for found in times if found), default=0)
+        name = f"events.out.tfevents.{max(int(time.time()), newest + 1):010}.{socket.gethostname()}.{os.getpid()}.0"
+        self.path = folder / name
+        with files.writing(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._records = RecordWriter(_Whole(self.path, "ab"))
+        self._record = Record
+        self._write(Record(file_version="brain.Event:2", step=void_from))
+        self._write(Record(session_log=SessionLog(status=SessionLog.START), step=void_from))
+
+    def add(self, step: int, *summaries: Any) -> None:
+        """Writes summaries of a step."""
+        for summary in summaries:
+            self._write(self._record(step=step, summary=summary))
+
+    def _write(self, record: Any) -> None:
+        record.wall_time = time.time()
+        with files.writing(self.path):
+            self._records.write(record.SerializeToString())
+
+    def close(self) -> None:
+        self._records.close()
+
+
+class _Whole(io.FileIO):
+    """Writes all that it is given, or raises; of a file's own write, a disk that is nearly full takes a part."""
+
+    def write(self, content: Any) -> int:
+        left = memoryview(content)
+        while left:
+            left = left[super().write(left) :]
+        return len(content)

@@ -204,6 +204,44 @@ def test_the_one_before_a_damaged_one_is_taken(saved, how):
         checkpoint.load_last(saved.parent)
 
 
+def test_what_is_inside_is_shown(saved):
+    hostile = {"\x1b[2J": "\x1b]0;title\x07\n" * 99, "huge": 10**5000, "absent": None}
+    checkpoint.save(saved, {**PAYLOAD, "config": {"train": {"lr": 1.0}, **hostile}})
+    lines = list(checkpoint.describe(saved))
+    assert lines[0] == f"{saved}: {saved.stat().st_size:,} bytes, checksum good"
+    assert {"version = 2", "config.train.lr = 1.0", "progress.step = 7", "config.absent = none"} <= set(lines)
+    assert "config.huge = a huge number" in lines
+    assert lines[-1].split() == ["model.weight", "float32", "[2,", "3]", "24", "bytes"]
+    assert lines[-3] == "2 tensors, 48 bytes:"
+    assert all(line.isprintable() and len(line) < 300 for line in lines)
+    torch.save({**PAYLOAD, "format": checkpoint.FORMAT, "version": 1}, saved)
+    assert next(checkpoint.describe(saved)).endswith("bytes, no checksum")
+
+
+def test_what_is_left_of_a_damaged_file_is_shown(saved):
+    content = bytearray(saved.read_bytes())
+    content[-1] ^= 1
+    saved.write_bytes(content)
+    lines = []
+    with pytest.raises(UserError, match=r"last\.pt is damaged \(its checksum does not match\)"):
+        lines.extend(lines.append(line) for line in checkpoint.describe(saved))
+    assert lines[0].endswith("bytes, checksum WRONG")
+    assert "progress.step = 7" in lines
+
+
+def test_equal_states_are_equal_bytes(saved):
+    first = saved.read_bytes()
+    again = checkpoint.load(saved)
+    checkpoint.save(saved, {key: again[key] for key in PAYLOAD})
+    assert saved.read_bytes() == first
+    one, other = ("".join(["o", "ne"]) for _ in range(2))
+    made = []
+    for pair in ([one, one], [one, other]):
+        checkpoint.save(saved, {**PAYLOAD, "more": pair})
+        made.append(saved.read_bytes())
+    assert made[0] == made[1]
+
+
 def test_nothing_saved_yet(tmp_path):
     assert checkpoint.load_last(tmp_path) is None
 

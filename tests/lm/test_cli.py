@@ -270,10 +270,23 @@ def test_bad_input_on_a_run(call, trained):
     assert "a checkpoint must be a file" in fault(call, "sample", trained)
 
 
+def test_checkpoint_show(call, trained):
+    out, err = call("checkpoint", "show", trained / "checkpoints/last.pt")
+    assert "checksum good" in out
+    assert re.search(r"^progress\.step = \d+$", out, re.MULTILINE)
+    assert re.search(r"^model\.decoder\.weight +float32 +\[12, 8\] +384 bytes$", out, re.MULTILINE)
+    assert err == ""
+    assert "must be one that `train` wrote" not in fault(call, "checkpoint", "show", trained / "nowhere.pt")
+    (trained / "checkpoints/last.pt").write_bytes(b"")
+    out, err = call("checkpoint", "show", trained / "checkpoints/last.pt", code=2)
+    assert "0 bytes" in out
+    assert "last.pt is damaged" in err
+
+
 def test_a_folder_that_cannot_be_written(call, corpus, tmp_path):
     (tmp_path / "file").write_text("")
     _, err = call("train", "--data", "text", "--run", "file/run", *QUICK, code=2)
-    assert "error: file/run/config.toml must be writable" in err
+    assert "error: file/run must be a folder that can be written; Not a directory" in err
 
 
 def test_the_papers_scripts(process, corpus):
