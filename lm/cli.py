@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import rnnorm
-from lm import checkpoint, config, corpora, distributed, run, study, tokenizers
+from lm import checkpoint, config, corpora, distributed, report, run, study, tokenizers
 from lm.config import Config
 from lm.errors import UserError
 from lm.evaluator import Group, Score, record
@@ -176,10 +176,10 @@ def evaluate(
         records = [{"split": split, **record(score)} for split, score in scores]
         click.echo(json.dumps(records[0] if len(records) == 1 else records, indent=2))
     else:
-        click.echo("\n".join(report(split, score) for split, score in scores))
+        click.echo("\n".join(shown(split, score) for split, score in scores))
 
 
-def report(split: str, score: Score) -> str:
+def shown(split: str, score: Score) -> str:
     """Returns a score as lines for a person."""
     lines = [f"{split} perplexity {score.ppl:,.2f} ({score.protocol}, {score.tokens:,} tokens)"]
     rows = {
@@ -234,6 +234,19 @@ def run_study(
         return 0
     _say(f"stopped by {stopped}; every run is saved; the same command goes on")
     return _STOPPED.get(stopped, 1)
+
+
+@cli.command("report")
+@click.argument("folders", metavar="RUN_OR_STUDY…", type=Path, nargs=-1, required=True)
+@click.option("--out", type=Path, help="Folder to write to.  [default: report/ in the first one]")
+def write_report(folders: tuple[Path, ...], out: Path | None) -> None:
+    """Show runs and studies as one page, with its figures as PNG and SVG beside it.
+
+    The page is one file that needs no other and no network: curves, final perplexities, streams, gates,
+    speed, tables, commands, versions and checksums.
+    """
+    page = report.write(report.load(folders), out or folders[0] / "report")
+    click.echo(f"{page}: open it in a browser; figures are in {page.parent / 'figures'}")
 
 
 @cli.command()

@@ -139,7 +139,7 @@ before = set(sys.modules)
 sys.addaudithook(hook)
 import {name}
 new = set(sys.modules) - before
-late = ["tensorboard", "torch.utils.tensorboard", "datasets", "sentencepiece", "torch._dynamo"]
+late = ["matplotlib", "tensorboard", "torch.utils.tensorboard", "datasets", "sentencepiece", "torch._dynamo"]
 print([name for name in late if name in new], done)
 """
 

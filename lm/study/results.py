@@ -67,12 +67,19 @@ def save(folder: Path, job: Job, scores: Sequence[Mapping[str, Any]], diverged: 
         scores: the records that `eval --json` printed; none where no epoch was ever validated.
         diverged: what was not finite, or None.
     """
+    if diverged is None and any(score["ppl"] is None for score in scores):
+        diverged = "perplexity"  # finite in nats, but beyond what exp can hold
     log = metrics(run_folder(folder, job))
+    result = {**gather(job, log, scores, diverged), "versions": versions()}
+    files.write_whole(path_of(folder, job), json.dumps(result, indent=1).encode())
+    return result
+
+
+def gather(job: Job, log: Sequence[Row], scores: Sequence[Mapping[str, Any]], diverged: str | None) -> dict[str, Any]:
+    """Returns the result of a run from what it logged and how it scored."""
     epochs = [row for row in log if row["kind"] == "epoch"]
-    steps = [row for row in log if row["kind"] == "train"]
     best = [row["epoch"] for row in log if row["kind"] == "valid" and row["best"]]
-    seconds = [row["seconds"] for row in epochs]
-    speeds = sorted(row["tokens_per_second"] for row in steps)
+    speeds = sorted(row["tokens_per_second"] for row in log if row["kind"] == "train")
     row: Row = {
         "arm": job.arm.name,
         "base": job.arm.base,
@@ -85,19 +92,16 @@ def save(folder: Path, job: Job, scores: Sequence[Mapping[str, Any]], diverged: 
         "best_epoch": best[-1] if best else None,
         **dict.fromkeys(MEASURES),
         **{f"{score['split']}_{score['protocol'].replace('-', '_')}": score["ppl"] for score in scores},
-        "seconds": sum(seconds) if seconds else None,
+        "seconds": sum(row["seconds"] for row in epochs) if epochs else None,
         "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
     }
-    result = {
+    return {
         "row": row,
         "diverged": diverged,
         "settings": _settings(job),
-        "versions": versions(),
         "scores": list(scores),
         "epochs": _epochs(job, log),
     }
-    files.write_whole(path_of(folder, job), json.dumps(result, indent=1).encode())
-    return result
 
 
 def metrics(run: Path) -> list[Row]:
@@ -216,6 +220,9 @@ def _arm(arm: Arm, rows: list[Row]) -> dict[str, Any]:
     return {
         "arm": arm.name,
         "base": arm.base,
+        "cell": arm.settings.model.cell,
+        "norm": arm.settings.model.norm,
+        "epochs": arm.settings.train.epochs,
         "runs": len(rows),
         "diverged": sum(row["diverged"] for row in rows),
         "published": arm.published,
@@ -286,11 +293,18 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 def table(summary: Mapping[str, Any]) -> str:
     """Returns the arms as a table for a person: medians over seeds, a published one beside."""
-    heads = ("valid", "test", "valid chunk-mean", "published")
+    heads, names = ("valid", "test", "valid chunk-mean", "published"), ("valid_exact", "test_exact", "valid_chunk_mean")
     width = max([3, *(len(arm["arm"]) for arm in summary["arms"])])
     lines = [f"{'arm':{width}} {'runs':>5} {'diverged':>8}" + "".join(f" {head:>16}" for head in heads)]
     for arm in summary["arms"]:
-        medians = [arm[name]["median"] for name in ("valid_exact", "test_exact", "valid_chunk_mean")]
-        shown = [*("diverged" if m is None else f"{m:,.2f}" for m in medians), f"{arm['published'] or '-'}"]
+        shown = [*(shown_median(arm, name) for name in names), f"{arm['published'] or '-'}"]
         lines.append(f"{arm['arm']:{width}} {arm['runs']:5} {arm['diverged']:8}" + "".join(f" {s:>16}" for s in shown))
     return "\n".join(lines)
+
+
+def shown_median(arm: Mapping[str, Any], measure: str) -> str:
+    """Returns an arm's median as text: `diverged` where a diverged run decides it, `-` where nobody measured."""
+    median = arm[measure]["median"]
+    if median is None:
+        return "diverged" if arm["diverged"] else "-"
+    return f"{median:,.2f}"

@@ -1,0 +1,327 @@
+"""The figures of a report. Colours follow the norm. A function returns None where nothing was measured."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lm.report.sources import Entry, Source
+from lm.study.results import quantile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart by people who see fewer colours, and in print.
+_COLORS = {"online": "#0072b2", "layer": "#d55e00", "rms": "#009e73", "none": "#666666"}
+_LINES = ("-", "--", ":", "-.")
+_CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN, relu"}
+_CURVES = (
+    "perplexity on the validation text after each epoch (in columns). Median over seeds, band from the lower to the "
+    "upper quartile; a cross is a run that diverged, at its last epoch."
+)
+_FINALS = {
+    "valid_chunk_mean": "Validation perplexity at the best checkpoint, by the paper's measure (chunk-mean): each run a "
+    "point, boxes are quartiles, diamonds the published medians.",
+    "valid_exact": "Exact perplexity on the validation text, at the best checkpoint.",
+    "test_exact": "Exact perplexity on the test text, scored once, at the checkpoint that is best on validation.",
+}
+_BANDS = {"by_frequency": "how often the training text holds the word", "by_position": "place in the line"}
+_STREAMS = (
+    "the normalization's statistics (mean, var) and its control (u, v) over channels: median, 10 to 90 % and extremes "
+    "after each epoch of one run."
+)
+_GATES = (
+    "how often each gate takes which value, after the last epoch of one run; beside its name, the share of values "
+    "within 5 % of an end of the range."
+)
+_WIDTH = 5.2  # inches: text stays readable where a phone shows it at its own width
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.hashsalt": "rnnorm",  # the same figure is the same file
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Inside, figures look as a report's."""
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE):
+        yield
+
+
+def all_of(source: Source) -> dict[str, tuple["Figure", str]]:
+    """Returns every figure that the source has values for, by file name, with its caption."""
+    found: dict[str, tuple[Figure | None, str]] = {}
+    cells = list(dict.fromkeys(arm["cell"] for arm in source.selected))
+    for cell in cells:
+        found[f"curves-{cell}"] = curves(source, cell), f"{_CELLS[cell]}: {_CURVES}"
+    for measure, caption in _FINALS.items():
+        found[measure.replace("_", "-")] = finals(source, measure), caption
+    for name, what in _BANDS.items():
+        caption = f"Exact perplexity by {what}; median over seeds."
+        found[name.replace("_", "-")] = bands(source, name), caption
+    for arm in source.selected:
+        found[f"streams-{_file(arm)}"] = streams(source, arm), f"{arm['arm']}: {_STREAMS}"
+    for cell in cells:
+        found[f"gates-{cell}"] = gates(source, cell), f"{_CELLS[cell]}: {_GATES}"
+    found["speed"] = speed(source), "Training speed, tokens per second, median over runs, as they ran."
+    return {name: (figure, caption) for name, (figure, caption) in found.items() if figure is not None}
+
+
+def curves(source: Source, cell: str) -> "Figure | None":
+    """Validation perplexity against epoch, for the arms of a cell."""
+    figure, axes = _figure(3.0)
+    arms = [arm for arm in source.selected if arm["cell"] == cell]
+    reached: list[float] = []
+    crosses: list[tuple[float, float | None, Mapping[str, Any]]] = []
+    for arm in arms:
+        by_epoch: dict[int, list[float]] = {}
+        for entry in source.of(arm):
+            told = [(row["epoch"], row["valid_ppl"]) for row in entry.result["epochs"] if row.get("valid_ppl")]
+            for epoch, ppl in told:
+                by_epoch.setdefault(epoch, []).append(ppl)
+            if entry.result["row"]["diverged"]:
+                crosses.append((*(told[-1] if told else (0, None)), arm))
+        epochs = sorted(by_epoch)
+        low, middle, high = ([quantile(by_epoch[epoch], share) for epoch in epochs] for share in (0.25, 0.5, 0.75))
+        reached += middle
+        if epochs or arm["diverged"]:
+            label = arm["arm"] + (f" ({arm['diverged']} of {arm['runs']} diverged)" if arm["diverged"] else "")
+            look: Any = {"color": _color(arm), "ls": _line(arm, arms), "marker": ".", "ms": 4, "lw": 1.5}
+            axes.plot(epochs, middle, **look, label=label)
+            axes.fill_between(epochs, low, high, color=_color(arm), alpha=0.18, lw=0)
+    if not axes.lines:
+        return None
+    top = _scale(axes, "y", reached or [1.0])
+    for epoch, ppl, arm in crosses:
+        where = [epoch], [min(ppl or top, top)]
+        axes.plot(*where, marker="x", ms=7, mew=2, color=_color(arm), ls="", clip_on=False, zorder=5)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("perplexity, validation")
+    _whole(axes)
+    axes.legend()
+    return figure
+
+
+def finals(source: Source, measure: str) -> "Figure | None":
+    """A box for each arm, with its runs as points and its published median."""
+    arms = source.selected
+    values = [_finite(source.of(arm), measure) for arm in arms]
+    if not any(values):
+        return None
+    figure, axes = _figure(0.7 + 0.36 * len(arms))
+    published = [arm["published"] if measure == "valid_chunk_mean" else None for arm in arms]
+    top = _scale(axes, "x", [*(value for each in values for value in each), *filter(None, published)])
+    for place, (arm, found, theirs) in enumerate(zip(arms, values, published, strict=True)):
+        color, inside = _color(arm), [value for value in found if value <= top]
+        if len(found) > 1:
+            box = axes.boxplot([found], positions=[place], orientation="horizontal", widths=0.55, showfliers=False)
+            for part in (line for lines in box.values() for line in lines):
+                part.set_color(color)
+        jitter = np.linspace(-0.15, 0.15, len(inside)) if len(inside) > 1 else np.zeros(len(inside))
+        axes.plot(inside, place + jitter, "o", ms=4, color=color, alpha=0.75, mew=0)
+        if theirs:
+            axes.plot([theirs], [place], "D", ms=6, mfc="white", mec="black", zorder=4, label="published median")
+        beyond = [f"{value:,.0f} →" for value in found if value > top]  # off the axis, told in words
+        if told := "  ".join(beyond + ([f"{arm['diverged']} of {arm['runs']} diverged"] if arm["diverged"] else [])):
+            at: Any = {
+                "xycoords": axes.get_yaxis_transform(),
+                "ha": "right",
+                "va": "center",
+                "fontsize": 8,
+                "color": color,
+            }
+            axes.annotate(told, (0.99, place), **at)
+    axes.set_yticks(range(len(arms)), [arm["arm"] for arm in arms])
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("perplexity")
+    if any(published):
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles[:1], labels[:1], loc="outside upper right", fontsize=8)
+    return figure
+
+
+def bands(source: Source, name: str) -> "Figure | None":
+    """Perplexity of each band, a line for each arm; words joined, `<unk>` and `<eos>` apart."""
+    figure, axes = _figure(3.0)
+    order: dict[str, None] = {}
+    lines: list[tuple[Mapping[str, Any], dict[str, float]]] = []
+    for arm in source.selected:
+        found: dict[str, list[float]] = {}
+        for entry in source.of(arm):
+            for group in () if entry.result["row"]["diverged"] else entry.bands(name):
+                if group["ppl"] is not None:
+                    found.setdefault(group["name"], []).append(group["ppl"])
+        order |= dict.fromkeys(found)
+        lines.append((arm, {band: quantile(values, 0.5) for band, values in found.items()}))
+    if not order:
+        return None
+    places = {band: place for place, band in enumerate(order)}
+    for arm, medians in lines:
+        look: Any = {"color": _color(arm), "marker": ".", "lw": 1.2, "ls": _line(arm, source.selected, ("norm",))}
+        for special in (False, True):
+            at = [(places[band], ppl) for band, ppl in medians.items() if band.startswith("<") == special]
+            label = "_" if special or not at else arm["arm"]
+            axes.plot([x for x, _ in at], [y for _, y in at], **look | ({"ls": ""} if special else {}), label=label)
+    shown = [band.removesuffix(" times").removeprefix("place ") for band in order]
+    axes.set_xticks(range(len(order)), shown, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_xlabel("times in the training text" if name == "by_frequency" else "place in the line")
+    axes.set_ylabel("perplexity")
+    _scale(axes, "y", [ppl for _, medians in lines for ppl in medians.values()], widest=math.inf)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def streams(source: Source, arm: Mapping[str, Any]) -> "Figure | None":
+    """The streams of one run of an arm over its epochs."""
+    entry = _shown(source, arm)
+    if entry is None or not entry.internals[-1]["streams"]:
+        return None
+    figure, grid = _grid(3.6, 2, 2)
+    names = list(entry.internals[-1]["streams"])
+    for axes, kind in zip(grid.flat, ("mean", "var", "u", "v"), strict=True):
+        for number, name in enumerate(name for name in names if f"norm_{kind}_" in name):
+            told = [row for row in entry.internals if None not in row["streams"][name]]
+            epochs = [row["epoch"] for row in told]
+            values = np.array([row["streams"][name] for row in told]).reshape(-1, 5).T
+            color = f"C{number}" if number else _color(arm)
+            axes.fill_between(epochs, values[0], values[4], color=color, alpha=0.10, lw=0)
+            axes.fill_between(epochs, values[1], values[3], color=color, alpha=0.25, lw=0)
+            axes.plot(epochs, values[2], color=color, lw=1.5, marker=".", ms=4, label=name.rpartition("_")[2])
+        axes.set_title(kind)
+        _whole(axes)
+    if sum("norm_mean_" in name for name in names) > 1:
+        grid[0, 0].legend()
+    figure.supxlabel("epoch", fontsize=9)
+    return figure
+
+
+def gates(source: Source, cell: str) -> "Figure | None":
+    """Histograms of the gates of one run of each arm of a cell."""
+    shown = [(arm, entry) for arm in source.selected if arm["cell"] == cell and (entry := _shown(source, arm))]
+    shown = [(arm, entry) for arm, entry in shown if entry.internals[-1]["gates"]]
+    if not shown:
+        return None
+    names = max((list(entry.internals[-1]["gates"]) for _, entry in shown), key=len)
+    names = names if len(names) <= 4 else [name for name in names if name.endswith(names[-1][1:])]  # the last layer
+    figure, grid = _grid(0.5 + 1.05 * len(shown), len(shown), len(names))
+    for row, (arm, entry) in zip(grid, shown, strict=True):
+        for axes, name in zip(row, names, strict=True):
+            gate = entry.internals[-1]["gates"].get(name)
+            if gate is None:
+                axes.set_axis_off()
+                continue
+            edges = np.linspace(gate["low"], gate["high"], len(gate["counts"]) + 1)
+            share = np.array(gate["counts"]) / max(1, sum(gate["counts"]))
+            axes.bar(edges[:-1], share, np.diff(edges), align="edge", color=_color(arm), alpha=0.8)
+            axes.set_title(
+                f"{name.partition('_')[0]}: {gate['saturated']:.0%}" if gate["saturated"] is not None else name
+            )
+            axes.set_yticks([])
+            axes.set_xticks([gate["low"], gate["high"]])
+            axes.grid(visible=False)
+            axes.spines["left"].set_visible(False)
+        row[0].set_ylabel(arm["arm"], rotation=0, ha="right", va="center", fontsize=8)
+    return figure
+
+
+def speed(source: Source) -> "Figure | None":
+    """Tokens per second of each arm."""
+    arms = [arm for arm in source.selected if arm["tokens_per_second"]]
+    if not arms:
+        return None
+    figure, axes = _figure(0.7 + 0.3 * len(arms))
+    bars = axes.barh(
+        [arm["arm"] for arm in arms],
+        [arm["tokens_per_second"] for arm in arms],
+        color=[_color(arm) for arm in arms],
+        height=0.6,
+    )
+    axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.15)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("tokens/s")
+    return figure
+
+
+def _figure(height: float) -> tuple["Figure", "Axes"]:
+    """A figure with one pair of axes."""
+    figure, grid = _grid(height, 1, 1)
+    return figure, grid[0, 0]
+
+
+def _grid(height: float, rows: int, columns: int) -> tuple["Figure", Any]:
+    """A figure with an array of axes, [rows, columns]. Not pyplot's: nothing keeps it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _whole(axes: "Axes") -> None:
+    """Epochs: whole numbers at the ticks."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _scale(axes: "Axes", name: str, values: Sequence[float], widest: float = 8.0) -> float:
+    """Scales an axis to hold the values but those above `widest` times the least; returns where it ends.
+
+    Linear within a factor of 2, else logarithmic, with a handful of plain numbers at the ticks.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    least = min(values)
+    most = max(value for value in values if value <= widest * least)
+    margin = (most / least) ** 0.06 if most > least else 1.02
+    low, high = least / margin, most * margin
+    axis = getattr(axes, f"{name}axis")
+    if high > 2 * low:
+        getattr(axes, f"set_{name}scale")("log")
+        subs = (1, 1.5, 2, 3, 4, 6, 8) if high < 10 * low else (1, 2, 5) if high < 300 * low else (1,)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=20))
+        axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    getattr(axes, f"set_{name}lim")(low, high)
+    return high
+
+
+def _finite(entries: Sequence[Entry], measure: str) -> list[float]:
+    rows = [entry.result["row"] for entry in entries]
+    return [row[measure] for row in rows if not row["diverged"] and row[measure] is not None]
+
+
+def _shown(source: Source, arm: Mapping[str, Any]) -> Entry | None:
+    """The run whose inside is shown: the first that did not diverge, else the first."""
+    found = [entry for entry in source.of(arm) if entry.internals]
+    return min(found, key=lambda entry: entry.result["row"]["diverged"], default=None)
+
+
+def _color(arm: Mapping[str, Any]) -> str:
+    return _COLORS[arm["norm"]]
+
+
+def _line(arm: Mapping[str, Any], among: Sequence[Mapping[str, Any]], alike: Sequence[str] = ("cell", "norm")) -> str:
+    """A line style of its own among the arms that have its colour."""
+    same = [each["arm"] for each in among if all(each[key] == arm[key] for key in alike)]
+    return _LINES[same.index(arm["arm"]) % len(_LINES)]
+
+
+def _file(arm: Mapping[str, Any]) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in arm["arm"])

@@ -1,0 +1,224 @@
+"""The page: one HTML file that needs nothing else, and the figures and tables beside it."""
+
+import base64
+import html
+import io
+import math
+import shlex
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm import files
+from lm.report import figures
+from lm.report.sources import Source
+from lm.study.results import shown_median
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_CSS = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 68rem; margin: 0 auto;
+  padding: 0 1rem 3rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.3rem; margin-top: 2.5rem; } h3 { font-size: 1.05rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+td.wrap { white-space: normal; overflow-wrap: anywhere; text-align: left; }
+thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem; }
+figure { margin: 0; break-inside: avoid; } figure img { width: 100%; height: auto; }
+figcaption, .note { font-size: .85rem; color: #444; }
+pre { font-size: .8rem; background: #f5f5f5; padding: .75rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { th, td { padding: .2rem .35rem; } table { font-size: .8rem; } }
+@media print {
+  body { font-size: 10pt; max-width: none; padding: 0; } .figures { grid-template-columns: 1fr 1fr; }
+  .scroll { overflow: visible; } table { font-size: 8pt; } th, td { padding: .1rem .3rem; } h2 { break-after: avoid; }
+}
+"""
+_TABLES = ("runs.csv", "arms.csv", "epochs.csv", "summary.json")
+
+
+def write(sources: Sequence[Source], out: Path) -> Path:
+    """Writes `index.html`, `figures/NAME.png` and `.svg`, `table.md`, and a study's tables; returns the page's path.
+
+    Everything of several sources lies in folders of their names, but the page.
+    """
+    sections = []
+    for source in sources:
+        place = out / source.summary["study"] if len(sources) > 1 else out
+        with figures.styled():
+            made = figures.all_of(source)
+            images = [_image(_save(figure, place, name), caption) for name, (figure, caption) in made.items()]
+        sections.append(_section(source, images))
+        files.write_whole(place / "table.md", markdown(source).encode())
+        if source.folder is not None and source.folder.resolve() != place.resolve():
+            for name in _TABLES:
+                shutil.copyfile(source.folder / name, place / name)
+    title = " and ".join(source.summary["study"] for source in sources)
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}: report</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
+        + "\n".join(sections)
+        + "\n</body>\n</html>\n"
+    )
+    files.write_whole(out / "index.html", page.encode())
+    return out / "index.html"
+
+
+def _save(figure: "Figure", place: Path, name: str) -> bytes:
+    """Writes a figure as PNG and SVG; returns the SVG."""
+    for form, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
+        content = io.BytesIO()
+        figure.savefig(content, format=form, **options)
+        files.write_whole(place / "figures" / f"{name}.{form}", content.getvalue())
+    return content.getvalue()
+
+
+def _section(source: Source, images: Sequence[str]) -> str:
+    summary = source.summary
+    parts = [f"<h1>{html.escape(summary['study'])}</h1>"]
+    if summary["description"]:
+        parts.append(f"<p>{html.escape(summary['description'])}</p>")
+    missing = summary["runs_planned"] - summary["runs"]
+    if missing:
+        parts.append(f"<p><strong>Not complete: {missing} of {summary['runs_planned']} runs are missing.</strong></p>")
+    heads, rows = _results(source)
+    parts += ["<h2>Results</h2>", _table(heads, rows), f'<p class="note">{html.escape(_NOTE)}</p>']
+    parts += ["<h2>Figures</h2>", '<div class="figures">', *images, "</div>"]
+    parts += [*_sign_tests(summary), *_bands(source), *_provenance(source)]
+    return "\n".join(parts)
+
+
+_NOTE = (
+    "Medians over seeds, quartiles in brackets; perplexity per word. A run whose loss, gradient or validation was not "
+    "finite, or whose perplexity is beyond e^700, diverged: it counts as infinitely bad. exact and chunk-mean are two "
+    "measures, not to be compared; published figures are chunk-mean on the validation text. Where arms were tried with "
+    "a grid, the row marked * was best on the validation text and is what the figures show."
+)
+
+
+def _results(source: Source) -> tuple[list[str], list[list[str]]]:
+    """The heads and rows of the table of arms."""
+    arms = source.summary["arms"]
+    measures = {"test": "test_exact", "valid": "valid_exact", "valid, chunk-mean": "valid_chunk_mean"}
+    measures = {head: name for head, name in measures.items() if any(arm[name]["median"] for arm in arms)}
+    published = any(arm["published"] for arm in arms)
+    grid = any(not arm["selected"] for arm in arms)
+    heads = [
+        "arm",
+        *measures,
+        *(["published", "ours / published"] if published else []),
+        "diverged",
+        "runs",
+        "tokens/s",
+    ]
+    rows = []
+    for arm in arms:
+        row = [
+            arm["arm"] + (" *" if grid and arm["selected"] else ""),
+            *(_spread(arm, name) for name in measures.values()),
+        ]
+        if published:
+            ours, theirs = arm["valid_chunk_mean"]["median"], arm["published"]
+            row += [f"{theirs:g}" if theirs else "", f"{ours / theirs:.3f}" if ours and theirs else ""]
+        row += [str(arm["diverged"]), str(arm["runs"])]
+        rows.append([*row, f"{arm['tokens_per_second']:,.0f}" if arm["tokens_per_second"] else ""])
+    return heads, rows
+
+
+def _spread(arm: Mapping[str, Any], measure: str) -> str:
+    """A median, with the quartiles where there are several runs."""
+    found = arm[measure]
+    text = shown_median(arm, measure)
+    if arm["runs"] < 2 or found["median"] is None:
+        return text
+    low, high = (math.inf if found[name] is None else found[name] for name in ("q1", "q3"))
+    return f"{text} [{low:,.1f}, {'∞' if math.isinf(high) else f'{high:,.1f}'}]"
+
+
+def markdown(source: Source) -> str:
+    """Returns the table of arms as Markdown."""
+    heads, rows = _results(source)
+    lines = [heads, ["---", *("---:" for _ in heads[1:])], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], wrap: bool = False) -> str:
+    attribute = ' class="wrap"' if wrap else ""
+    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in heads)
+    body = "".join("<tr>" + "".join(f"<td{attribute}>{html.escape(t)}</td>" for t in row) + "</tr>\n" for row in rows)
+    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
+
+
+def _image(content: bytes, caption: str) -> str:
+    data, text = base64.b64encode(content).decode(), html.escape(caption)
+    return f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>'
+
+
+def _sign_tests(summary: Mapping[str, Any]) -> list[str]:
+    cells = {arm["arm"]: arm["cell"] for arm in summary["arms"]}
+    pairs = [
+        p
+        for p in summary["sign_tests"]["pairs"]
+        if p["lower"] + p["higher"] and cells[p["first"]] == cells[p["second"]]
+    ]
+    if not pairs:
+        return []
+    rows = [
+        [f"{p['first']} against {p['second']}", str(p["lower"]), str(p["higher"]), str(p["ties"]), f"{p['p']:.3g}"]
+        for p in pairs
+    ]
+    told = (
+        "Exact two-sided sign test over the seeds that both arms have: on how many the first arm has the lower exact "
+        "test perplexity, on how many the higher; arms of one cell (summary.json has all). With n seeds, p is at least "
+        "2 / 2^n."
+    )
+    return [
+        "<h2>Paired sign tests</h2>",
+        f'<p class="note">{told}</p>',
+        _table(["arms", "lower", "higher", "ties", "p"], rows),
+    ]
+
+
+def _bands(source: Source) -> list[str]:
+    """Tables of the bands, the first run of each arm."""
+    parts = []
+    for name, title in (("by_frequency", "frequency"), ("by_position", "position")):
+        arms = [(arm["arm"], source.of(arm)[0].bands(name)) for arm in source.selected if source.of(arm)]
+        arms = [(arm, groups) for arm, groups in arms if groups]
+        if arms:
+            bands = dict.fromkeys(group["name"] for _, groups in arms for group in groups)
+            tokens = {group["name"]: group["tokens"] for _, groups in arms for group in groups}
+            held = [{group["name"]: group["ppl"] for group in groups} for _, groups in arms]
+            rows = [
+                [band, f"{tokens[band]:,}", *("" if each.get(band) is None else f"{each[band]:,.1f}" for each in held)]
+                for band in bands
+            ]
+            parts += [
+                f"<h2>Exact perplexity by {title}</h2>",
+                '<p class="note">The first seed of each arm.</p>',
+                _table(["tokens", "number", *(arm for arm, _ in arms)], rows),
+            ]
+    return parts
+
+
+def _provenance(source: Source) -> list[str]:
+    """Commands, versions and checksums."""
+    summary = source.summary
+    commands = "\n".join("python -m lm " + shlex.join(arm["command"]) for arm in summary["arms"])
+    facts = [[name, ", ".join(values)] for name, values in summary["versions"].items()]
+    for what in ("data_sha256", "vocabulary_sha256"):
+        facts += [[f"{what}, {split}", " ".join(values)] for split, values in summary[what].items()]
+    note = "Every run, with its seed for SEED, and the folder of the text for FOLDER:"
+    return [
+        "<h2>Commands</h2>",
+        f'<p class="note">{note}</p>',
+        f"<pre>{html.escape(commands)}</pre>",
+        "<h2>Versions and checksums</h2>",
+        _table(["what", "which"], facts, wrap=True),
+    ]

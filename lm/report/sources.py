@@ -1,0 +1,108 @@
+"""What a report is made from: the results of a study, or of run folders by themselves."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm import config, files
+from lm.errors import UserError
+from lm.study import SUMMARY, Arm, Job, Study, results, summarize
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run.
+
+    Attributes:
+        result: as `lm.study.results.gather` returns it.
+        internals: what was logged of the kind `internals`, epoch by epoch.
+    """
+
+    result: Mapping[str, Any]
+    internals: Sequence[Mapping[str, Any]]
+
+    @property
+    def arm(self) -> str:
+        """Of which arm it is."""
+        return self.result["row"]["arm"]
+
+    def bands(self, name: str) -> list[Mapping[str, Any]]:
+        """Returns `by_frequency` or `by_position` of the test text, else of valid; [] where it was not measured."""
+        found = {score["split"]: score[name] for score in self.result["scores"] if score.get(name)}
+        return found.get("test") or found.get("valid") or []
+
+
+@dataclass(frozen=True)
+class Source:
+    """A study, or some runs, with all that a page says of them.
+
+    Attributes:
+        folder: of a study; None for runs.
+        summary: as `lm.study.summarize` returns it.
+    """
+
+    folder: Path | None
+    summary: Mapping[str, Any]
+    entries: tuple[Entry, ...]
+
+    @property
+    def selected(self) -> list[Mapping[str, Any]]:
+        """The arms that are compared: of each base, the one that is best on valid."""
+        return [arm for arm in self.summary["arms"] if arm["selected"]]
+
+    def of(self, arm: Mapping[str, Any]) -> list[Entry]:
+        """Returns the runs of an arm, by seed."""
+        return [entry for entry in self.entries if entry.arm == arm["arm"]]
+
+
+def load(folders: Sequence[Path]) -> list[Source]:
+    """Reads study folders, each by itself, and run folders, all together.
+
+    Raises:
+        UserError: a folder that is neither, or a study none of whose runs is over.
+    """
+    studies = [_study(folder) for folder in folders if (folder / SUMMARY).is_file()]
+    runs = [folder for folder in folders if not (folder / SUMMARY).is_file()]
+    for folder in runs:
+        if not (folder / "config.toml").is_file():
+            raise UserError(
+                f"a report is of run folders and of studies with a run that is over; {folder} is neither; "
+                "check the path"
+            )
+    return studies + ([_runs(runs)] if runs else [])
+
+
+def _study(folder: Path) -> Source:
+    summary = json.loads(files.read_text(folder / SUMMARY, "a study's summary"))
+    found = [json.loads(files.read_text(path, "a result")) for path in (folder / "results").glob("*.json")]
+    order = [arm["arm"] for arm in summary["arms"]]
+    found = [result for result in found if result["row"]["arm"] in order]
+    found.sort(key=lambda result: (order.index(result["row"]["arm"]), result["row"]["seed"]))
+    entries = [
+        Entry(result, _internals(results.metrics(folder / "runs" / row["arm"] / f"seed-{row['seed']}")))
+        for result in found
+        for row in [result["row"]]
+    ]
+    return Source(folder, summary, tuple(entries))
+
+
+def _runs(folders: Sequence[Path]) -> Source:
+    """Each run an arm of its own."""
+    entries, arms = [], []
+    for folder in folders:
+        settings = config.build(config.read_toml(folder / "config.toml", "a run's configuration"))
+        arm = Arm(str(folder), str(folder), f"{folder}/config.toml", (), None, settings)
+        log = results.metrics(folder)
+        scores = [row for row in log if row["kind"] == "final"]
+        diverged = next((row["what"] for row in log if row["kind"] == "diverged"), None)
+        gathered = results.gather(Job(arm, settings.train.seed), log, scores, diverged)
+        entries.append(Entry({**gathered, "versions": results.versions()}, _internals(log)))
+        arms.append(arm)
+    study = Study("runs", "", tuple(arms), 1)
+    return Source(None, summarize(study, [dict(entry.result) for entry in entries]), tuple(entries))
+
+
+def _internals(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in log if row["kind"] == "internals"]

@@ -1,0 +1,266 @@
+"""A report of a study and of runs, from logs that are written here: nothing is trained."""
+
+import base64
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from lm import config, report, study
+from lm.cli import main
+from lm.errors import UserError
+from lm.report import figures, page
+from lm.study import results
+
+STUDY = """
+description = "What the page <shows> & tells"
+seeds = 3
+[[arms]]
+name = "lstm-online"
+published = 30.0
+[[arms]]
+name = "lstm-none"
+model.norm = "none"
+[[arms]]
+name = "rnn-online"
+model.cell = "rnn_tanh"
+"""
+STREAM = [-0.5, -0.25, 0.125, 0.25, 0.5]
+GATES = {"lstm": "ifgo", "rnn_tanh": "h"}
+BANDS = [{"name": name, "tokens": 5, "nll": 10.0, "ppl": 7.4} for name in ("place 1", "place 2", "<eos>")]
+
+
+def lines_of(arm, seed, epochs=3):
+    """What a run logs, some of it."""
+    cell, online = arm.settings.model.cell, arm.settings.model.norm == "online"
+    gate = {"low": 0.0, "high": 1.0, "counts": [1] * 20, "saturated": 0.1}
+    for epoch in range(1, epochs + 1):
+        at = {"step": 10 * epoch, "epoch": epoch}
+        yield {"kind": "train", **at, "tokens_per_second": 1000.0 * seed}
+        yield {"kind": "valid", **at, "ppl": 60.0 - epoch - seed, "best": True}
+        streams = {f"norm_{name}_l0": STREAM for name in ("mean", "var", "u", "v")} if online else {}
+        yield {"kind": "internals", **at, "streams": streams, "gates": {f"{name}_l0": gate for name in GATES[cell]}}
+        yield {"kind": "epoch", **at, "ppl": 55.0, "seconds": 2.0}
+
+
+def scores_of(ppl):
+    extra = {"data_sha256": "d" * 64, "vocabulary_sha256": "v" * 64}
+    for split in ("valid", "test"):
+        yield {"split": split, "protocol": "exact", "ppl": ppl, "by_position": BANDS, "by_frequency": BANDS, **extra}
+        yield {"split": split, "protocol": "chunk-mean", "ppl": ppl + 1, **extra}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A study's folder: one run of the arm lstm-none diverged before its first epoch ended."""
+    base = tmp_path_factory.mktemp("report")
+    (base / "paper.toml").write_text(STUDY)
+    plan, found = study.read(base / "paper.toml", data="/somewhere/text"), []
+    for job in plan.jobs():
+        diverged = job.arm.name == "lstm-none" and job.seed == 2
+        run = results.run_folder(base / "study", job)
+        run.mkdir(parents=True)
+        rows = [] if diverged else list(lines_of(job.arm, job.seed))
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        scores = [] if diverged else list(scores_of(40.0 + job.seed))
+        found.append(results.save(base / "study", job, scores, "loss" if diverged else None))
+    results.write(base / "study", plan, found)
+    return base / "study"
+
+
+@pytest.fixture(scope="module")
+def written(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    assert main(["report", str(folder), "--out", str(out)]) == 0
+    return out
+
+
+class Reader(HTMLParser):
+    """Checks that tags nest; keeps links, images, and the text of table rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.sources, self.alts, self.rows, self.tags = [], [], [], [], set()
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.tags.add(tag)
+        self.sources += [found[name] for name in ("src", "href") if name in found]
+        if tag == "img":
+            self.alts.append(found["alt"])
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def read(written):
+    reader = Reader()
+    reader.feed((written / "index.html").read_text())
+    return reader
+
+
+def test_the_page_is_whole_and_needs_nothing_else(written, read):
+    text = (written / "index.html").read_text()
+    assert read.open == []
+    assert read.sources
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in read.sources)
+    assert not read.tags & {"script", "link", "iframe"}
+    assert "url(" not in text
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert "@media print" in text
+    assert "What the page &lt;shows&gt; &amp; tells" in text
+    assert "/somewhere" not in text, "no path of this machine"
+    assert "data.source=FOLDER" in text
+    assert "d" * 64 in text
+
+
+def test_the_table_is_of_the_results(read, written):
+    rows = {row[0]: row[1:] for row in read.rows if row}
+    heads = ["test", "valid", "valid, chunk-mean", "published", "ours / published", "diverged", "runs", "tokens/s"]
+    assert rows["arm"] == heads
+    assert rows["lstm-online"] == [
+        *["42.00 [41.5, 42.5]"] * 2,
+        *["43.00 [42.5, 43.5]", "30", "1.433", "0", "3", "2,000"],
+    ]
+    assert rows["lstm-none"][:2] == ["43.00 [42.0, ∞]"] * 2
+    assert rows["lstm-none"][5:7] == ["1", "3"]
+    assert rows["lstm-online against lstm-none"] == ["1", "0", "2", "1"]
+    assert "lstm-online against rnn-online" not in rows
+    assert "| rnn-online | 42.00 [41.5, 42.5] |" in (written / "table.md").read_text()
+
+
+def test_every_figure_is_a_file_and_says_what_it_is(written, read):
+    names = {path.stem for path in (written / "figures").iterdir()}
+    assert names == {
+        *("curves-lstm", "curves-rnn_tanh", "valid-chunk-mean", "valid-exact", "test-exact", "by-frequency"),
+        *("by-position", "streams-lstm-online", "streams-rnn-online", "gates-lstm", "gates-rnn_tanh", "speed"),
+    }
+    assert len(read.alts) == len(names)
+    assert all(len(alt) > 20 for alt in read.alts)
+    for name in names:
+        assert (written / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"</svg>" in (written / f"figures/{name}.svg").read_bytes()
+    assert b"<svg" in base64.b64decode(read.sources[0].partition(",")[2])
+    assert {path.name for path in written.iterdir()} == {
+        *("index.html", "figures", "table.md", "runs.csv", "arms.csv", "epochs.csv", "summary.json")
+    }
+
+
+def test_a_figure_is_the_same_each_time(folder, written, tmp_path):
+    (source,) = report.load([folder])
+    with figures.styled():
+        again = page._save(figures.curves(source, "lstm"), tmp_path, "again")
+    assert again == (written / "figures/curves-lstm.svg").read_bytes()
+
+
+def test_curves_are_medians_with_quartiles(folder):
+    (source,) = report.load([folder])
+    axes = figures.curves(source, "lstm").axes[0]
+    online, none = axes.lines[:2]
+    assert online.get_label() == "lstm-online"
+    assert list(online.get_ydata()) == [60.0 - epoch - 2 for epoch in (1, 2, 3)]
+    assert none.get_label() == "lstm-none (1 of 3 diverged)"
+    assert [line.get_marker() for line in axes.lines] == [".", ".", "x"]
+    assert axes.lines[0].get_color() != axes.lines[1].get_color()
+
+
+def test_a_run_far_off_is_told_in_words(folder):
+    (source,) = report.load([folder])
+    arm = source.selected[0]
+    source.of(arm)[0].result["row"]["test_exact"] = 12_345.0
+    axes = figures.finals(source, "test_exact").axes[0]
+    assert axes.get_xlim()[1] < 100
+    assert [text.get_text() for text in axes.texts] == ["12,345 →", "1 of 3 diverged"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(30.0, 31.0), (100.0, 700.0), (2.0, 1e9), (50.0, 50.0)])
+def test_axes_have_few_and_plain_numbers(low, high):
+    with figures.styled():
+        figure, axes = figures._figure(3.0)
+        axes.plot([0, 1], [low, high])
+        end = figures._scale(axes, "y", [low, high], widest=math.inf)
+        figure.canvas.draw()
+    bottom, top = axes.get_ylim()
+    shown = [text.get_text() for text in axes.get_yticklabels() if bottom <= text.get_position()[1] <= top]
+    assert (top, bottom < low, top > high) == (end, True, True)
+    assert 2 <= len(shown) <= 12
+    assert all(re.fullmatch(r"[\d,.]+", text) for text in shown)
+
+
+def test_runs_by_themselves(folder, tmp_path, monkeypatch):
+    """Runs that a study did not make: no test score, no chunk-mean; each an arm."""
+    monkeypatch.chdir(tmp_path)
+    for name, norm in (("one", "online"), ("two", "layer")):
+        settings = config.build({"model": {"norm": norm}})
+        arm = study.Arm(name, name, "default", (), None, settings)
+        rows = [*lines_of(arm, 1), {"kind": "final", "split": "valid", "protocol": "exact", "ppl": 50.0}]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text(config.to_toml(settings))
+        content = "".join(json.dumps({"data_sha256": "d", "vocabulary_sha256": "v"} | row) + "\n" for row in rows)
+        (tmp_path / name / "metrics.jsonl").write_text(content)
+    only = lambda source: {"curves-lstm": (figures.curves(source, "lstm"), "caption")}  # noqa: E731
+    monkeypatch.setattr(figures, "all_of", only)
+    assert main(["report", "one", "two", str(folder), "--out", "out"]) == 0
+    text = (tmp_path / "out/index.html").read_text()
+    assert text.count("<h1>") == 2
+    assert (tmp_path / "out/runs/figures/curves-lstm.png").exists()
+    assert (tmp_path / "out/paper/runs.csv").exists()
+    table = (tmp_path / "out/runs/table.md").read_text()
+    assert table.splitlines()[0] == "| arm | valid | diverged | runs | tokens/s |"
+    assert "| one | 50.00 | 0 | 1 | 1,000 |" in table
+    assert "--preset one/config.toml" in text
+
+
+def test_a_folder_that_is_neither(tmp_path, capsys):
+    with pytest.raises(UserError, match="a report is of run folders and of studies"):
+        report.load([tmp_path])
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is neither; check the path" in capsys.readouterr().err
+
+
+def test_markdown_has_a_column_of_dashes_for_each_head(folder):
+    heads, dashes, *_ = page.markdown(report.load([folder])[0]).splitlines()
+    assert heads.count("|") == dashes.count("|")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_it(written, tmp_path, width):
+    """Headless Chromium at a phone's and a desk's width: nothing is wider than that, figures have their colours."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium here (apt packages it as chromium)")
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "page.html").write_text((written / "index.html").read_text())
+    # In a frame of the width that is meant: a window of Chromium's has a least width of its own.
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<body style="margin:0"><iframe src="page.html" style="width:{width}px;height:5000px;border:0"></iframe>'
+        "<script>onload = () => { const page = frames[0].document.documentElement;"
+        "document.title = page.scrollWidth + ' of ' + page.clientWidth }</script>"
+    )
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
+    command = [browser, *options, f"--user-data-dir={tmp_path}/profile", "--window-size=1300,5000", "--dump-dom"]
+    shot = tmp_path / "shot.png"
+    command += [f"--screenshot={shot}", frame.as_uri()]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100).stdout
+    scroll, client = map(int, re.search(r"<title>(\d+) of (\d+)</title>", told).groups())
+    assert (client, scroll <= client) == (width, True)
+    pixels = image.open(shot).convert("RGB").crop((0, 0, width, 5000))
+    colors = {color for _, color in pixels.getcolors(maxcolors=1 << 24)}
+    assert {(0, 114, 178), (102, 102, 102)} <= colors, "the arms' colours"
