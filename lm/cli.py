@@ -266,6 +266,26 @@ def sample(folder: Path, which: str, backend: str | None, device: str | None, **
     click.echo(draw_sample(trained.model, trained.tokenizer, **options))
 
 
+@cli.command("export")
+@_run_argument
+@click.argument("file", type=Path)
+@click.option("--to", type=click.Choice(["torchscript", "torch-export", "onnx"]), required=True, help="The format.")
+@_which
+def export_model(folder: Path, file: Path, to: str, which: str) -> None:
+    """Write a run's model to a file that other programs run without this one.
+
+    \b
+    It holds one function, in evaluation mode:
+      (tokens [T, B] int64, h [L, B, H], and for an LSTM c [L, B, H]) -> (log-probabilities [T, B, V], h, c)
+    T and B are free. The file is run in a fresh process and compared before it gets its name.
+    """
+    from lm.export import export
+
+    worst = export(run.load(folder, which=which), to, file)
+    found = "not run: there is no onnxruntime here" if worst is None else f"largest difference {worst:.2g}"
+    click.echo(f"{file}: {to}, {file.stat().st_size:,} bytes; {found}")
+
+
 @cli.command("config")
 @click.option("--preset", default="default", help="Settings by name, or a TOML file.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, such as train.lr=0.5.")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnorm import _check, norms, ops
+from rnnorm import _check, _plain, norms, ops
 from rnnorm._module import RecurrentModule, State
 
 
@@ -194,6 +194,15 @@ class Recurrent(RecurrentModule):
         layer = getattr(nn, type(self).__name__)(**same, device=weight.device, dtype=weight.dtype)
         layer.load_state_dict(self.state_dict())
         return layer.train(self.training)
+
+    def to_plain(self, make_loop: _plain.MakeLoop = _plain.Scan) -> _plain.Plain:
+        """The layer in evaluation mode, with copies of its weights and statistics, in torch's own operators only.
+
+        It is what files for other programs hold: `torch.export` and `torch.onnx` keep its loop over the steps as one
+        operator, for any T and N. Call it with the input [T, N, I] and the first state or states [L*D, N, *]; it
+        returns the output and the last ones, as one flat tuple. `make_loop` makes the module that runs the loop.
+        """
+        return _plain.Plain(self, make_loop)
 
     def __prepare_scriptable__(self) -> nn.Module:
         from rnnorm._torchscript import scriptable

@@ -1,0 +1,228 @@
+"""A run's model as a file that other programs run without this one: TorchScript, torch.export, ONNX.
+
+The file holds one function, in evaluation mode: tokens [T, B] int64 and the state [L, B, H] (`h`; for an LSTM `h` and
+`c`; zeros at the start) give log-probabilities [T, B, V] and the state after. T and B are free in every format, from 1
+on. The tokenizer goes with it, as JSON.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lm.errors import UserError
+from lm.evaluator import evaluating
+from lm.model import LanguageModel, state_of, state_tensors
+from lm.run import Trained
+
+TOLERANCE = 1e-3  # of log-probabilities, in nats; formats differ in the order of sums only
+_TOKENIZER = "tokenizer.json"
+
+
+class _Function(nn.Module):
+    """The language model from ordinary operators."""
+
+    def __init__(self, model: LanguageModel, **options: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.embedding, self.decoder = model.embedding, model.decoder
+        self.layers = model.layers.to_plain(**options)
+
+    def forward(self, tokens: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        hidden, *after = self.layers(self.embedding(tokens), *states)
+        return F.log_softmax(self.decoder(hidden), -1), *after
+
+
+class _Steps(nn.Module):
+    """The loop over the steps, as TorchScript reads it."""
+
+    def __init__(self, step: nn.Module) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, inputs: Tensor, state: Tensor) -> Tensor:
+        after: list[Tensor] = []
+        for t in range(inputs.size(0)):
+            state = self.step(inputs[t], state)
+            after.append(state)
+        return torch.stack(after)
+
+
+def _torchscript(model: LanguageModel, path: Path, example: tuple[Tensor, ...], tokenizer: str) -> None:
+    def loop(step: nn.Module) -> nn.Module:
+        gates = step.weight_hh.size(0)  # type: ignore[operator]
+        width = sum(state.size(2) for state in example[1:])
+        part, state = torch.zeros(2, gates), torch.zeros(2, width)
+        return torch.jit.script(_Steps(torch.jit.trace(step, (part, state), check_trace=False)))
+
+    traced = torch.jit.trace(_Function(model, make_loop=loop), example, check_trace=False)
+    torch.jit.save(traced, str(path), _extra_files={_TOKENIZER: tokenizer})
+
+
+def _free(example: tuple[Tensor, ...]) -> tuple[dict[int, object], tuple[dict[int, object], ...]]:
+    """Which sizes of tokens and states are free."""
+    columns = torch.export.Dim("B", min=1)
+    return {0: torch.export.Dim("T", min=1), 1: columns}, tuple({1: columns} for _ in example[1:])
+
+
+def _torch_export(model: LanguageModel, path: Path, example: tuple[Tensor, ...], tokenizer: str) -> None:
+    program = torch.export.export(_Function(model), example, dynamic_shapes=_free(example))
+    for module in program.graph_module.modules():  # the places in this machine's files
+        for node in module.graph.nodes:
+            node.meta.pop("stack_trace", None)
+    with path.open("wb") as file:  # by name torch wants it to end in .pt2
+        torch.export.save(program, file, extra_files={_TOKENIZER: tokenizer})
+
+
+def _onnx(model: LanguageModel, path: Path, example: tuple[Tensor, ...], tokenizer: str) -> None:
+    states = ["h", "c"][: len(example) - 1]
+    program = torch.onnx.export(
+        _Function(model),
+        example,
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=_free(example),
+        input_names=["tokens", *states],
+        output_names=["log_probs", *(f"{name}_after" for name in states)],
+    )
+    assert program is not None
+    for node in program.model.graph.all_nodes():  # the places in this machine's files
+        node.metadata_props.clear()
+    program.model.metadata_props[_TOKENIZER] = tokenizer
+    program.save(str(path), external_data=False)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a file is written, what Python packages that and checking it need, and the code that loads it.
+
+    Attributes:
+        load: makes of `path` a function of and to tensors, in a process that knows nothing of this program.
+    """
+
+    write: Callable[[LanguageModel, Path, tuple[Tensor, ...], str], None]
+    needs: tuple[str, ...]
+    check_needs: tuple[str, ...]
+    load: str
+
+
+FORMATS: Mapping[str, Format] = {
+    "torchscript": Format(_torchscript, (), (), "call = torch.jit.load(path)"),
+    "torch-export": Format(_torch_export, (), (), "call = torch.export.load(open(path, 'rb')).module()"),
+    "onnx": Format(
+        _onnx,
+        ("onnx", "onnxscript"),
+        ("onnxruntime",),
+        "import onnxruntime\n"
+        "session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])\n"
+        "names = [given.name for given in session.get_inputs()]\n"
+        "run = lambda *given: session.run(None, {n: g.numpy() for n, g in zip(names, given)})\n"
+        "call = lambda *given: [torch.from_numpy(found) for found in run(*given)]",
+    ),
+}
+
+_CHECK = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+path, cases = sys.argv[1:]
+{load}
+worst = 0.0
+for given, wanted in torch.load(cases):
+    with torch.no_grad():
+        found = call(*given)
+    assert len(found) == len(wanted)
+    for ours, theirs in zip(found, wanted):
+        assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+        worst = max(worst, (ours - theirs).abs().max().item())
+assert not {{"rnnorm", "lm"}} & set(sys.modules)
+print(worst)
+"""
+
+
+def export(trained: Trained, to: str, path: Path) -> float | None:
+    """Writes a run's model to a new file, after loading it in a fresh process and comparing what it computes.
+
+    Arguments:
+        to: `torchscript`, `torch-export` or `onnx`.
+
+    Returns:
+        The largest difference found, of log-probabilities (nats) and states; None where nothing here can run the file.
+
+    Raises:
+        UserError: the file exists or cannot be written; a package is missing; the file computes something else.
+    """
+    form = FORMATS[to]
+    if missing := [name for name in form.needs if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"{to} needs the packages {', '.join(form.needs)}; {', '.join(missing)} came not; "
+            f"pip install 'rnnorm[export]', or pip install {' '.join(form.needs)}"
+        )
+    if path.exists():
+        raise UserError(f"an export is written to a new file; {path} exists; choose another, or move it away")
+    model = trained.model.cpu().float()
+    tokenizer = json.dumps(trained.tokenizer.state())
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with evaluating(model), _quietly():
+            example = (torch.zeros(3, 2, dtype=torch.int64), *state_tensors(model(torch.zeros(3, 2).long())[1]))
+            form.write(model, temporary, example, tokenizer)
+        worst = _worst(model, form, temporary)
+        if worst is not None and not worst <= TOLERANCE:
+            raise UserError(f"the file must compute what the run's model does; it is off by {worst:.3g}; report this")
+        temporary.rename(path)
+    except OSError as fault:
+        raise UserError(f"{path} must be writable; {fault.strerror}; check the path and its folder") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return worst
+
+
+def _worst(model: LanguageModel, form: Format, path: Path) -> float | None:
+    """The largest difference from the model in a fresh process, over several sizes and carried states."""
+    if any(importlib.util.find_spec(name) is None for name in form.check_needs):
+        return None
+    generator, cases = torch.Generator().manual_seed(0), []
+    with evaluating(model):
+        for steps, columns in ((5, 3), (1, 3), (7, 1), (1, 1)):
+            tokens = torch.randint(model.embedding.num_embeddings, (steps, columns), generator=generator)
+            _, first = model(torch.randint(model.embedding.num_embeddings, (9, columns), generator=generator))
+            hidden, last = model(tokens, state_of(state_tensors(first)))
+            cases.append(([tokens, *state_tensors(first)], [model.log_probs(hidden), *state_tensors(last)]))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(cases, f"{folder}/cases.pt")
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _CHECK.format(load=form.load), str(path.resolve()), f"{folder}/cases.pt"],
+            **{"capture_output": True, "text": True, "check": False, "cwd": folder},  # type: ignore[call-overload]
+        )
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else f"exit code {done.returncode}"
+        raise UserError(f"the file must load in a fresh process; it does not ({why}); report this")
+    return float(done.stdout)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Inside, torch's exporters tell nothing: what they tell is of their own insides."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,114 @@
+"""A recurrent layer in evaluation mode as ordinary torch operators, for files that must run where rnnorm is not."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnnorm._cells import CELLS
+from rnnorm._module import STREAMS, RecurrentModule
+from rnnorm.ops.call import Spec
+from rnnorm.ops.reference import normalizer
+
+# Makes of a step a module that maps the input's parts [T, N, G*H] and a first state [N, S] to the state after each
+# step [T, N, S].
+MakeLoop = Callable[["PlainStep"], nn.Module]
+
+
+class _Copies(nn.Module):
+    """A module that holds copies of some of a layer's parameters and streams, under their names without suffix."""
+
+    def _copy(self, layer: RecurrentModule, suffix: str, *names: str) -> None:
+        for name in names:
+            value = getattr(layer, name + suffix, None)
+            self.register_buffer(name, None if value is None else value.detach().clone())
+
+
+class PlainStep(_Copies):
+    """One step of one layer and direction: the input's part [N, G*H] and the state [N, S] give the next state.
+
+    The state is `h` [N, P] and, where the cell has one, `c` [N, H], side by side.
+    """
+
+    def __init__(self, layer: RecurrentModule, suffix: str, spec: Spec) -> None:
+        super().__init__()
+        self.spec, self.units, self.width = spec, layer.hidden_size, layer.proj_size or layer.hidden_size
+        self._copy(layer, suffix, "weight_hh", "bias_hh", "weight_hr")
+        for prefix in ("norm", "cell_norm"):
+            self._copy(layer, suffix, *(f"{prefix}_{name}" for name in ("weight", "bias", *STREAMS)))
+
+    def forward(self, x_part: Tensor, state: Tensor) -> Tensor:
+        h, c = state[:, : self.width], state[:, self.width :]
+        h_part = F.linear(h, self.weight_hh, self.bias_hh)  # type: ignore[arg-type]
+        normalize, cell = self._normalizer("norm"), self._normalizer("cell_norm")
+        new_h, new_c = CELLS[self.spec.cell].step(
+            x_part, h_part, h, c, normalize, (lambda c: cell(c, 0)) if self.spec.cell_norm else (lambda c: c)
+        )
+        if self.weight_hr is not None:
+            new_h = F.linear(new_h, self.weight_hr)  # type: ignore[arg-type]
+        return new_h if new_c is None else torch.cat((new_h, new_c), 1)
+
+    def _normalizer(self, prefix: str) -> Callable[[Tensor, int], Tensor]:
+        weight, bias, mean, *others = (getattr(self, f"{prefix}_{name}") for name in ("weight", "bias", *STREAMS))
+        var, u, v = others
+        return normalizer(self.spec, self.units, weight, bias, None if mean is None else (mean, var, u, v))
+
+
+class Scan(nn.Module):
+    """The loop that `torch.export` and `torch.onnx` keep as one operator, for any number of steps."""
+
+    def __init__(self, step: PlainStep) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, inputs: Tensor, state: Tensor) -> Tensor:
+        # here: it imports the compiler
+        from torch._higher_order_ops.scan import scan
+
+        def combine(before: Tensor, x_part: Tensor) -> tuple[Tensor, Tensor]:
+            after = self.step(x_part, before)
+            return after, after.clone()
+
+        return scan(combine, state, inputs)[1]
+
+
+class _Direction(_Copies):
+    def __init__(self, layer: RecurrentModule, suffix: str, reverse: bool, make_loop: MakeLoop) -> None:
+        super().__init__()
+        self.reverse, self.width = reverse, layer.proj_size or layer.hidden_size
+        self._copy(layer, suffix, "weight_ih", "bias_ih")
+        self.loop = make_loop(PlainStep(layer, suffix, layer._spec(reverse)._replace(training=False)))
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The output [T, N, P] and the last state [N, S]."""
+        inputs = F.linear(x, self.weight_ih, self.bias_ih)  # type: ignore[arg-type]
+        after = self.loop(inputs.flip(0) if self.reverse else inputs, state)
+        y = after[:, :, : self.width]
+        return y.flip(0) if self.reverse else y, after[-1]
+
+
+class Plain(nn.Module):
+    """What a layer's `to_plain` returns."""
+
+    def __init__(self, layer: RecurrentModule, make_loop: MakeLoop) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                _Direction(layer, suffix, direction == 1, make_loop) for direction, suffix in enumerate(suffixes)
+            )
+            for suffixes in layer._suffixes()
+        )
+
+    def forward(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        """Run T steps of N sequences: `x` [T, N, I] and the states [L*D, N, *]; returns the output and last states."""
+        firsts = torch.cat(states, 2).unbind(0)
+        lasts: list[Tensor] = []
+        for layer in self.layers:
+            outputs = []
+            for direction in layer:  # type: ignore[attr-defined]
+                y, last = direction(x, firsts[len(lasts)])
+                outputs.append(y)
+                lasts.append(last)
+            x = torch.cat(outputs, 2)
+        return x, *torch.stack(lasts).split([state.size(2) for state in states], 2)

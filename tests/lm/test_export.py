@@ -1,0 +1,108 @@
+"""Exported files compute what the model does, in a process without this program."""
+
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lm import config, export, run, tokenizers
+from lm.errors import UserError
+
+
+@pytest.fixture
+def trained(model, tokenizer):
+    """`trained(**model settings)`: a model whose streams have moved."""
+
+    def make(seed=0, **settings):
+        net = model(seed, **settings)
+        net(torch.randint(tokenizer.size, (20, 3)))
+        counts = torch.ones(tokenizer.size)
+        return run.Trained(config.build({"model": {"hidden_size": 12, **settings}}), tokenizer, net, counts, {}, 1)
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("to", "settings"),
+    [
+        ("torchscript", {"cell_norm": True, "num_layers": 2, "tied": False, "embedding_size": 5}),
+        ("torch-export", {"cell": "gru", "norm": "layer"}),
+        ("onnx", {"guard": "clamp"}),
+    ],
+)
+def test_an_export_computes_what_the_model_does(trained, tmp_path, tokenizer, to, settings):
+    for package in export.FORMATS[to].needs + export.FORMATS[to].check_needs:
+        pytest.importorskip(package)
+    source, path = trained(dropout=0.5, **settings), tmp_path / "new/file"
+    source.model.train()
+    worst = export.export(source, to, path)
+    assert worst is not None
+    assert worst < 1e-5
+    assert source.model.training
+    assert [found.name for found in path.parent.iterdir()] == ["file"]
+    if to != "torchscript":
+        assert b"export.py" not in path.read_bytes()  # nor any other place of the machine that wrote it
+    assert tokenizers.from_state(json.loads(_tokenizer(to, path))).sha256 == tokenizer.sha256
+
+
+def _tokenizer(to, path):
+    found = {"tokenizer.json": ""}
+    if to == "torchscript":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.load(str(path), _extra_files=found)
+    elif to == "torch-export":
+        with path.open("rb") as file:
+            torch.export.load(file, extra_files=found)
+    else:
+        import onnx
+
+        found = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    return found["tokenizer.json"]
+
+
+@pytest.mark.parametrize("fault", ["junk", "another"])
+def test_a_file_that_is_wrong_gets_no_name(trained, tmp_path, monkeypatch, fault):
+    form = export.FORMATS["torchscript"]
+
+    def write(model, path, example, tokenizer):
+        if fault == "junk":
+            path.write_bytes(b"junk")
+        else:
+            form.write(trained(seed=2).model.eval(), path, example, tokenizer)
+
+    monkeypatch.setattr(export, "FORMATS", {"torchscript": replace(form, write=write)})
+    text = "must load in a fresh process; it does not" if fault == "junk" else "it is off by"
+    with pytest.raises(UserError, match=text):
+        export.export(trained(seed=1), "torchscript", tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_not_written_over(trained, tmp_path):
+    (tmp_path / "file").write_text("years of work")
+    with pytest.raises(UserError, match=r"written to a new file; .*file exists; choose another"):
+        export.export(trained(), "torchscript", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "years of work"
+
+
+def test_a_place_that_cannot_be_written_is_named(trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/model must be writable"):
+        export.export(trained(), "torch-export", tmp_path / "file/model")
+
+
+def test_missing_packages_are_named(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"onnx needs the packages onnx, onnxscript; .*pip install 'rnnorm\[export\]'"):
+        export.export(trained(), "onnx", tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_run_here_is_said(trained, tmp_path, monkeypatch):
+    form = export.FORMATS["torchscript"]
+    monkeypatch.setattr(export, "FORMATS", {"torchscript": replace(form, check_needs=("a_runtime_of_elsewhere",))})
+    assert export.export(trained(), "torchscript", tmp_path / "file") is None
+    assert (tmp_path / "file").exists()
