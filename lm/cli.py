@@ -228,7 +228,8 @@ def run_study(
     plan = study.read(file, seeds=seeds, data=data, assignments=assignments)
     folder = folder or Path("runs") / plan.name
     summary, stopped = study.run(plan, folder, say=_say, **options)
-    click.echo(study.table(summary))
+    if summary["runs"]:
+        click.echo(study.table(summary))
     click.echo(f"{folder}: {summary['runs']} of {summary['runs_planned']} runs; runs.csv, arms.csv, summary.json")
     if stopped is None:
         return 0

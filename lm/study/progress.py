@@ -1,6 +1,7 @@
 """How a study is doing: a line for each run that ends, and on a terminal one that moves."""
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -45,8 +46,8 @@ class Progress:
         self.close()
         self.say(text)
 
-    def show(self, live: Collection[Job]) -> None:
-        """Moves the line: what is running, how far it is, how long it may take."""
+    def show(self, live: Collection[Job], stopped: bool) -> None:
+        """Moves the line: what is running, how far it is, how long it may take; or that it is about to stop."""
         now = time.monotonic()
         if not self._moving or now - self._shown < _EVERY:
             return
@@ -56,9 +57,11 @@ class Progress:
         done = len(self.done) + sum(epoch / job.arm.settings.train.epochs for job, epoch, _ in running)
         fresh = done - self._at_start
         left = (now - self._began) / fresh * (len(self.jobs) - done) if fresh > 0.02 else None
-        head = f"{len(self.done)}/{len(self.jobs)} runs"
-        tail = "" if left is None else f", about {_duration(left)} left"
-        sys.stderr.write(f"\r\x1b[K{head}: {'; '.join(parts)}{tail}"[:200])
+        head = "stopping, saving" if stopped else f"{len(self.done)}/{len(self.jobs)} runs"
+        tail = "" if left is None or stopped else f", about {_duration(left)} left"
+        line = f"{head}: {'; '.join(parts)}{tail}"
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
+        sys.stderr.write(f"\r\x1b[K{line if len(line) <= width else line[: width - 2] + ' …'}")
         sys.stderr.flush()
 
     def close(self) -> None:

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from lm import files
+from lm import corpora, files
 from lm.errors import UserError
+from lm.run import require_backend, require_device
 from lm.study import results
 from lm.study.plan import Job, Study
 from lm.study.progress import Progress
@@ -60,6 +61,7 @@ def run(
         )
     done = {job: found for job in study.jobs() if (found := results.load(folder, job)) is not None}
     missing = [job for job in study.jobs() if job not in done]
+    _check(missing, devices)
     files.write_whole(folder / _PLAN, _described(study).encode())
     progress = Progress(study, folder, done, say)
     runs = _Runs(folder, threads, devices, jobs)
@@ -81,7 +83,7 @@ def run(
                     failed[job] = str(fault)
                     progress.line(str(fault))
             runs.pass_on()
-            progress.show(runs.live)
+            progress.show(runs.live, runs.stopped is not None)
     progress.close()
     if failed:
         raise UserError(
@@ -89,6 +91,17 @@ def run(
             f"{next(iter(failed.values()))}; put it right and give the same command again"
         )
     return results.write(folder, study, [done[job] for job in study.jobs() if job in done]), runs.stopped
+
+
+def _check(missing: Sequence[Job], devices: Sequence[str]) -> None:
+    """Refuses what would make every run fail; fetches a corpus once, not in each run."""
+    settings = [job.arm.settings for job in missing]
+    for source, place in {(each.data.source, each.data.dir) for each in settings}:
+        corpora.load(source, Path(place))
+    for backend in {each.train.backend for each in settings}:
+        require_backend(backend)
+    for device in set(devices) or {each.train.device for each in settings}:
+        require_device(device)
 
 
 def _described(study: Study) -> str:

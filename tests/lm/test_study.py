@@ -1,4 +1,5 @@
 import csv
+import io
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ from lm import config, study
 from lm.cli import main
 from lm.errors import UserError
 from lm.study import results
+from lm.study.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "scripts/studies").glob("*.toml"))
@@ -257,13 +259,28 @@ def test_a_folder_of_something_else_is_refused(read, tmp_path):
         study.run(read(), tmp_path / "mine")
 
 
+def test_what_no_run_can_do_is_refused_before_any_begins(read, tmp_path):
+    for assignment, message in (
+        ("data.source=nowhere", "'nowhere' came"),
+        ("train.backend=fast", "a backend must be one of auto"),
+        ("train.device=cuda:99", "'cuda:99' came"),
+    ):
+        with pytest.raises(UserError, match=message):
+            study.run(read(assignments=["data.source=markov", assignment]), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
 @pytest.mark.slow
-def test_a_run_that_fails_is_told(read, corpus, tmp_path, monkeypatch):
+def test_a_run_that_fails_is_told_and_the_others_are_done(read, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    (corpus / "valid.txt").write_bytes(b"\xff\n")
-    plan = read(SMALL.rpartition("[[arms]]")[0], seeds=1, data=str(corpus))
-    with pytest.raises(UserError, match=r"every run of a study must end; 1 of 1 failed: .* exit code 2: .*UTF-8"):
-        study.run(plan, tmp_path / "study", jobs=2, say=lambda _: None)
+    plan = read(SMALL, seeds=1, data=str(corpus))
+    (tmp_path / "study/runs/good/seed-1").mkdir(parents=True)
+    (tmp_path / "study/runs/good/seed-1/diary.txt").write_text("")
+    (tmp_path / "study/commands.txt").write_text("")
+    message = r"every run of a study must end; 1 of 2 failed: good seed 1 .* exit code 2: a run folder must be empty"
+    with pytest.raises(UserError, match=message):
+        study.run(plan, tmp_path / "study", say=lambda _: None)
+    assert [path.name for path in (tmp_path / "study/results").iterdir()] == ["bad-seed-1.json"]
 
 
 @pytest.mark.slow
@@ -299,3 +316,37 @@ def test_a_study_that_is_stopped_goes_on(read, corpus, tmp_path, number, capsys,
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"train"' in line]
     assert steps == list(range(1, len(steps) + 1)), "no step twice: no two processes in one folder"
     assert len(json.loads((tmp_path / "out/results/good-seed-1.json").read_text())["epochs"]) == epochs
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_moving_line_says_what_runs_and_fits_the_terminal(read, tmp_path, monkeypatch):
+    terminal, said = Terminal(), []
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    plan = read(SMALL, seeds=2)
+    first, other, *_ = plan.jobs()
+    progress = Progress(plan, tmp_path, [], said.append)
+    assert said == ["study small: 2 arms x 2 seeds, 0 of 4 runs are done"]
+    log = results.run_folder(tmp_path, first) / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    rows = [{"kind": "valid", "epoch": 1, "ppl": 1234.5}, {"kind": "train", "epoch": 2}]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tr')
+    progress._began -= 100.0
+    progress._shown -= 100.0
+    progress.show([first], stopped=False)
+    # half a run in 100 s, three and a half to go
+    assert terminal.getvalue().endswith("0/4 runs: good seed 1 epoch 1/2 valid 1,234.50, about 0:11:40 left")
+    monkeypatch.setenv("COLUMNS", "60")
+    progress._shown -= 100.0
+    progress.show([first, other], stopped=True)
+    shown = terminal.getvalue().rpartition("\x1b[K")[2]
+    assert shown.startswith("stopping, saving: good seed 1")
+    assert len(shown) < 60
+    found = row(first.arm, 1, 10.0)
+    progress.finished(first, {"row": {**found["row"], "epochs": 2}, "diverged": None})
+    assert said[-1] == "[1/4] good seed 1: best of 2 epochs: valid 10.00, test 10.00 (exact)"
+    assert terminal.getvalue().endswith("\r\x1b[K")
