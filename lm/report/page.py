@@ -27,7 +27,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.3rem; margin-top: 
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-td.wrap { white-space: normal; overflow-wrap: anywhere; text-align: left; }
+table.wrap :is(th, td) { white-space: normal; overflow-wrap: anywhere; text-align: left; }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0; break-inside: avoid; } figure img { width: 100%; height: auto; }
@@ -88,18 +88,29 @@ def _section(source: Source, images: Sequence[str]) -> str:
     if missing:
         parts.append(f"<p><strong>Not complete: {missing} of {summary['runs_planned']} runs are missing.</strong></p>")
     heads, rows = _results(source)
-    parts += ["<h2>Results</h2>", _table(heads, rows), f'<p class="note">{html.escape(_NOTE)}</p>']
+    parts += ["<h2>Results</h2>", _table(heads, rows), f'<p class="note">{html.escape(_note(source))}</p>']
     parts += ["<h2>Figures</h2>", '<div class="figures">', *images, "</div>"]
     parts += [*_sign_tests(summary), *_bands(source), *_provenance(source)]
     return "\n".join(parts)
 
 
-_NOTE = (
-    "Medians over seeds, quartiles in brackets; perplexity per word. A run whose loss, gradient or validation was not "
-    "finite, or whose perplexity is beyond e^700, diverged: it counts as infinitely bad. exact and chunk-mean are two "
-    "measures, not to be compared; published figures are chunk-mean on the validation text. Where arms were tried with "
-    "a grid, the row marked * was best on the validation text and is what the figures show."
-)
+def _note(source: Source) -> str:
+    """What one must know to read the table of arms."""
+    arms = source.summary["arms"]
+    said = ["Perplexity per word." if source.folder is None else "Medians over seeds, quartiles in brackets; per word."]
+    if any(arm["diverged"] for arm in arms):
+        said.append(
+            "A run whose loss, gradient or validation was not finite, or whose perplexity is beyond e^700, diverged: "
+            "it counts as infinitely bad."
+        )
+    if any(arm["published"] for arm in arms):
+        said.append(
+            "exact (the first columns) and chunk-mean are two measures, not to be compared; published medians are "
+            "chunk-mean on the validation text."
+        )
+    if any(not arm["selected"] for arm in arms):
+        said.append("Of the arms of a grid, the one marked * was best on the validation text; the figures show it.")
+    return " ".join(said)
 
 
 def _results(source: Source) -> tuple[list[str], list[list[str]]]:
@@ -149,10 +160,11 @@ def markdown(source: Source) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], wrap: bool = False) -> str:
-    attribute = ' class="wrap"' if wrap else ""
     head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in heads)
-    body = "".join("<tr>" + "".join(f"<td{attribute}>{html.escape(t)}</td>" for t in row) + "</tr>\n" for row in rows)
-    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(t)}</td>" for t in row) + "</tr>\n" for row in rows)
+    attribute = ' class="wrap"' if wrap else ""
+    table = f"<table{attribute}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
+    return f'<div class="scroll">{table}</div>'
 
 
 def _image(content: bytes, caption: str) -> str:
@@ -210,15 +222,19 @@ def _bands(source: Source) -> list[str]:
 def _provenance(source: Source) -> list[str]:
     """Commands, versions and checksums."""
     summary = source.summary
-    commands = "\n".join("python -m lm " + shlex.join(arm["command"]) for arm in summary["arms"])
+    commands = ["python -m lm " + shlex.join(arm["command"]) for arm in summary["arms"]]
     facts = [[name, ", ".join(values)] for name, values in summary["versions"].items()]
     for what in ("data_sha256", "vocabulary_sha256"):
         facts += [[f"{what}, {split}", " ".join(values)] for split, values in summary[what].items()]
-    note = "Every run, with its seed for SEED, and the folder of the text for FOLDER:"
+    note = "The same settings again, in another folder:"
+    if source.folder is not None:
+        note = "The study, then each of its runs; SEED and FOLDER stand for the seed and for the folder of the text."
+        data = " --data FOLDER" if any("data.source=FOLDER" in arm["command"] for arm in summary["arms"]) else ""
+        commands.insert(0, f"python -m lm study {summary['study']}.toml --seeds {summary['seeds']}{data}")
     return [
         "<h2>Commands</h2>",
         f'<p class="note">{note}</p>',
-        f"<pre>{html.escape(commands)}</pre>",
+        f"<pre>{html.escape(chr(10).join(commands))}</pre>",
         "<h2>Versions and checksums</h2>",
         _table(["what", "which"], facts, wrap=True),
     ]

@@ -91,17 +91,29 @@ def _study(folder: Path) -> Source:
 def _runs(folders: Sequence[Path]) -> Source:
     """Each run an arm of its own."""
     entries, arms = [], []
-    for folder in folders:
+    for folder, name in zip(folders, _names(folders), strict=True):
         settings = config.build(config.read_toml(folder / "config.toml", "a run's configuration"))
-        arm = Arm(str(folder), str(folder), f"{folder}/config.toml", (), None, settings)
+        arm = Arm(name, name, f"{folder}/config.toml", (), None, settings)
         log = results.metrics(folder)
         scores = [row for row in log if row["kind"] == "final"]
         diverged = next((row["what"] for row in log if row["kind"] == "diverged"), None)
         gathered = results.gather(Job(arm, settings.train.seed), log, scores, diverged)
         entries.append(Entry({**gathered, "versions": results.versions()}, _internals(log)))
         arms.append(arm)
-    study = Study("runs", "", tuple(arms), 1)
-    return Source(None, summarize(study, [dict(entry.result) for entry in entries]), tuple(entries))
+    summary = summarize(Study("runs", "", tuple(arms), 1), [dict(entry.result) for entry in entries])
+    again = [["train", "--preset", arm.preset, "--run", "ANOTHER"] for arm in arms]
+    summary["arms"] = [{**arm, "command": command} for arm, command in zip(summary["arms"], again, strict=True)]
+    return Source(None, summary, tuple(entries))
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """As much of each path's end as tells them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"a report shows each run once; {', '.join(map(str, folders))} came; name each of them once")
 
 
 def _internals(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

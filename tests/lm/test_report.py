@@ -184,7 +184,7 @@ def test_a_run_far_off_is_told_in_words(folder):
     arm = source.selected[0]
     source.of(arm)[0].result["row"]["test_exact"] = 12_345.0
     axes = figures.finals(source, "test_exact").axes[0]
-    assert axes.get_xlim()[1] < 100
+    assert axes.get_xlim()[1] < 60
     assert [text.get_text() for text in axes.texts] == ["12,345 →", "1 of 3 diverged"]
 
 
@@ -223,7 +223,14 @@ def test_runs_by_themselves(folder, tmp_path, monkeypatch):
     table = (tmp_path / "out/runs/table.md").read_text()
     assert table.splitlines()[0] == "| arm | valid | diverged | runs | tokens/s |"
     assert "| one | 50.00 | 0 | 1 | 1,000 |" in table
-    assert "--preset one/config.toml" in text
+    assert "train --preset one/config.toml --run ANOTHER" in text
+    assert "python -m lm study paper.toml --seeds 3 --data FOLDER" in text
+    with pytest.raises(UserError, match="a report shows each run once"):
+        report.load([tmp_path / "one", tmp_path / "one"])
+    (tmp_path / "x").mkdir()
+    shutil.copytree("one", "x/one")
+    names = [arm["arm"] for arm in report.load([tmp_path / "one", tmp_path / "x/one"])[0].summary["arms"]]
+    assert names == [f"{tmp_path.name}/one", "x/one"]
 
 
 def test_a_folder_that_is_neither(tmp_path, capsys):
