@@ -50,7 +50,8 @@ class Native:
             "cell_scale": 1 if spec.cell_norm and scaled else 0,
         }
         dtype = statistics_dtype(x.dtype)
-        return [x.new_empty((S, width) if width else (0,), dtype=dtype) for width in widths.values()]
+        kept = [x.new_empty((S, width) if width else (0,), dtype=dtype) for width in widths.values()]
+        return [*kept, x.new_empty(1, dtype=dtype)]  # the last: a count of threads
 
     def forward(self, operands: Operands, spec: Spec) -> Results:
         found = torch.ops.rnnorm_cpu.forward(

@@ -56,6 +56,28 @@ def test_threads_and_products(monkeypatch, kind, norm, threads, micro):
         _compare(_run(kind, "cpu", torch.float64, H, NORMS[norm]), expected, 1e-10)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("options", [("LSTM", {}), ("LSTM", {"cell_norm": True}), ("GRU", {})], ids=str)
+def test_other_threads_in_the_backward(monkeypatch, options, norm):
+    kind, more = options
+    if norm == "none" and more:
+        pytest.skip("no norm, no cell norm")
+    found = []
+    for counts in ((2, 2), (3, 2), (1, 3)):
+        torch.manual_seed(1)
+        layer = getattr(rnnorm, kind)(5, 19, norm=NORMS[norm], backend="cpu", dtype=torch.float64, **more)
+        x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+        monkeypatch.setattr(native, "threads", counts[0])
+        y, _ = layer(x, lengths=[4, 2, 3])
+        monkeypatch.setattr(native, "threads", counts[1])
+        y.backward(torch.randn(y.shape, dtype=torch.float64))
+        found.append(
+            {"x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}, **dict(layer.named_buffers())}
+        )
+    for other in found[1:]:
+        _compare(other, found[0], 1e-10)
+
+
 @pytest.mark.parametrize("H", [1, 17, 200, 257])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_odd_sizes(monkeypatch, kind, H):

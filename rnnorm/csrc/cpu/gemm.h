@@ -94,7 +94,11 @@ class Slices {
   int64_t columns_, vectors_, count_;
 };
 
-// `count` rows of `width` values (row stride `ld`), one behind the other.
+// `count` rows of `width` values, one behind the other: each from `column` of its own pointer, or `ld` apart.
+template <typename T>
+void copy_rows(const T* const* rows, int64_t column, int64_t count, int64_t width, T* out) {
+  for (int64_t k = 0; k < count; ++k) std::copy_n(rows[k] + column, width, out + k * width);
+}
 template <typename T>
 void copy_rows(const T* source, int64_t ld, int64_t count, int64_t width, T* out) {
   for (int64_t k = 0; k < count; ++k) std::copy_n(source + k * ld, width, out + k * width);
@@ -128,20 +132,14 @@ class Panels {
     }
   }
 
-  // C [M, columns] = A [M, K] B, plus what C holds (`add`) or a row of biases (not null).
-  void multiply(const Gemm<T>& gemm, int64_t M, const T* A, int64_t lda, T* C, int64_t ldc, bool add,
-                const T* bias = nullptr) const {
+  // C [M, columns] = A [M, K] B, plus what C holds (`add`).
+  void multiply(const Gemm<T>& gemm, int64_t M, const T* A, int64_t lda, T* C, int64_t ldc, bool add) const {
     for (int64_t slice = 0; slice < slices_.count(); ++slice) {
       const int64_t start = slices_.begin(slice), w = slices_.width(slice);
-      for (int64_t m = 0; m < M; m += block_rows) {
-        const int64_t count = std::min(block_rows, M - m);
-        T* block = C + m * ldc + start;
-        if (bias != nullptr)
-          for (int64_t i = 0; i < count; ++i) std::copy_n(bias + start, w, block + i * ldc);
+      for (int64_t m = 0; m < M; m += block_rows)
         for (int64_t k = 0; k < std::max<int64_t>(K_, 1); k += block_depth)
-          gemm(count, w, std::min(block_depth, K_ - k), A + m * lda + k, lda, data_.get() + start * K_ + k * w, w, block,
-               ldc, add || bias != nullptr || k > 0);
-      }
+          gemm(std::min(block_rows, M - m), w, std::min(block_depth, K_ - k), A + m * lda + k, lda,
+               data_.get() + start * K_ + k * w, w, C + m * ldc + start, ldc, add || k > 0);
     }
   }
 

@@ -1,5 +1,5 @@
 // One step of a normalization for the units of one thread, forward and backward.
-// Channels are independent in a stream, so loops run over blocks of channels outside, samples inside.
+// Samples come one by one, in order; channels are independent in a stream, and make the vectors.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,33 @@
 
 namespace rnnorm {
 
-inline constexpr int64_t block = 64;  // channels whose stream states stay in registers and the nearest cache
+// Rows of the next step are asked for while this one is worked on: they lie apart, which the processor does not foresee.
+template <typename T>
+inline void fetch(const T* row, int64_t count) {
+  for (int64_t j = 0; j < count; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + j);
+}
+
+// Where the values of some units lie in `y` and, where each unit has one, in `rstd`: a block [S, G, units] for each thread.
+// Each then writes and reads one stream of memory, and none a line of another's.
+inline int64_t kept_place(int64_t S, int64_t G, const Range& units, int64_t sample, int64_t gate) {
+  return G * (units.begin * S + sample * units.size()) + gate * units.size();
+}
+
+// Values that lie in the blocks of `from` threads move to those of `to`.
+template <typename T>
+void repartition(T* values, int64_t S, int64_t G, int64_t H, int from, int to) {
+  const std::vector<T> old(values, values + S * G * H);
+  for (int a = 0; a < from; ++a)
+    for (int b = 0; b < to; ++b) {
+      const Range source = part_of(H, a, from), target = part_of(H, b, to);
+      const int64_t begin = std::max(source.begin, target.begin), end = std::min(source.end, target.end);
+      if (begin >= end) continue;
+      for (int64_t s = 0; s < S; ++s)
+        for (int64_t g = 0; g < G; ++g)
+          std::copy_n(old.data() + kept_place(S, G, source, s, g) + begin - source.begin, end - begin,
+                      values + kept_place(S, G, target, s, g) + begin - target.begin);
+    }
+}
 
 template <typename T>
 struct Norm {
@@ -19,11 +45,14 @@ struct Norm {
   Guard guard = Guard::none;
   bool training = false;
   T eps = 0, alpha_fwd = 1, alpha_bwd = 1, scale_eps = 0, limit = 0;
-  int64_t G = 0, H = 0;
-  const T *weight = nullptr, *bias = nullptr;                      // [C] or null
+  int64_t G = 0, H = 0, S = 0;
+  const T *weight = nullptr, *bias = nullptr;                      // [C]; 1 and 0 without an affine map
+  const T* frozen = nullptr;                                       // [C] 1 / sqrt(var + eps), where it does not move
   T *mean = nullptr, *var = nullptr, *u = nullptr, *v = nullptr;  // [C], moved in place
-  T *y = nullptr, *rstd = nullptr, *scale = nullptr;              // kept: [S, C], [S, C] or [S, G], [S, G]; null: not kept
+  T *y = nullptr, *rstd = nullptr, *scale = nullptr;              // kept; null: not kept. `scale` is [S, G]
   T *grad_weight = nullptr, *grad_bias = nullptr;                 // [C], added to
+
+  int64_t place(const Range& units, int64_t sample, int64_t gate) const { return kept_place(S, G, units, sample, gate); }
 
   bool per_gate() const { return kind == Kind::layer || kind == Kind::rms; }
   bool reduces() const { return per_gate() || guard == Guard::scale; }
@@ -37,6 +66,8 @@ struct Worker {
   Exchange<T>& exchange;
   Range units;
   std::vector<T> total;  // as many values as one exchange holds
+  std::vector<T> spare;  // two rows, for what is not kept
+  int64_t ahead = 0;     // from a sample of this step to that of the next one worked on
   int turn = 0;
 
   T* partial() { return exchange.mine(id, turn); }
@@ -53,93 +84,62 @@ struct Worker {
   }
 };
 
-// Affine map and clamp for one row of channels; returns the sum of squares where the guard wants it.
 template <typename T>
-inline T finish_row(const Norm<T>& norm, int64_t channel, int64_t count, const T* __restrict y, T* __restrict q) {
-  if (norm.weight != nullptr) {
-    const T *w = norm.weight + channel, *b = norm.bias + channel;
+inline void clamp_row(const Norm<T>& norm, int64_t count, T* __restrict q) {
+  const T limit = norm.limit;
 #pragma omp simd
-    for (int64_t j = 0; j < count; ++j) q[j] = w[j] * y[j] + b[j];
-  } else {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) q[j] = y[j];
+  for (int64_t j = 0; j < count; ++j) {
+    // Comparisons, not min and max: a NaN stays one.
+    const T low = q[j] < -limit ? -limit : q[j];
+    q[j] = low > limit ? limit : low;
   }
-  T squares = 0;
-  if (norm.guard == Guard::clamp) {
-    const T limit = norm.limit;
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-      // Comparisons, not min and max: a NaN stays one.
-      const T low = q[j] < -limit ? -limit : q[j];
-      q[j] = low > limit ? limit : low;
-    }
-  } else if (norm.guard == Guard::scale) {
-#pragma omp simd reduction(+ : squares)
-    for (int64_t j = 0; j < count; ++j) squares += q[j] * q[j];
-  }
-  return squares;
 }
 
-// The online stream of a block of channels over the n samples of a step, in order.
-template <typename T>
-void stream_forward(const Norm<T>& norm, int64_t channel, int64_t count, int64_t sample, int64_t n, T* q, int64_t ld,
-                    T* squares, int64_t squares_ld) {
-  T mean[block], var[block], y_row[block];
-  std::copy_n(norm.mean + channel, count, mean);
-  std::copy_n(norm.var + channel, count, var);
-  const int64_t C = norm.G * norm.H;
+// One sample of the online stream and its affine map, biases `b` not yet added; returns the sum of squares of the result.
+template <bool moves, typename T>
+inline T stream_row(const Norm<T>& norm, Worker<T>& me, int64_t gate, int64_t sample, T* __restrict x,
+                    const T* __restrict b) {
+  const int64_t count = me.units.size(), channel = gate * norm.H + me.units.begin, row = norm.place(me.units, sample, gate);
+  const bool kept = norm.y != nullptr;
+  T* __restrict y = kept ? norm.y + row : me.spare.data();
+  T* __restrict rstd = kept ? norm.rstd + row : me.spare.data() + count;
+  const T* __restrict w = norm.weight + channel;
+  const T* __restrict shift = norm.bias + channel;
+  T* __restrict mean = norm.mean + channel;
+  T* __restrict var = norm.var + channel;
   const T eps = norm.eps, alpha = norm.alpha_fwd, rest = 1 - alpha;
-  const bool moves = norm.training;
-  for (int64_t i = 0; i < n; ++i) {
-    T* __restrict x = q + i * ld;
-    T* __restrict y = norm.y != nullptr ? norm.y + (sample + i) * C + channel : y_row;
+  T squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t j = 0; j < count; ++j) {
+    const T d = x[j] + b[j] - mean[j], r = moves ? 1 / std::sqrt(var[j] + eps) : norm.frozen[channel + j];
+    const T normed = d * r, z = w[j] * normed + shift[j];
+    y[j] = normed;
+    rstd[j] = r;
     if (moves) {
-      if (norm.rstd != nullptr) {
-        T* __restrict rstd = norm.rstd + (sample + i) * C + channel;
-#pragma omp simd
-        for (int64_t j = 0; j < count; ++j) {
-          const T d = x[j] - mean[j], r = 1 / std::sqrt(var[j] + eps);
-          rstd[j] = r;
-          y[j] = d * r;
-          var[j] = alpha * (var[j] + rest * d * d);
-          mean[j] += rest * d;
-        }
-      } else {
-#pragma omp simd
-        for (int64_t j = 0; j < count; ++j) {
-          const T d = x[j] - mean[j];
-          y[j] = d / std::sqrt(var[j] + eps);
-          var[j] = alpha * (var[j] + rest * d * d);
-          mean[j] += rest * d;
-        }
-      }
-    } else {
-#pragma omp simd
-      for (int64_t j = 0; j < count; ++j) y[j] = (x[j] - mean[j]) / std::sqrt(var[j] + eps);
-      if (norm.rstd != nullptr) {
-        T* rstd = norm.rstd + (sample + i) * C + channel;
-#pragma omp simd
-        for (int64_t j = 0; j < count; ++j) rstd[j] = 1 / std::sqrt(var[j] + eps);
-      }
+      var[j] = alpha * (var[j] + rest * d * d);
+      mean[j] += rest * d;
     }
-    const T sum = finish_row(norm, channel, count, y, x);
-    if (squares != nullptr) squares[i * squares_ld] += sum;
+    squares += z * z;
+    x[j] = z;
   }
-  if (moves) {
-    std::copy_n(mean, count, norm.mean + channel);
-    std::copy_n(var, count, norm.var + channel);
-  }
+  return squares;
 }
 
 // Layer and RMS normalization: moments over the H units of a gate, gathered from all threads.
 // Means and squares about them combine exactly, so no digits are lost as with sums of squares.
 template <typename T>
-void moments_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld) {
+void moments_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld,
+                     const T* bias) {
   const int64_t u = me.units.size(), C = norm.G * norm.H, gates = g1 - g0, cells = n * gates;
   T* mine = me.partial();
   for (int64_t i = 0; i < n; ++i)
     for (int64_t g = 0; g < gates; ++g) {
-      const T* x = q + i * ld + g * u;
+      T* __restrict x = q + i * ld + g * u;
+      if (bias != nullptr) {
+        const T* __restrict b = bias + g * u;
+#pragma omp simd
+        for (int64_t j = 0; j < u; ++j) x[j] += b[j];
+      }
       T sum = 0, squares = 0;
       if (norm.kind == Kind::layer) {
 #pragma omp simd reduction(+ : sum)
@@ -167,41 +167,48 @@ void moments_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t
 #pragma omp simd
     for (int64_t j = 0; j < u; ++j) x[j] = (x[j] - mean) * r;
     if (norm.y != nullptr) {
-      std::copy_n(x, u, norm.y + (sample + i) * C + channel);
+      std::copy_n(x, u, norm.y + norm.place(me.units, sample + i, g0 + g));
       if (me.id == 0) norm.rstd[(sample + i) * norm.G + g0 + g] = r;
     }
-    if (norm.weight != nullptr) {
-      const T *w = norm.weight + channel, *b = norm.bias + channel;
+    const T *w = norm.weight + channel, *b = norm.bias + channel;
 #pragma omp simd
-      for (int64_t j = 0; j < u; ++j) x[j] = w[j] * x[j] + b[j];
-    }
+    for (int64_t j = 0; j < u; ++j) x[j] = w[j] * x[j] + b[j];
   }
   ++me.turn;
 }
 
-// Without a norm, what is kept for the backward are the pre-activations themselves.
+// Without a norm only the biases are added; what is kept for the backward are the pre-activations themselves.
 template <typename T>
-void keep_plain(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, const T* q,
-                int64_t ld) {
-  if (norm.y == nullptr) return;
+void plain_forward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld,
+                   const T* bias) {
   const int64_t u = me.units.size(), C = norm.G * norm.H;
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t g = 0; g < g1 - g0; ++g)
-      std::copy_n(q + i * ld + g * u, u, norm.y + (sample + i) * C + (g0 + g) * norm.H + me.units.begin);
+    for (int64_t g = 0; g < g1 - g0; ++g) {
+      T* __restrict x = q + i * ld + g * u;
+      for (int64_t j = 0; j < u && bias != nullptr; ++j) x[j] += bias[g * u + j];
+      if (norm.y != nullptr) std::copy_n(x, u, norm.y + norm.place(me.units, sample + i, g0 + g));
+    }
 }
 
-// Normalize the pre-activations `q` [n, gates * units] (row stride `ld`) of gates g0..g1 of a step, in place.
+// Add the biases (null: none) to the pre-activations `q` [n, gates * units] (row stride `ld`) of gates g0..g1 of a step and
+// normalize them, in place.
 template <typename T>
-void norm_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld) {
-  if (norm.kind == Kind::none) return keep_plain(norm, me, g0, g1, sample, n, q, ld);
-  if (norm.per_gate()) return moments_forward(norm, me, g0, g1, sample, n, q, ld);
+void norm_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld,
+                  const T* bias) {
+  if (norm.kind == Kind::none) return plain_forward(norm, me, g0, g1, sample, n, q, ld, bias);
+  if (norm.per_gate()) return moments_forward(norm, me, g0, g1, sample, n, q, ld, bias);
   const int64_t u = me.units.size(), gates = g1 - g0;
+  const std::vector<T> none(bias == nullptr ? u : 0);
+  const auto row = norm.training ? &stream_row<true, T> : &stream_row<false, T>;
   T* squares = norm.guard == Guard::scale ? me.partial() : nullptr;
-  if (squares != nullptr) std::fill_n(squares, n * gates, T(0));
-  for (int64_t g = 0; g < gates; ++g)
-    for (int64_t j = 0; j < u; j += block)
-      stream_forward(norm, (g0 + g) * norm.H + me.units.begin + j, std::min(block, u - j), sample, n,
-                     q + g * u + j, ld, squares == nullptr ? nullptr : squares + g, gates);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t g = 0; g < gates; ++g) {
+      T* x = q + i * ld + g * u;
+      const T* b = bias == nullptr ? none.data() : bias + g * u;
+      const T sum = row(norm, me, g0 + g, sample + i, x, b);
+      if (squares != nullptr) squares[i * gates + g] = sum;
+      if (norm.guard == Guard::clamp) clamp_row(norm, u, x);
+    }
   if (squares == nullptr) return;
   const T* total = me.sum(n * gates);
   for (int64_t i = 0; i < n; ++i)
@@ -214,53 +221,70 @@ void norm_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sa
     }
 }
 
-// The guarded values `q` of gates g0..g1 again, from what was kept.
+// The guarded values `q` [gates * units] of one sample again, from what was kept.
 template <typename T>
-void norm_recompute(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q,
-                    int64_t ld) {
+void norm_recompute(const Norm<T>& norm, const Worker<T>& me, int64_t sample, T* q) {
   const int64_t u = me.units.size(), C = norm.G * norm.H;
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t g = 0; g < g1 - g0; ++g) {
-      const int64_t channel = (g0 + g) * norm.H + me.units.begin;
-      T* x = q + i * ld + g * u;
-      finish_row(norm, channel, u, norm.y + (sample + i) * C + channel, x);
-      if (norm.guard == Guard::scale) {
-        const T factor = norm.scale[(sample + i) * norm.G + g0 + g];
-#pragma omp simd
-        for (int64_t j = 0; j < u; ++j) x[j] *= factor;
-      }
+  for (int64_t g = 0; g < norm.G; ++g) {
+    const int64_t channel = g * norm.H + me.units.begin;
+    const T* __restrict y = norm.y + norm.place(me.units, sample, g);
+    T* __restrict x = q + g * u;
+    fetch(y + me.ahead * norm.G * u, u);
+    if (norm.kind == Kind::none) {
+      std::copy_n(y, u, x);
+      continue;
     }
+    const T* __restrict w = norm.weight + channel;
+    const T* __restrict b = norm.bias + channel;
+    const T factor = norm.guard == Guard::scale ? norm.scale[sample * norm.G + g] : T(1);
+#pragma omp simd
+    for (int64_t j = 0; j < u; ++j) x[j] = factor * (w[j] * y[j] + b[j]);
+    if (norm.guard == Guard::clamp) clamp_row(norm, u, x);
+  }
 }
 
-// The control process of a block of channels over the n samples of a step, in order.
+// Where in each gate a step's gradients lie: rows `ld` apart, gates `gate` apart.
 template <typename T>
-void stream_backward(const Norm<T>& norm, int64_t channel, int64_t count, int64_t sample, int64_t n, T* g, int64_t ld) {
-  T u[block], v[block];
-  std::copy_n(norm.u + channel, count, u);
-  std::copy_n(norm.v + channel, count, v);
-  const int64_t C = norm.G * norm.H;
-  const T rest = 1 - norm.alpha_bwd;
-  for (int64_t i = 0; i < n; ++i) {
-    T* __restrict d = g + i * ld;
-    const T *y = norm.y + (sample + i) * C + channel, *rstd = norm.rstd + (sample + i) * C + channel;
+struct Gradients {
+  T* data;
+  int64_t ld, gate;
+
+  T* at(int64_t row, int64_t g) const { return data + row * ld + g * gate; }
+};
+
+// For one sample and gate: the derivative of the guard `scale` (`mean` of gradient times guarded value `a`), of the affine
+// map, and the control process.
+template <bool scaled, typename T>
+inline void stream_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_t gate, int64_t sample,
+                                const T* __restrict a, T* __restrict d, T mean) {
+  const int64_t count = me.units.size(), C = norm.G * norm.H, channel = gate * norm.H + me.units.begin;
+  const int64_t row = norm.place(me.units, sample, gate);
+  const T* __restrict y = norm.y + row;
+  const T* __restrict rstd = norm.rstd + row;
+  fetch(rstd + me.ahead * norm.G * count, count);
+  const T* __restrict w = norm.weight + channel;
+  T* __restrict u = norm.u + channel;
+  T* __restrict v = norm.v + channel;
+  T* __restrict grad_weight = norm.grad_weight + channel;
+  T* __restrict grad_bias = norm.grad_bias + channel;
+  const T rest = 1 - norm.alpha_bwd, factor = scaled ? norm.scale[sample * norm.G + gate] : T(1);
 #pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-      const T e = d[j] - rest * v[j] * y[j];
-      v[j] += e * y[j];
-      const T dx = e * rstd[j] - rest * u[j];
-      u[j] += dx;
-      d[j] = dx;
-    }
+  for (int64_t j = 0; j < count; ++j) {
+    const T z = scaled ? factor * (d[j] - a[j] * mean) : d[j];
+    grad_weight[j] += z * y[j];
+    grad_bias[j] += z;
+    const T e = w[j] * z - rest * v[j] * y[j];
+    v[j] += e * y[j];
+    const T dx = e * rstd[j] - rest * u[j];
+    u[j] += dx;
+    d[j] = dx;
   }
-  std::copy_n(u, count, norm.u + channel);
-  std::copy_n(v, count, norm.v + channel);
 }
 
 // Through the affine map of one row: gradients of weight and bias are added, `g` becomes that of y.
 template <typename T>
 inline void affine_backward(const Norm<T>& norm, int64_t channel, int64_t count, const T* __restrict y,
                             T* __restrict g) {
-  if (norm.weight == nullptr) return;
   const T* w = norm.weight + channel;
   T *__restrict gw = norm.grad_weight + channel, *__restrict gb = norm.grad_bias + channel;
 #pragma omp simd
@@ -271,52 +295,60 @@ inline void affine_backward(const Norm<T>& norm, int64_t channel, int64_t count,
   }
 }
 
-// Through the guard of all rows: `g` becomes the gradient of the affine map's output; `q` are the guarded values.
+// Through the guard `clamp` of all rows: `g` becomes the gradient of the affine map's output.
 template <typename T>
-void guard_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, const T* q,
-                    int64_t q_ld, T* g, int64_t ld) {
-  const int64_t u = me.units.size(), gates = g1 - g0, C = norm.G * norm.H;
-  if (norm.guard == Guard::clamp) {
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t k = 0; k < gates; ++k) {
-        const int64_t channel = (g0 + k) * norm.H + me.units.begin;
-        const T* y = norm.y + (sample + i) * C + channel;
-        T* d = g + i * ld + k * u;
-        for (int64_t j = 0; j < u; ++j) {
-          const T z = norm.weight != nullptr ? norm.weight[channel + j] * y[j] + norm.bias[channel + j] : y[j];
-          d[j] = std::fabs(z) <= norm.limit ? d[j] : 0;
-        }
+void clamp_backward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, Gradients<T> g) {
+  const int64_t u = me.units.size(), C = norm.G * norm.H;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t k = 0; k < g1 - g0; ++k) {
+      const int64_t channel = (g0 + k) * norm.H + me.units.begin;
+      const T* y = norm.y + norm.place(me.units, sample + i, g0 + k);
+      T* d = g.at(i, k);
+      for (int64_t j = 0; j < u; ++j) {
+        const T z = norm.weight[channel + j] * y[j] + norm.bias[channel + j];
+        d[j] = std::fabs(z) <= norm.limit ? d[j] : 0;
       }
-    return;
-  }
-  if (norm.guard != Guard::scale) return;
+    }
+}
+
+// For each row and gate, the sum over all units of gradient times guarded value, which the guard `scale` needs.
+template <typename T>
+const T* scale_sums(Worker<T>& me, int64_t gates, int64_t n, const T* q, int64_t q_ld, Gradients<T> g) {
+  const int64_t u = me.units.size();
   T* mine = me.partial();
   for (int64_t i = 0; i < n; ++i)
     for (int64_t k = 0; k < gates; ++k) {
-      const T *a = q + i * q_ld + k * u, *d = g + i * ld + k * u;
+      const T *a = q + i * q_ld + k * u, *d = g.at(i, k);
       T sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < u; ++j) sum += a[j] * d[j];
       mine[i * gates + k] = sum;
     }
-  const T* total = me.sum(n * gates);
+  return me.sum(n * gates);
+}
+
+// Through the guard `scale` of all rows, as with clamp; `q` are the guarded values.
+template <typename T>
+void scale_backward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, const T* q,
+                    int64_t q_ld, Gradients<T> g, const T* sums) {
+  const int64_t u = me.units.size(), gates = g1 - g0;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t k = 0; k < gates; ++k) {
-      const T mean = total[i * gates + k] / norm.H, factor = norm.scale[(sample + i) * norm.G + g0 + k];
+      const T mean = sums[i * gates + k] / norm.H, factor = norm.scale[(sample + i) * norm.G + g0 + k];
       const T* a = q + i * q_ld + k * u;
-      T* __restrict d = g + i * ld + k * u;
+      T* __restrict d = g.at(i, k);
 #pragma omp simd
       for (int64_t j = 0; j < u; ++j) d[j] = factor * (d[j] - a[j] * mean);
     }
 }
 
 template <typename T>
-void moments_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* g, int64_t ld) {
+void moments_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, Gradients<T> g) {
   const int64_t u = me.units.size(), gates = g1 - g0, C = norm.G * norm.H;
   T* mine = me.partial();
   for (int64_t i = 0; i < n; ++i)
     for (int64_t k = 0; k < gates; ++k) {
-      const T *d = g + i * ld + k * u, *y = norm.y + (sample + i) * C + (g0 + k) * norm.H + me.units.begin;
+      const T *d = g.at(i, k), *y = norm.y + norm.place(me.units, sample + i, g0 + k);
       T sum = 0, product = 0;
 #pragma omp simd reduction(+ : sum, product)
       for (int64_t j = 0; j < u; ++j) {
@@ -331,8 +363,8 @@ void moments_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_
     for (int64_t k = 0; k < gates; ++k) {
       const T mean = norm.kind == Kind::layer ? total[(i * gates + k) * 2] / norm.H : 0;
       const T product = total[(i * gates + k) * 2 + 1] / norm.H, r = norm.rstd[(sample + i) * norm.G + g0 + k];
-      const T* y = norm.y + (sample + i) * C + (g0 + k) * norm.H + me.units.begin;
-      T* __restrict d = g + i * ld + k * u;
+      const T* y = norm.y + norm.place(me.units, sample + i, g0 + k);
+      T* __restrict d = g.at(i, k);
 #pragma omp simd
       for (int64_t j = 0; j < u; ++j) d[j] = r * (d[j] - mean - y[j] * product);
     }
@@ -341,27 +373,33 @@ void moments_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_
 // `g`, the gradient of the guarded values `q` of a step, becomes that of the pre-activations, in place.
 template <typename T>
 void norm_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, const T* q,
-                   int64_t q_ld, T* g, int64_t ld) {
+                   int64_t q_ld, Gradients<T> g) {
   if (norm.kind == Kind::none) return;
-  const int64_t u = me.units.size(), C = norm.G * norm.H;
-  guard_backward(norm, me, g0, g1, sample, n, q, q_ld, g, ld);
+  const int64_t u = me.units.size(), C = norm.G * norm.H, gates = g1 - g0;
+  const bool scaled = norm.guard == Guard::scale;
+  if (norm.guard == Guard::clamp) clamp_backward(norm, me, g0, g1, sample, n, g);
+  const T* sums = scaled ? scale_sums(me, gates, n, q, q_ld, g) : nullptr;
+  if (norm.kind == Kind::online && norm.training) {
+    const auto row = scaled ? &stream_row_backward<true, T> : &stream_row_backward<false, T>;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t k = 0; k < gates; ++k)
+        row(norm, me, g0 + k, sample + i, q + i * q_ld + k * u, g.at(i, k), scaled ? sums[i * gates + k] / norm.H : T(0));
+    return;
+  }
+  if (scaled) scale_backward(norm, me, g0, g1, sample, n, q, q_ld, g, sums);
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t k = 0; k < g1 - g0; ++k) {
+    for (int64_t k = 0; k < gates; ++k) {
       const int64_t channel = (g0 + k) * norm.H + me.units.begin;
-      T* d = g + i * ld + k * u;
-      affine_backward(norm, channel, u, norm.y + (sample + i) * C + channel, d);
-      if (norm.kind == Kind::online && !norm.training) {
-        const T* rstd = norm.rstd + (sample + i) * C + channel;
+      T* d = g.at(i, k);
+      const int64_t row = norm.place(me.units, sample + i, g0 + k);
+      affine_backward(norm, channel, u, norm.y + row, d);
+      if (norm.kind == Kind::online) {
+        const T* rstd = norm.rstd + row;
 #pragma omp simd
         for (int64_t j = 0; j < u; ++j) d[j] *= rstd[j];
       }
     }
-  if (norm.per_gate()) return moments_backward(norm, me, g0, g1, sample, n, g, ld);
-  if (!norm.training) return;
-  for (int64_t k = 0; k < g1 - g0; ++k)
-    for (int64_t j = 0; j < u; j += block)
-      stream_backward(norm, (g0 + k) * norm.H + me.units.begin + j, std::min(block, u - j), sample, n,
-                      g + k * u + j, ld);
+  if (norm.per_gate()) moments_backward(norm, me, g0, g1, sample, n, g);
 }
 
 }  // namespace rnnorm

@@ -32,7 +32,7 @@ enum Operand {
   MEAN, VAR, U, V, CELL_MEAN, CELL_VAR, CELL_U, CELL_V, LENGTHS
 };
 // The order of what the forward keeps for the backward.
-enum Kept { HIDDEN, CELL_STATE, NEW_PART, Y, RSTD, SCALE, CELL_Y, CELL_RSTD, CELL_SCALE, KEPT };
+enum Kept { HIDDEN, CELL_STATE, NEW_PART, Y, RSTD, SCALE, CELL_Y, CELL_RSTD, CELL_SCALE, PARTITION, KEPT };
 
 struct Options {
   Cell cell;
@@ -56,6 +56,7 @@ struct Call {
   Walk walk;
   int64_t I, H, P, G, C;
   Tensor samples;  // [S, I]
+  std::vector<T> unit, zero;  // [C] in place of an affine map that is not there
 
   Call(const Operands& operands, const Options& options)
       : options(options), tensors(unpacked(operands)),
@@ -63,6 +64,8 @@ struct Call {
         I(tensors[X].size(2)), P(tensors[H0].size(1)), G(gates_of(options.cell)) {
     C = tensors[WEIGHT_IH].size(0);
     H = C / G;
+    unit.assign(C, T(1));
+    zero.assign(C, T(0));
     check();
     samples = tensors[X];
     if (!walk.dense) {
@@ -121,7 +124,8 @@ struct Call {
   int threads() const {
     constexpr int64_t worthwhile = 500'000;  // multiplications of a step
     if (options.threads > 0) return static_cast<int>(std::min(options.threads, H));
-    const int64_t useful = std::min(H / 16, 1 + walk.N * P * C / worthwhile);
+    // With few rows it is the weights' way from the cache that takes the time, as much as four rows do.
+    const int64_t useful = std::min(H / 16, 1 + std::max<int64_t>(walk.N, 4) * P * C / worthwhile);
     return static_cast<int>(std::clamp<int64_t>(useful, 1, at::get_num_threads()));
   }
 
@@ -143,8 +147,10 @@ struct Call {
     norm.limit = options.limit;
     norm.G = of_cell ? 1 : G;
     norm.H = H;
-    norm.weight = get(of_cell ? CELL_WEIGHT : NORM_WEIGHT);
-    norm.bias = get(of_cell ? CELL_BIAS : NORM_BIAS);
+    norm.S = walk.S;
+    const T *weight = get(of_cell ? CELL_WEIGHT : NORM_WEIGHT), *bias = get(of_cell ? CELL_BIAS : NORM_BIAS);
+    norm.weight = weight != nullptr ? weight : unit.data();
+    norm.bias = bias != nullptr ? bias : zero.data();
     norm.u = get(of_cell ? CELL_U : U);
     norm.v = get(of_cell ? CELL_V : V);
     if (!kept.empty() && (norm.kind != Kind::none || !of_cell)) {
@@ -170,6 +176,7 @@ struct Call {
     kept[CELL_Y] = cell ? empty({S, H}) : empty({0});
     kept[CELL_RSTD] = cell ? empty({S, online ? H : 1}) : empty({0});
     kept[CELL_SCALE] = cell && scaled ? empty({S, 1}) : empty({0});
+    kept[PARTITION] = zeros({1});  // the number of threads whose blocks Y, RSTD and the cell's are made of
     return kept;
   }
 };
@@ -181,6 +188,7 @@ struct Forward {
   std::vector<Tensor> kept;
   Norm<T> norm, cell_norm;
   Tensor hidden, cell_state, projected;  // [S, P], [S, H], [S, H] before projection
+  std::vector<T> frozen, cell_frozen;
   std::vector<Tensor> statistics;        // mean, var, cell mean, cell var: copies that move
 
   Forward(const Operands& operands, const Options& options)
@@ -198,6 +206,14 @@ struct Forward {
     norm.var = pointer<T>(statistics[1]);
     cell_norm.mean = pointer<T>(statistics[2]);
     cell_norm.var = pointer<T>(statistics[3]);
+    freeze(norm, call.C, frozen);
+    freeze(cell_norm, call.H, cell_frozen);
+  }
+
+  static void freeze(Norm<T>& norm, int64_t channels, std::vector<T>& frozen) {
+    if (norm.kind != Kind::online || norm.training) return;
+    for (int64_t c = 0; c < channels; ++c) frozen.push_back(1 / std::sqrt(norm.var[c] + norm.eps));
+    norm.frozen = frozen.data();
   }
 
   std::vector<Tensor> run() {
@@ -211,9 +227,10 @@ struct Forward {
     const Walk& walk = call.walk;
     const int64_t H = call.H, P = call.P, G = call.G, N = walk.N;
     const Range units = part_of(H, id, team.size()), outputs = part_of(P, id, team.size());
+    if (id == 0 && call.options.save) *kept[PARTITION].template data_ptr<T>() = static_cast<T>(team.size());
     const int64_t u = units.size(), W = G * u;
     const bool gru = call.options.cell == Cell::gru;
-    Worker<T> me{id, team, exchange, units, std::vector<T>(2 * N * G)};
+    Worker<T> me{id, team, exchange, units, std::vector<T>(2 * N * G), std::vector<T>(2 * units.size())};
 
     InputPart input(*this, units);
     // The GRU's recurrent part of n meets its reset gate before it meets the input part.
@@ -229,18 +246,22 @@ struct Forward {
 
     std::vector<T> gathered(walk.dense ? 0 : N * P), new_part(gru ? N * u : 0), c(N * u);
     T* h = hidden.data_ptr<T>();
-    for (const Step& step : walk.steps) {
+    for (size_t k = 0; k < walk.steps.size(); ++k) {
+      const Step& step = walk.steps[k];
       if (step.count == 0) continue;
+      me.ahead = k + 1 < walk.steps.size() ? walk.steps[k + 1].first - step.first : 0;
       const T* h_before = state_before(step, gathered);
       T* pre = input.of(step);
       recurrent.multiply(gemm, step.count, h_before, P, pre, W, true);
       if (gru) {
         fresh.multiply(gemm, step.count, h_before, P, new_part.data(), u, false);
-        gru_step(me, step, pre, new_part.data(), h_before, h);
+        gru_step(me, step, pre, input.bias(), new_part.data(), h_before, h);
       } else if (call.options.cell == Cell::lstm) {
-        lstm_step(me, step, pre, c.data(), projected.defined() ? projected.data_ptr<T>() : h);
+        T* out = projected.defined() ? projected.data_ptr<T>() : h;
+        if (norm.kind == Kind::none) plain_lstm_step(me, step, pre, input.bias(), out);
+        else lstm_step(me, step, pre, input.bias(), c.data(), out);
       } else {
-        rnn_step(me, step, pre, h);
+        rnn_step(me, step, pre, input.bias(), h);
       }
       team.wait();
       if (projected.defined()) {
@@ -252,7 +273,7 @@ struct Forward {
     gemm.release();
   }
 
-  // The input part of this thread's units, biases included, computed for many samples at a time: enough for a good product,
+  // The input part of this thread's units, computed for many samples at a time: enough for a good product,
   // few enough to stay in the cache until their step comes.
   class InputPart {
    public:
@@ -280,10 +301,13 @@ struct Forward {
         first_ = forward_.call.options.reverse ? std::max<int64_t>(0, step.first + step.count - capacity_) : step.first;
         end_ = std::min(first_ + capacity_, S);
         panels_.multiply(forward_.gemm, end_ - first_, forward_.call.samples.template data_ptr<T>() + first_ * I, I,
-                         part_.get(), W_, false, bias_.data());
+                         part_.get(), W_, false);
       }
       return part_.get() + (step.first - first_) * W_;
     }
+
+    // [W], added where the products have met.
+    const T* bias() const { return bias_.data(); }
 
    private:
     const Forward& forward_;
@@ -303,10 +327,35 @@ struct Forward {
     return gathered.data();
   }
 
-  void lstm_step(Worker<T>& me, const Step& step, T* pre, T* c_new, T* out) {
+  // Nothing stands between the products and the gates: one pass, and the gates themselves are kept in place of what the
+  // backward would compute them from.
+  void plain_lstm_step(Worker<T>& me, const Step& step, T* pre, const T* bias, T* out) {
+    const int64_t u = me.units.size(), H = call.H, first = me.units.begin;
+    T* history = cell_state.data_ptr<T>();
+    for (int64_t i = 0; i < step.count; ++i) {
+      const int64_t s = step.first + i;
+      const T *q = pre + i * 4 * u, *c = call.before(call.get(C0), history, H, s) + first;
+      T* gates = norm.y != nullptr ? norm.y + norm.place(me.units, s, 0) : pre + i * 4 * u;
+      T *kept_c = history + s * H + first, *h = out + s * H + first;
+#pragma omp simd
+      for (int64_t j = 0; j < u; ++j) {
+        const T in = sigmoid(q[j] + bias[j]), forget = sigmoid(q[u + j] + bias[u + j]);
+        const T g = tangent(q[2 * u + j] + bias[2 * u + j]), o = sigmoid(q[3 * u + j] + bias[3 * u + j]);
+        const T now = forget * c[j] + in * g;
+        gates[j] = in;
+        gates[u + j] = forget;
+        gates[2 * u + j] = g;
+        gates[3 * u + j] = o;
+        kept_c[j] = now;
+        h[j] = o * tangent(now);
+      }
+    }
+  }
+
+  void lstm_step(Worker<T>& me, const Step& step, T* pre, const T* bias, T* c_new, T* out) {
     const int64_t u = me.units.size(), H = call.H, W = 4 * u, first = me.units.begin;
     T* history = cell_state.data_ptr<T>();
-    norm_forward(norm, me, 0, 4, step.first, step.count, pre, W);
+    norm_forward(norm, me, 0, 4, step.first, step.count, pre, W, bias);
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
       const T* __restrict q = pre + i * W;
@@ -316,7 +365,7 @@ struct Forward {
       for (int64_t j = 0; j < u; ++j)
         now[j] = sigmoid(q[u + j]) * c[j] + sigmoid(q[j]) * tangent(q[2 * u + j]);
     }
-    norm_forward(cell_norm, me, 0, 1, step.first, step.count, c_new, u);
+    norm_forward(cell_norm, me, 0, 1, step.first, step.count, c_new, u, static_cast<const T*>(nullptr));
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
       const T* __restrict q = pre + i * W + 3 * u;
@@ -331,15 +380,15 @@ struct Forward {
     }
   }
 
-  void gru_step(Worker<T>& me, const Step& step, T* pre, T* new_part, const T* h_before, T* out) {
+  void gru_step(Worker<T>& me, const Step& step, T* pre, const T* bias, T* new_part, const T* h_before, T* out) {
     const int64_t u = me.units.size(), H = call.H, W = 3 * u, first = me.units.begin;
-    const T* bias = call.get(BIAS_HH);
-    norm_forward(norm, me, 0, 2, step.first, step.count, pre, W);
+    const T* hidden_bias = call.get(BIAS_HH);
+    norm_forward(norm, me, 0, 2, step.first, step.count, pre, W, bias);
     for (int64_t i = 0; i < step.count; ++i) {
       T* __restrict q = pre + i * W;
       T* __restrict part = new_part + i * u;
-      if (bias != nullptr) {
-        const T* b = bias + 2 * H + first;
+      if (hidden_bias != nullptr) {
+        const T* b = hidden_bias + 2 * H + first;
 #pragma omp simd
         for (int64_t j = 0; j < u; ++j) part[j] += b[j];
       }
@@ -348,7 +397,7 @@ struct Forward {
       if (call.options.save)
         std::copy_n(part, u, kept[NEW_PART].template data_ptr<T>() + (step.first + i) * H + first);
     }
-    norm_forward(norm, me, 2, 3, step.first, step.count, pre + 2 * u, W);
+    norm_forward(norm, me, 2, 3, step.first, step.count, pre + 2 * u, W, bias + 2 * u);
     for (int64_t i = 0; i < step.count; ++i) {
       const T* __restrict q = pre + i * W;
       const T* __restrict h = h_before + i * H + first;
@@ -361,9 +410,9 @@ struct Forward {
     }
   }
 
-  void rnn_step(Worker<T>& me, const Step& step, T* pre, T* out) {
+  void rnn_step(Worker<T>& me, const Step& step, T* pre, const T* bias, T* out) {
     const int64_t u = me.units.size(), H = call.H, first = me.units.begin;
-    norm_forward(norm, me, 0, 1, step.first, step.count, pre, u);
+    norm_forward(norm, me, 0, 1, step.first, step.count, pre, u, bias);
     const bool tanh = call.options.cell == Cell::rnn_tanh;
     for (int64_t i = 0; i < step.count; ++i) {
       const T* __restrict q = pre + i * u;
@@ -411,7 +460,6 @@ struct Backward {
   Tensor grad_input_part, grad_hidden_part;       // [S, C]; the second differs from the first only in a GRU
   Tensor grad_hidden, projected;                  // with a projection: [S, P], [S, H]
   Tensor grad_affine, grad_cell_affine;           // [2, C], [2, H]
-  Tensor samples_before;                          // [S, P]: h before each sample
   Tensor grad_x, grad_weight_ih, grad_weight_hh, grad_weight_hr, grad_bias_ih, grad_bias_hh;
   bool need_input, need_weights;
 
@@ -436,15 +484,14 @@ struct Backward {
       grad_hidden = call.empty({S, P});
       projected = call.empty({S, H});
     }
-    grad_affine = call.zeros({norm.weight != nullptr ? 2 : 0, C});
-    grad_cell_affine = call.zeros({cell_norm.weight != nullptr ? 2 : 0, H});
-    norm.grad_weight = pointer<T>(grad_affine);
-    norm.grad_bias = norm.grad_weight == nullptr ? nullptr : norm.grad_weight + C;
-    cell_norm.grad_weight = pointer<T>(grad_cell_affine);
-    cell_norm.grad_bias = cell_norm.grad_weight == nullptr ? nullptr : cell_norm.grad_weight + H;
+    grad_affine = call.zeros({2, C});
+    grad_cell_affine = call.zeros({2, H});
+    norm.grad_weight = grad_affine.template data_ptr<T>();
+    norm.grad_bias = norm.grad_weight + C;
+    cell_norm.grad_weight = grad_cell_affine.template data_ptr<T>();
+    cell_norm.grad_bias = cell_norm.grad_weight + H;
     grad_x = need_input ? call.empty({S, I}) : call.empty({0});
     if (!need_weights) return;
-    samples_before = call.empty({S, P});
     const auto product = [&](at::IntArrayRef shape) { return S > 0 ? call.empty(shape) : call.zeros(shape); };
     grad_weight_ih = product({C, I});
     grad_weight_hh = product({C, P});
@@ -468,18 +515,21 @@ struct Backward {
     const Range units = part_of(H, id, team.size()), outputs = part_of(P, id, team.size());
     const int64_t u = units.size(), p = outputs.size();
     const bool gru = call.options.cell == Cell::gru;
-    Worker<T> me{id, team, exchange, units, std::vector<T>(2 * N * G)};
+    if (id == 0) take_over(team.size());
+    team.wait();
+    Worker<T> me{id, team, exchange, units, std::vector<T>(2 * N * G), std::vector<T>(2 * units.size())};
     Panels<T> recurrent(C, p), projection(P, projected.defined() ? u : 0);
     recurrent.pack_columns(call.get(WEIGHT_HH) + outputs.begin, P);
     if (projected.defined()) projection.pack_columns(call.get(WEIGHT_HR) + units.begin, H);
 
     // By row of the step: gradients of h (own outputs) and of what the projection takes in (own units).
-    std::vector<T> dh(N * p), d_out(projected.defined() ? N * u : 0), q(N * G * u), d(N * G * u), dc(N * u);
+    std::vector<T> dh(N * p), d_out(projected.defined() ? N * u : 0), q(N * G * u), dc(N * u), direct(gru ? N * u : 0);
     const T* dy = grad_y.defined() ? grad_y.data_ptr<T>() : nullptr;
     T* from_later = grad_h.data_ptr<T>();
     for (size_t k = walk.steps.size(); k-- > 0;) {
       const Step step = walk.steps[k];
       if (step.count == 0) continue;
+      me.ahead = k > 0 ? walk.steps[k - 1].first - step.first : 0;
       for (int64_t i = 0; i < step.count; ++i) {
         const int64_t s = step.first + i;
         const T* later = from_later + walk.row[s] * P + outputs.begin;
@@ -494,67 +544,106 @@ struct Backward {
         projection.multiply(gemm, step.count, grad_hidden.data_ptr<T>() + step.first * P, P, d_out.data(), u, false);
         dout = d_out.data();
       }
-      norm_recompute(norm, me, 0, G, step.first, step.count, q.data(), G * u);
-      if (gru) {
-        gru_step(me, step, dout, q.data(), d.data());
-      } else if (call.options.cell == Cell::lstm) {
-        lstm_step(me, step, dout, q.data(), d.data(), dc.data());
-      } else {
-        rnn_step(me, step, dout, q.data(), d.data());
-      }
+      const Gradients<T> d{grad_input_part.data_ptr<T>() + step.first * C + units.begin, C, H};
+      const bool plain_lstm = norm.kind == Kind::none && call.options.cell == Cell::lstm;
+      if (gru) gru_step(me, step, dout, q.data(), d, direct.data());
+      else if (plain_lstm) plain_lstm_step(me, step, dout, d);
+      else if (call.options.cell == Cell::lstm) lstm_step(me, step, dout, q.data(), d, dc.data());
+      else rnn_step(me, step, dout, q.data(), d);
+      add_rows(me, step, grad_input_part, grad_bias_ih);
       team.wait();
       // Own columns of the gradient of h before the step, straight to its rows where they are all active.
       const T* parts = grad_hidden_part.data_ptr<T>() + step.first * C;
-      const bool direct = walk.dense && !gru;
-      recurrent.multiply(gemm, step.count, parts, C, direct ? from_later + outputs.begin : dh.data(), direct ? P : p,
+      const bool in_place = walk.dense && !gru;
+      recurrent.multiply(gemm, step.count, parts, C, in_place ? from_later + outputs.begin : dh.data(), in_place ? P : p,
                          false);
-      if (!direct) finish_state(step, outputs, dh, gru ? d.data() : nullptr, G * u);
+      if (!in_place) finish_state(step, outputs, dh, gru ? direct.data() : nullptr);
     }
     team.wait();
     if (need_input) multiply_inputs(id, team.size());
-    if (need_weights) {
-      gather_before(id, team.size());
-      team.wait();
-      multiply_weights(id, team.size());
-    }
+    if (need_weights) multiply_weights(id, team.size());
     gemm.release();
   }
 
+  // Where the forward ran with another number of threads, what it kept moves to these ones' blocks.
+  void take_over(int threads) {
+    T& partition = *kept[PARTITION].template data_ptr<T>();
+    const int from = static_cast<int>(partition);
+    if (from == threads) return;
+    for (Kept which : {Y, RSTD, CELL_Y, CELL_RSTD}) {
+      const bool of_cell = which == CELL_Y || which == CELL_RSTD, of_units = which == Y || which == CELL_Y || norm.kind == Kind::online;
+      if (of_units && kept[which].numel() > 0)
+        repartition(kept[which].template data_ptr<T>(), call.walk.S, of_cell ? 1 : call.G, call.H, from, threads);
+    }
+    partition = static_cast<T>(threads);
+  }
+
   // Scatter the gradient of h before the step to its rows; a GRU adds the direct path that its step left in `direct`.
-  void finish_state(const Step& step, Range outputs, const std::vector<T>& dh, const T* direct, int64_t ld) {
+  void finish_state(const Step& step, Range outputs, const std::vector<T>& dh, const T* direct) {
     const int64_t p = outputs.size();
     for (int64_t i = 0; i < step.count; ++i) {
       T* later = grad_h.data_ptr<T>() + call.walk.row[step.first + i] * call.P + outputs.begin;
-      for (int64_t j = 0; j < p; ++j) later[j] = dh[i * p + j] + (direct != nullptr ? direct[i * ld + j] : T(0));
+      for (int64_t j = 0; j < p; ++j) later[j] = dh[i * p + j] + (direct != nullptr ? direct[i * p + j] : T(0));
     }
   }
 
-  // Write the gradients of pre-activations `d` [count, G*u] to their places; add them to the biases'.
-  void store(const Worker<T>& me, const Step& step, int g0, int g1, const T* d, int64_t ld, Tensor& parts, Tensor& bias) {
+  // Add the gradients of a step's pre-activations, in all gates of own units, to the biases'.
+  void add_rows(const Worker<T>& me, const Step& step, const Tensor& parts, const Tensor& bias) {
+    if (!bias.defined()) return;
     const int64_t u = me.units.size();
-    for (int64_t g = g0; g < g1; ++g) {
+    for (int64_t g = 0; g < call.G; ++g) {
       const int64_t channel = g * call.H + me.units.begin;
-      T* sum = bias.defined() ? bias.data_ptr<T>() + channel : nullptr;
-      for (int64_t i = 0; i < step.count; ++i) {
-        const T* __restrict from = d + i * ld + (g - g0) * u;
-        std::copy_n(from, u, parts.data_ptr<T>() + (step.first + i) * call.C + channel);
-        if (sum == nullptr) continue;
+      T* __restrict sum = bias.data_ptr<T>() + channel;
+      const T* from = parts.data_ptr<T>() + step.first * call.C + channel;
+      for (int64_t i = 0; i < step.count; ++i, from += call.C) {
 #pragma omp simd
         for (int64_t j = 0; j < u; ++j) sum[j] += from[j];
       }
     }
   }
 
-  void lstm_step(Worker<T>& me, const Step& step, const T* dh, T* q, T* d, T* dc) {
+  // From the gates that the forward kept.
+  void plain_lstm_step(Worker<T>& me, const Step& step, const T* dh, Gradients<T> d) {
+    const int64_t u = me.units.size(), H = call.H, first = me.units.begin;
+    const T* history = kept[CELL_STATE].template data_ptr<T>();
+    T* inside = projected.defined() ? projected.data_ptr<T>() : nullptr;
+    for (int64_t i = 0; i < step.count; ++i) {
+      const int64_t s = step.first + i;
+      const T* __restrict gates = norm.y + norm.place(me.units, s, 0);
+      const T* __restrict now = history + s * H + first;
+      const T* __restrict before = call.before(call.get(C0), history, H, s) + first;
+      const T* __restrict dhi = dh + i * u;
+      T* __restrict di = d.at(i, 0);
+      T* __restrict carried = grad_c.data_ptr<T>() + call.walk.row[s] * H + first;
+      fetch(now + me.ahead * H, u);
+      fetch(gates + me.ahead * 4 * u, 4 * u);
+#pragma omp simd
+      for (int64_t j = 0; j < u; ++j) {
+        const T in = gates[j], forget = gates[u + j], g = gates[2 * u + j], o = gates[3 * u + j], t = tangent(now[j]);
+        const T dc = carried[j] + dhi[j] * o * (1 - t * t);
+        di[j] = dc * g * in * (1 - in);
+        di[H + j] = dc * before[j] * forget * (1 - forget);
+        di[2 * H + j] = dc * in * (1 - g * g);
+        di[3 * H + j] = dhi[j] * t * o * (1 - o);
+        carried[j] = dc * forget;
+      }
+      if (inside != nullptr)
+        for (int64_t j = 0; j < u; ++j) inside[s * H + first + j] = gates[3 * u + j] * tangent(now[j]);
+    }
+  }
+
+  void lstm_step(Worker<T>& me, const Step& step, const T* dh, T* q, Gradients<T> d, T* dc) {
     const int64_t u = me.units.size(), H = call.H, W = 4 * u, first = me.units.begin;
     const T* history = kept[CELL_STATE].template data_ptr<T>();
     T *carried = grad_c.data_ptr<T>(), *inside = projected.defined() ? projected.data_ptr<T>() : nullptr;
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
+      norm_recompute(norm, me, s, q + i * W);
       const T* __restrict c = history + s * H + first;
+      fetch(c + me.ahead * H, u);
       const T* __restrict later = carried + call.walk.row[s] * H + first;
       T* __restrict o = q + i * W + 3 * u;
-      T* __restrict d_o = d + i * W + 3 * u;
+      T* __restrict d_o = d.at(i, 3);
       const T* __restrict dhi = dh + i * u;
       T* __restrict dci = dc + i * u;
 #pragma omp simd
@@ -566,79 +655,84 @@ struct Backward {
       if (inside != nullptr)
         for (int64_t j = 0; j < u; ++j) inside[s * H + first + j] = sigmoid(o[j]) * tangent(c[j]);
     }
-    norm_backward(cell_norm, me, 0, 1, step.first, step.count, history + step.first * H + first, H, dc, u);
+    norm_backward(cell_norm, me, 0, 1, step.first, step.count, history + step.first * H + first, H,
+                  Gradients<T>{dc, u, u});
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
       const T* __restrict c = call.before(call.get(C0), history, H, s) + first;
       const T* __restrict qi = q + i * W;
-      T* __restrict di = d + i * W;
+      T* __restrict di = d.at(i, 0);
       const T* __restrict dci = dc + i * u;
       T* __restrict earlier = carried + call.walk.row[s] * H + first;
 #pragma omp simd
       for (int64_t j = 0; j < u; ++j) {
         const T in = sigmoid(qi[j]), forget = sigmoid(qi[u + j]), g = tangent(qi[2 * u + j]);
         di[j] = dci[j] * g * in * (1 - in);
-        di[u + j] = dci[j] * c[j] * forget * (1 - forget);
-        di[2 * u + j] = dci[j] * in * (1 - g * g);
+        di[H + j] = dci[j] * c[j] * forget * (1 - forget);
+        di[2 * H + j] = dci[j] * in * (1 - g * g);
         earlier[j] = dci[j] * forget;
       }
     }
-    norm_backward(norm, me, 0, 4, step.first, step.count, q, W, d, W);
-    store(me, step, 0, 4, d, W, grad_input_part, grad_bias_ih);
+    norm_backward(norm, me, 0, 4, step.first, step.count, q, W, d);
   }
 
-  // Leaves dh * z, the direct path to h before the step, in the first third of `d`'s rows.
-  void gru_step(Worker<T>& me, const Step& step, const T* dh, T* q, T* d) {
+  // Leaves dh * z, the direct path to h before the step, in `direct` [count, units].
+  void gru_step(Worker<T>& me, const Step& step, const T* dh, T* q, Gradients<T> d, T* direct) {
     const int64_t u = me.units.size(), H = call.H, W = 3 * u, first = me.units.begin;
     const T *initial = call.get(H0), *history = kept[HIDDEN].template data_ptr<T>();
     const T* parts = kept[NEW_PART].template data_ptr<T>();
     for (int64_t i = 0; i < step.count; ++i) {
+      norm_recompute(norm, me, step.first + i, q + i * W);
       const T* __restrict qi = q + i * W;
       const T* __restrict dhi = dh + i * u;
-      T* __restrict di = d + i * W;
+      T* __restrict dn = d.at(i, 2);
 #pragma omp simd
       for (int64_t j = 0; j < u; ++j) {
         const T n = tangent(qi[2 * u + j]);
-        di[2 * u + j] = dhi[j] * (1 - sigmoid(qi[u + j])) * (1 - n * n);
+        dn[j] = dhi[j] * (1 - sigmoid(qi[u + j])) * (1 - n * n);
       }
     }
-    norm_backward(norm, me, 2, 3, step.first, step.count, q + 2 * u, W, d + 2 * u, W);
+    norm_backward(norm, me, 2, 3, step.first, step.count, q + 2 * u, W, Gradients<T>{d.at(0, 2), d.ld, d.gate});
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
       const T* __restrict qi = q + i * W;
       const T* __restrict dhi = dh + i * u;
       const T* __restrict h = call.before(initial, history, H, s) + first;
       const T* __restrict part = parts + s * H + first;
-      T* __restrict di = d + i * W;
+      T* __restrict di = d.at(i, 0);
+      T* __restrict to_part = grad_hidden_part.data_ptr<T>() + s * call.C + 2 * H + first;
+      T* __restrict past = direct + i * u;
 #pragma omp simd
       for (int64_t j = 0; j < u; ++j) {
         const T r = sigmoid(qi[j]), z = sigmoid(qi[u + j]), n = tangent(qi[2 * u + j]);
-        di[j] = di[2 * u + j] * part[j] * r * (1 - r);
-        di[u + j] = dhi[j] * (h[j] - n) * z * (1 - z);
+        to_part[j] = di[2 * H + j] * r;
+        past[j] = dhi[j] * z;
+        di[j] = di[2 * H + j] * part[j] * r * (1 - r);
+        di[H + j] = dhi[j] * (h[j] - n) * z * (1 - z);
       }
     }
-    norm_backward(norm, me, 0, 2, step.first, step.count, q, W, d, W);
-    store(me, step, 0, 3, d, W, grad_input_part, grad_bias_ih);
-    for (int64_t i = 0; i < step.count; ++i) {
-      const T* __restrict qi = q + i * W;
-      T* __restrict di = d + i * W;
-#pragma omp simd
-      for (int64_t j = 0; j < u; ++j) di[2 * u + j] *= sigmoid(qi[j]);
-    }
-    store(me, step, 0, 3, d, W, grad_hidden_part, grad_bias_hh);
+    norm_backward(norm, me, 0, 2, step.first, step.count, q, W, d);
     for (int64_t i = 0; i < step.count; ++i)
-      for (int64_t j = 0; j < u; ++j) d[i * W + j] = dh[i * u + j] * sigmoid(q[i * W + u + j]);
+      for (int64_t g = 0; g < 2; ++g)
+        std::copy_n(d.at(i, g), u, grad_hidden_part.data_ptr<T>() + (step.first + i) * call.C + g * H + first);
+    add_rows(me, step, grad_hidden_part, grad_bias_hh);
   }
 
-  void rnn_step(Worker<T>& me, const Step& step, const T* dh, T* q, T* d) {
+  void rnn_step(Worker<T>& me, const Step& step, const T* dh, T* q, Gradients<T> d) {
     const int64_t u = me.units.size();
     const bool tanh = call.options.cell == Cell::rnn_tanh;
-    for (int64_t k = 0; k < step.count * u; ++k) {
-      const T h = tangent(q[k]);
-      d[k] = tanh ? dh[k] * (1 - h * h) : (q[k] > 0 ? dh[k] : T(0));
+    for (int64_t i = 0; i < step.count; ++i) {
+      norm_recompute(norm, me, step.first + i, q + i * u);
+      const T* __restrict qi = q + i * u;
+      const T* __restrict dhi = dh + i * u;
+      T* __restrict di = d.at(i, 0);
+#pragma omp simd
+      for (int64_t j = 0; j < u; ++j) {
+        const T h = tangent(qi[j]);
+        di[j] = tanh ? dhi[j] * (1 - h * h) : (qi[j] > 0 ? dhi[j] : T(0));
+      }
     }
-    norm_backward(norm, me, 0, 1, step.first, step.count, q, u, d, u);
-    store(me, step, 0, 1, d, u, grad_input_part, grad_bias_ih);
+    norm_backward(norm, me, 0, 1, step.first, step.count, q, u, d);
   }
 
   // grad_x: this thread's share of the samples times the input weights.
@@ -660,20 +754,14 @@ struct Backward {
     }
   }
 
-  void gather_before(int id, int threads) {
-    const Range share = part_of(call.walk.S, id, threads);
-    const T *initial = call.get(H0), *history = kept[HIDDEN].template data_ptr<T>();
-    for (int64_t s = share.begin; s < share.end; ++s)
-      std::copy_n(call.before(initial, history, call.P, s), call.P, samples_before.data_ptr<T>() + s * call.P);
-  }
-
   struct Product {
-    const Tensor& right;  // [S, K]
-    Tensor& gradient;     // [columns of left, K]
+    std::vector<const T*> right;  // [S] rows
+    int64_t K;                    // their width
+    Tensor& gradient;             // [columns of left, K]
   };
 
   // For each product: gradient = left' [., S] right [S, K], for this thread's columns of `left` [S, columns].
-  void multiply_transposed(int id, int threads, const Tensor& left, std::initializer_list<Product> products) {
+  void multiply_transposed(int id, int threads, const Tensor& left, const std::vector<Product>& products) {
     const int64_t S = call.walk.S, columns = left.size(1);
     const Range share = part_of(columns, id, threads);
     const int64_t blocks = (S + block_depth - 1) / block_depth, tall = (S + blocks - 1) / blocks;
@@ -683,11 +771,11 @@ struct Backward {
       const int64_t depth = std::min(tall, S - s);
       transpose(left.data_ptr<T>() + s * columns + share.begin, columns, depth, share.size(), turned.get());
       for (const Product& product : products) {
-        const int64_t K = product.right.size(1);
+        const int64_t K = product.K;
         const Slices slices(K);
         for (int64_t slice = 0; slice < slices.count(); ++slice) {
           const int64_t k = slices.begin(slice), width = slices.width(slice);
-          copy_rows(product.right.template data_ptr<T>() + s * K + k, K, depth, width, packed.data());
+          copy_rows(product.right.data() + s, k, depth, width, packed.data());
           for (int64_t c = 0; c < share.size(); c += block_rows)
             gemm(std::min(block_rows, share.size() - c), width, depth, turned.get() + c * depth, depth, packed.data(),
                  width, product.gradient.template data_ptr<T>() + (share.begin + c) * K + k, K, s > 0);
@@ -697,14 +785,23 @@ struct Backward {
   }
 
   void multiply_weights(int id, int threads) {
-    const Tensor samples = call.samples.view({call.walk.S, call.I});
-    if (call.options.cell == Cell::gru) {
-      multiply_transposed(id, threads, grad_input_part, {{samples, grad_weight_ih}});
-      multiply_transposed(id, threads, grad_hidden_part, {{samples_before, grad_weight_hh}});
-    } else {
-      multiply_transposed(id, threads, grad_input_part, {{samples, grad_weight_ih}, {samples_before, grad_weight_hh}});
+    const int64_t S = call.walk.S;
+    Product inputs{std::vector<const T*>(S), call.I, grad_weight_ih}, states{std::vector<const T*>(S), call.P, grad_weight_hh};
+    const T *samples = call.samples.template data_ptr<T>(), *history = kept[HIDDEN].template data_ptr<T>();
+    for (int64_t s = 0; s < S; ++s) {
+      inputs.right[s] = samples + s * call.I;
+      states.right[s] = call.before(call.get(H0), history, call.P, s);
     }
-    if (projected.defined()) multiply_transposed(id, threads, grad_hidden, {{projected, grad_weight_hr}});
+    if (call.options.cell == Cell::gru) {
+      multiply_transposed(id, threads, grad_input_part, {inputs});
+      multiply_transposed(id, threads, grad_hidden_part, {states});
+    } else {
+      multiply_transposed(id, threads, grad_input_part, {inputs, states});
+    }
+    if (!projected.defined()) return;
+    Product outputs{std::vector<const T*>(S), call.H, grad_weight_hr};
+    for (int64_t s = 0; s < S; ++s) outputs.right[s] = projected.data_ptr<T>() + s * call.H;
+    multiply_transposed(id, threads, grad_hidden, {outputs});
   }
 
   // In the order of rnnorm.ops.call.DIFFERENTIABLE; what does not apply is empty.
@@ -718,10 +815,12 @@ struct Backward {
     }
     if (need_input) grad_x = grad_x.view({walk.T, walk.N, call.I});
     if (grad_bias_hh.defined() && call.options.cell != Cell::gru) grad_bias_hh.copy_(grad_bias_ih);
-    const auto affine = [](const Tensor& both, int64_t row) { return both.numel() ? both.select(0, row).clone() : Tensor(); };
+    const auto affine = [&](Operand which, const Tensor& both, int64_t row) {
+      return call.tensors[which].defined() ? both.select(0, row).clone() : Tensor();
+    };
     std::vector<Tensor> out{grad_x, grad_h, grad_c, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh,
-                            grad_weight_hr, affine(grad_affine, 0), affine(grad_affine, 1),
-                            affine(grad_cell_affine, 0), affine(grad_cell_affine, 1)};
+                            grad_weight_hr, affine(NORM_WEIGHT, grad_affine, 0), affine(NORM_BIAS, grad_affine, 1),
+                            affine(CELL_WEIGHT, grad_cell_affine, 0), affine(CELL_BIAS, grad_cell_affine, 1)};
     for (Tensor& gradient : out)
       if (!gradient.defined()) gradient = call.empty({0});
     return out;
