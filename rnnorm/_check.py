@@ -21,6 +21,11 @@ def sizes(input_size: int, hidden_size: int, num_layers: int, dropout: float, pr
         raise ValueError(f"proj_size must be an int in [0, hidden_size={hidden_size}); got {proj_size!r}")
 
 
+def is_tensor(name: str, value: object, kinds: str = "a tensor") -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be {kinds}; got {value!r:.60} of type {type(value).__name__}")
+
+
 def like_weights(name: str, tensor: Tensor, weight: Tensor, autocast: bool) -> None:
     if not tensor.is_floating_point() or (tensor.dtype != weight.dtype and not autocast):
         raise ValueError(
@@ -40,6 +45,8 @@ def shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> N
 def lengths_tensor(lengths: "Tensor | Sequence[int]", T: int, N: int) -> Tensor:
     """`lengths` [N] as int64 on the CPU, each in 1..T."""
     found = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor) and found.numel() == 0:
+        found = found.long()  # an empty list has torch's default dtype
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise ValueError(f"lengths must be integers; got {found.dtype}")
     found = found.to("cpu", torch.int64)

@@ -98,6 +98,7 @@ class Recurrent(RecurrentModule):
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths)
+        _check.is_tensor("input", input, "a tensor or a PackedSequence")
         if input.dim() not in (2, 3):
             raise ValueError(f"input must have 3 dimensions, or 2 for one sequence; got shape {tuple(input.shape)}")
         single = input.dim() == 2

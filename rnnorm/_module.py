@@ -141,10 +141,12 @@ class RecurrentModule(StreamModule):
         widths = {"h": self.proj_size or self.hidden_size, "c": self.hidden_size}
         if hx is None:
             return [torch.zeros(*lead, widths[name], dtype=x.dtype, device=x.device) for name in names]
-        given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        if len(given) != len(names) or (len(names) == 1) != isinstance(hx, Tensor):
+        given = (hx,) if isinstance(hx, Tensor) else tuple(hx) if isinstance(hx, tuple | list) else ()
+        tensors = all(isinstance(value, Tensor) for value in given)
+        if not tensors or len(given) != len(names) or (len(names) == 1) != isinstance(hx, Tensor):
             form = "one tensor h_0" if len(names) == 1 else "a pair (h_0, c_0)"
-            came = "one tensor" if isinstance(hx, Tensor) else f"a {type(hx).__name__} of {len(given)}"
+            kinds = ", ".join(type(value).__name__ for value in given)
+            came = "one tensor" if isinstance(hx, Tensor) else f"a {type(hx).__name__} of {len(given)} ({kinds})"
             raise ValueError(f"the state hx must be {form}; got {came}")
         for name, value in zip(names, given, strict=True):
             units = "P" if name == "h" and self.proj_size else "H"

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnorm import norms
+from rnnorm import _check, norms
 from rnnorm._module import STREAMS, StreamModule
 from rnnorm.ops.call import statistics_dtype
 
@@ -71,6 +71,8 @@ class OnlineNorm(StreamModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input` (N, C) or (N, C, *), in the order of its samples."""
+        if not torch.jit.is_scripting():
+            _check.is_tensor("input", input)
         if input.dim() < 2 or input.size(1) != self.num_features:
             raise ValueError(f"input must have shape (N, C = {self.num_features}, *); got {list(input.shape)}")
         if not input.is_floating_point() or statistics_dtype(input.dtype) != self.mean.dtype:

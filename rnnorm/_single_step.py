@@ -44,6 +44,7 @@ class CellModule(RecurrentModule):
         In training mode every call is one step of the streams; backward through several calls must run in reverse order
         of the calls, as autograd does. Errors as in the layers.
         """
+        _check.is_tensor("input", input)
         if input.dim() not in (1, 2):
             raise ValueError(f"input must have shape (N, I) or (I,); got {tuple(input.shape)}")
         single = input.dim() == 1

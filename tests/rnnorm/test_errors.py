@@ -135,6 +135,11 @@ _CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: rnnorm.GRUCell(3, 4)(_X[0], torch.zeros(3, 4)), ValueError, r"h_0 must have shape \(N, H\) = \(2, 4\)"),
     (lambda: rnnorm.GRUCell(3, 4)(_X[0, 0], torch.zeros(2, 4)), ValueError, r"h_0 must have shape \(H\) = \(4,\)"),
     (lambda: rnnorm.GRUCell(3, 4)(_X[0].half()), ValueError, "input must have the weights' dtype"),
+    (lambda: _lstm()([[1.0]]), TypeError, r"input must be a tensor or a PackedSequence; got \[\[1.0\]\] of type list"),
+    (lambda: _lstm()(_X, "hc"), ValueError, r"the state hx must be a pair \(h_0, c_0\); got a str of 0"),
+    (lambda: _lstm()(_X, (None, 3)), ValueError, r"must be a pair \(h_0, c_0\); got a tuple of 2 \(NoneType, int\)"),
+    (lambda: rnnorm.GRUCell(3, 4)(None), TypeError, "input must be a tensor; got None of type NoneType"),
+    (lambda: rnnorm.OnlineNorm(3)("x"), TypeError, "input must be a tensor; got 'x' of type str"),
     (lambda: rnnorm.OnlineNorm(3)(torch.zeros(3)), ValueError, r"input must have shape \(N, C = 3, \*\); got \[3\]"),
     (lambda: rnnorm.OnlineNorm(3)(torch.zeros(5, 4)), ValueError, r"got \[5, 4\]"),
     (
