@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
 
 #include "../cell.h"
 #include "team.h"
@@ -48,9 +51,9 @@ struct Norm {
   int64_t G = 0, H = 0, S = 0;
   const T *weight = nullptr, *bias = nullptr;                      // [C]; 1 and 0 without an affine map
   const T* frozen = nullptr;                                       // [C] 1 / sqrt(var + eps), where it does not move
-  T *mean = nullptr, *var = nullptr, *u = nullptr, *v = nullptr;  // [C], moved in place
+  T *mean = nullptr, *var = nullptr, *u = nullptr, *v = nullptr;  // [C], moved; in a worker's copy its own [G, units]
   T *y = nullptr, *rstd = nullptr, *scale = nullptr;              // kept; null: not kept. `scale` is [S, G]
-  T *grad_weight = nullptr, *grad_bias = nullptr;                 // [C], added to
+  T *grad_weight = nullptr, *grad_bias = nullptr;                 // the same, added to
 
   int64_t place(const Range& units, int64_t sample, int64_t gate) const { return kept_place(S, G, units, sample, gate); }
 
@@ -58,17 +61,67 @@ struct Norm {
   bool reduces() const { return per_gate() || guard == Guard::scale; }
 };
 
-// What one thread needs to work on its units: who it is, and the exchange of partial sums with the others.
+// Copies of one thread's part of arrays [G * H] that change with every sample, [G, units] each, written back in the end.
+// In the arrays themselves the threads would fight for the lines at their borders, sample after sample.
+template <typename T>
+class Own {
+ public:
+  Own(int64_t G, int64_t H, Range units) : G_(G), H_(H), units_(units) {}
+  Own(const Own&) = delete;
+  ~Own() {
+    for (const auto& [array, copy, back] : copies_)
+      for (int64_t g = 0; g < G_ && back; ++g)
+        std::copy_n(copy.get() + line + g * units_.size(), units_.size(), array + g * H_ + units_.begin);
+  }
+
+  // `array` becomes the copy.
+  void take(T*& array, bool back) {
+    if (array == nullptr) return;
+    std::unique_ptr<T[]> copy(new T[G_ * units_.size() + 2 * line]);
+    for (int64_t g = 0; g < G_; ++g)
+      std::copy_n(array + g * H_ + units_.begin, units_.size(), copy.get() + line + g * units_.size());
+    T* const own = copy.get() + line;
+    copies_.push_back({array, std::move(copy), back});
+    array = own;
+  }
+
+  void take(Norm<T>& norm) {
+    for (T** moved : {&norm.mean, &norm.var, &norm.u, &norm.v}) take(*moved, norm.training);
+    for (T** sum : {&norm.grad_weight, &norm.grad_bias}) take(*sum, true);
+  }
+
+ private:
+  static constexpr int64_t line = 16;
+  struct Copy {
+    T* array;
+    std::unique_ptr<T[]> values;
+    bool back;
+  };
+  int64_t G_, H_;
+  Range units_;
+  std::vector<Copy> copies_;
+};
+
+// What one thread needs to work on its units: who it is, its norms, and the exchange of partial sums with the others.
 template <typename T>
 struct Worker {
   int id;
   Team& team;
   Exchange<T>& exchange;
   Range units;
+  Norm<T> norm, cell_norm;
   std::vector<T> total;  // as many values as one exchange holds
   std::vector<T> spare;  // two rows, for what is not kept
-  int64_t ahead = 0;     // from a sample of this step to that of the next one worked on
+  Own<T> own, cell_own;
+  int64_t ahead = 0;  // from a sample of this step to that of the next one worked on
   int turn = 0;
+
+  Worker(int id, Team& team, Exchange<T>& exchange, Range units, const Norm<T>& norm, const Norm<T>& cell_norm, int64_t values)
+      : id(id), team(team), exchange(exchange), units(units), norm(norm), cell_norm(cell_norm), total(values),
+        spare(2 * units.size()), own(norm.G, norm.H, units), cell_own(1, norm.H, units) {
+    own.take(this->norm);
+    cell_own.take(this->cell_norm);
+  }
 
   T* partial() { return exchange.mine(id, turn); }
   // After all have written `count` partial values: the sum of each over the threads, in a fixed order.
@@ -105,8 +158,8 @@ inline T stream_row(const Norm<T>& norm, Worker<T>& me, int64_t gate, int64_t sa
   T* __restrict rstd = kept ? norm.rstd + row : me.spare.data() + count;
   const T* __restrict w = norm.weight + channel;
   const T* __restrict shift = norm.bias + channel;
-  T* __restrict mean = norm.mean + channel;
-  T* __restrict var = norm.var + channel;
+  T* __restrict mean = norm.mean + gate * count;
+  T* __restrict var = norm.var + gate * count;
   const T eps = norm.eps, alpha = norm.alpha_fwd, rest = 1 - alpha;
   T squares = 0;
 #pragma omp simd reduction(+ : squares)
@@ -263,10 +316,10 @@ inline void stream_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_
   const T* __restrict rstd = norm.rstd + row;
   fetch(rstd + me.ahead * norm.G * count, count);
   const T* __restrict w = norm.weight + channel;
-  T* __restrict u = norm.u + channel;
-  T* __restrict v = norm.v + channel;
-  T* __restrict grad_weight = norm.grad_weight + channel;
-  T* __restrict grad_bias = norm.grad_bias + channel;
+  T* __restrict u = norm.u + gate * count;
+  T* __restrict v = norm.v + gate * count;
+  T* __restrict grad_weight = norm.grad_weight + gate * count;
+  T* __restrict grad_bias = norm.grad_bias + gate * count;
   const T rest = 1 - norm.alpha_bwd, factor = scaled ? norm.scale[sample * norm.G + gate] : T(1);
 #pragma omp simd
   for (int64_t j = 0; j < count; ++j) {
@@ -283,12 +336,12 @@ inline void stream_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_
 
 // Through the affine map of one row: gradients of weight and bias are added, `g` becomes that of y.
 template <typename T>
-inline void affine_backward(const Norm<T>& norm, int64_t channel, int64_t count, const T* __restrict y,
-                            T* __restrict g) {
-  const T* w = norm.weight + channel;
-  T *__restrict gw = norm.grad_weight + channel, *__restrict gb = norm.grad_bias + channel;
+inline void affine_backward(const Norm<T>& norm, const Worker<T>& me, int64_t gate, const T* __restrict y, T* __restrict g) {
+  const int64_t u = me.units.size();
+  const T* w = norm.weight + gate * norm.H + me.units.begin;
+  T *__restrict gw = norm.grad_weight + gate * u, *__restrict gb = norm.grad_bias + gate * u;
 #pragma omp simd
-  for (int64_t j = 0; j < count; ++j) {
+  for (int64_t j = 0; j < u; ++j) {
     gw[j] += g[j] * y[j];
     gb[j] += g[j];
     g[j] *= w[j];
@@ -375,7 +428,7 @@ template <typename T>
 void norm_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, const T* q,
                    int64_t q_ld, Gradients<T> g) {
   if (norm.kind == Kind::none) return;
-  const int64_t u = me.units.size(), C = norm.G * norm.H, gates = g1 - g0;
+  const int64_t u = me.units.size(), gates = g1 - g0;
   const bool scaled = norm.guard == Guard::scale;
   if (norm.guard == Guard::clamp) clamp_backward(norm, me, g0, g1, sample, n, g);
   const T* sums = scaled ? scale_sums(me, gates, n, q, q_ld, g) : nullptr;
@@ -389,10 +442,9 @@ void norm_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t s
   if (scaled) scale_backward(norm, me, g0, g1, sample, n, q, q_ld, g, sums);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t k = 0; k < gates; ++k) {
-      const int64_t channel = (g0 + k) * norm.H + me.units.begin;
       T* d = g.at(i, k);
       const int64_t row = norm.place(me.units, sample + i, g0 + k);
-      affine_backward(norm, channel, u, norm.y + row, d);
+      affine_backward(norm, me, g0 + k, norm.y + row, d);
       if (norm.kind == Kind::online) {
         const T* rstd = norm.rstd + row;
 #pragma omp simd

@@ -13,6 +13,7 @@
 
 #include <memory>
 
+
 #include "../cell.h"
 #include "gemm.h"
 #include "math.h"
@@ -230,7 +231,7 @@ struct Forward {
     if (id == 0 && call.options.save) *kept[PARTITION].template data_ptr<T>() = static_cast<T>(team.size());
     const int64_t u = units.size(), W = G * u;
     const bool gru = call.options.cell == Cell::gru;
-    Worker<T> me{id, team, exchange, units, std::vector<T>(2 * N * G), std::vector<T>(2 * units.size())};
+    Worker<T> me(id, team, exchange, units, norm, cell_norm, 2 * N * G);
 
     InputPart input(*this, units);
     // The GRU's recurrent part of n meets its reset gate before it meets the input part.
@@ -355,7 +356,7 @@ struct Forward {
   void lstm_step(Worker<T>& me, const Step& step, T* pre, const T* bias, T* c_new, T* out) {
     const int64_t u = me.units.size(), H = call.H, W = 4 * u, first = me.units.begin;
     T* history = cell_state.data_ptr<T>();
-    norm_forward(norm, me, 0, 4, step.first, step.count, pre, W, bias);
+    norm_forward(me.norm, me, 0, 4, step.first, step.count, pre, W, bias);
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
       const T* __restrict q = pre + i * W;
@@ -365,7 +366,7 @@ struct Forward {
       for (int64_t j = 0; j < u; ++j)
         now[j] = sigmoid(q[u + j]) * c[j] + sigmoid(q[j]) * tangent(q[2 * u + j]);
     }
-    norm_forward(cell_norm, me, 0, 1, step.first, step.count, c_new, u, static_cast<const T*>(nullptr));
+    norm_forward(me.cell_norm, me, 0, 1, step.first, step.count, c_new, u, static_cast<const T*>(nullptr));
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
       const T* __restrict q = pre + i * W + 3 * u;
@@ -383,7 +384,7 @@ struct Forward {
   void gru_step(Worker<T>& me, const Step& step, T* pre, const T* bias, T* new_part, const T* h_before, T* out) {
     const int64_t u = me.units.size(), H = call.H, W = 3 * u, first = me.units.begin;
     const T* hidden_bias = call.get(BIAS_HH);
-    norm_forward(norm, me, 0, 2, step.first, step.count, pre, W, bias);
+    norm_forward(me.norm, me, 0, 2, step.first, step.count, pre, W, bias);
     for (int64_t i = 0; i < step.count; ++i) {
       T* __restrict q = pre + i * W;
       T* __restrict part = new_part + i * u;
@@ -397,7 +398,7 @@ struct Forward {
       if (call.options.save)
         std::copy_n(part, u, kept[NEW_PART].template data_ptr<T>() + (step.first + i) * H + first);
     }
-    norm_forward(norm, me, 2, 3, step.first, step.count, pre + 2 * u, W, bias + 2 * u);
+    norm_forward(me.norm, me, 2, 3, step.first, step.count, pre + 2 * u, W, bias + 2 * u);
     for (int64_t i = 0; i < step.count; ++i) {
       const T* __restrict q = pre + i * W;
       const T* __restrict h = h_before + i * H + first;
@@ -412,7 +413,7 @@ struct Forward {
 
   void rnn_step(Worker<T>& me, const Step& step, T* pre, const T* bias, T* out) {
     const int64_t u = me.units.size(), H = call.H, first = me.units.begin;
-    norm_forward(norm, me, 0, 1, step.first, step.count, pre, u, bias);
+    norm_forward(me.norm, me, 0, 1, step.first, step.count, pre, u, bias);
     const bool tanh = call.options.cell == Cell::rnn_tanh;
     for (int64_t i = 0; i < step.count; ++i) {
       const T* __restrict q = pre + i * u;
@@ -517,7 +518,10 @@ struct Backward {
     const bool gru = call.options.cell == Cell::gru;
     if (id == 0) take_over(team.size());
     team.wait();
-    Worker<T> me{id, team, exchange, units, std::vector<T>(2 * N * G), std::vector<T>(2 * units.size())};
+    Worker<T> me(id, team, exchange, units, norm, cell_norm, 2 * N * G);
+    T *bias_ih = pointer<T>(grad_bias_ih), *bias_hh = gru ? pointer<T>(grad_bias_hh) : nullptr;
+    me.own.take(bias_ih, true);
+    me.own.take(bias_hh, true);
     Panels<T> recurrent(C, p), projection(P, projected.defined() ? u : 0);
     recurrent.pack_columns(call.get(WEIGHT_HH) + outputs.begin, P);
     if (projected.defined()) projection.pack_columns(call.get(WEIGHT_HR) + units.begin, H);
@@ -550,7 +554,8 @@ struct Backward {
       else if (plain_lstm) plain_lstm_step(me, step, dout, d);
       else if (call.options.cell == Cell::lstm) lstm_step(me, step, dout, q.data(), d, dc.data());
       else rnn_step(me, step, dout, q.data(), d);
-      add_rows(me, step, grad_input_part, grad_bias_ih);
+      add_rows(me, step, grad_input_part, bias_ih);
+      if (gru) add_rows(me, step, grad_hidden_part, bias_hh);
       team.wait();
       // Own columns of the gradient of h before the step, straight to its rows where they are all active.
       const T* parts = grad_hidden_part.data_ptr<T>() + step.first * C;
@@ -587,14 +592,13 @@ struct Backward {
     }
   }
 
-  // Add the gradients of a step's pre-activations, in all gates of own units, to the biases'.
-  void add_rows(const Worker<T>& me, const Step& step, const Tensor& parts, const Tensor& bias) {
-    if (!bias.defined()) return;
+  // Add the gradients of a step's pre-activations, in all gates of own units, to `sums` [G, units].
+  void add_rows(const Worker<T>& me, const Step& step, const Tensor& parts, T* sums) {
+    if (sums == nullptr) return;
     const int64_t u = me.units.size();
     for (int64_t g = 0; g < call.G; ++g) {
-      const int64_t channel = g * call.H + me.units.begin;
-      T* __restrict sum = bias.data_ptr<T>() + channel;
-      const T* from = parts.data_ptr<T>() + step.first * call.C + channel;
+      T* __restrict sum = sums + g * u;
+      const T* from = parts.data_ptr<T>() + step.first * call.C + g * call.H + me.units.begin;
       for (int64_t i = 0; i < step.count; ++i, from += call.C) {
 #pragma omp simd
         for (int64_t j = 0; j < u; ++j) sum[j] += from[j];
@@ -638,7 +642,7 @@ struct Backward {
     T *carried = grad_c.data_ptr<T>(), *inside = projected.defined() ? projected.data_ptr<T>() : nullptr;
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
-      norm_recompute(norm, me, s, q + i * W);
+      norm_recompute(me.norm, me, s, q + i * W);
       const T* __restrict c = history + s * H + first;
       fetch(c + me.ahead * H, u);
       const T* __restrict later = carried + call.walk.row[s] * H + first;
@@ -655,7 +659,7 @@ struct Backward {
       if (inside != nullptr)
         for (int64_t j = 0; j < u; ++j) inside[s * H + first + j] = sigmoid(o[j]) * tangent(c[j]);
     }
-    norm_backward(cell_norm, me, 0, 1, step.first, step.count, history + step.first * H + first, H,
+    norm_backward(me.cell_norm, me, 0, 1, step.first, step.count, history + step.first * H + first, H,
                   Gradients<T>{dc, u, u});
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
@@ -673,7 +677,7 @@ struct Backward {
         earlier[j] = dci[j] * forget;
       }
     }
-    norm_backward(norm, me, 0, 4, step.first, step.count, q, W, d);
+    norm_backward(me.norm, me, 0, 4, step.first, step.count, q, W, d);
   }
 
   // Leaves dh * z, the direct path to h before the step, in `direct` [count, units].
@@ -682,7 +686,7 @@ struct Backward {
     const T *initial = call.get(H0), *history = kept[HIDDEN].template data_ptr<T>();
     const T* parts = kept[NEW_PART].template data_ptr<T>();
     for (int64_t i = 0; i < step.count; ++i) {
-      norm_recompute(norm, me, step.first + i, q + i * W);
+      norm_recompute(me.norm, me, step.first + i, q + i * W);
       const T* __restrict qi = q + i * W;
       const T* __restrict dhi = dh + i * u;
       T* __restrict dn = d.at(i, 2);
@@ -692,7 +696,7 @@ struct Backward {
         dn[j] = dhi[j] * (1 - sigmoid(qi[u + j])) * (1 - n * n);
       }
     }
-    norm_backward(norm, me, 2, 3, step.first, step.count, q + 2 * u, W, Gradients<T>{d.at(0, 2), d.ld, d.gate});
+    norm_backward(me.norm, me, 2, 3, step.first, step.count, q + 2 * u, W, Gradients<T>{d.at(0, 2), d.ld, d.gate});
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
       const T* __restrict qi = q + i * W;
@@ -711,18 +715,17 @@ struct Backward {
         di[H + j] = dhi[j] * (h[j] - n) * z * (1 - z);
       }
     }
-    norm_backward(norm, me, 0, 2, step.first, step.count, q, W, d);
+    norm_backward(me.norm, me, 0, 2, step.first, step.count, q, W, d);
     for (int64_t i = 0; i < step.count; ++i)
       for (int64_t g = 0; g < 2; ++g)
         std::copy_n(d.at(i, g), u, grad_hidden_part.data_ptr<T>() + (step.first + i) * call.C + g * H + first);
-    add_rows(me, step, grad_hidden_part, grad_bias_hh);
   }
 
   void rnn_step(Worker<T>& me, const Step& step, const T* dh, T* q, Gradients<T> d) {
     const int64_t u = me.units.size();
     const bool tanh = call.options.cell == Cell::rnn_tanh;
     for (int64_t i = 0; i < step.count; ++i) {
-      norm_recompute(norm, me, step.first + i, q + i * u);
+      norm_recompute(me.norm, me, step.first + i, q + i * u);
       const T* __restrict qi = q + i * u;
       const T* __restrict dhi = dh + i * u;
       T* __restrict di = d.at(i, 0);
@@ -732,7 +735,7 @@ struct Backward {
         di[j] = tanh ? dhi[j] * (1 - h * h) : (qi[j] > 0 ? dhi[j] : T(0));
       }
     }
-    norm_backward(norm, me, 0, 1, step.first, step.count, q, u, d);
+    norm_backward(me.norm, me, 0, 1, step.first, step.count, q, u, d);
   }
 
   // grad_x: this thread's share of the samples times the input weights.
