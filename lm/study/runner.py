@@ -153,7 +153,7 @@ class _Runs:
     def _train_and_score(self, job: Job, device: str, log: IO[str]) -> dict[str, Any]:
         where = results.run_folder(self.folder, job)
         chosen = ["--device", device] if device else []
-        code, _ = self._lm(job, log, [*job.arm.command(job.seed, where), *chosen])
+        code, _ = self._lm(job, log, log, [*job.arm.command(job.seed, where), *chosen])
         diverged = next((row["what"] for row in results.metrics(where) if row["kind"] == "diverged"), None)
         if code and not (code == 1 and diverged):
             raise UserError(f"{job} failed with exit code {code}: {_last_line(log.name)} (see {log.name})")
@@ -161,20 +161,22 @@ class _Runs:
         if (where / "checkpoints" / "best.pt").exists():
             protocols = ["--protocol", "exact", "--protocol", "chunk-mean"]
             splits, bands = ["--split", "valid", "--split", "test"], ["--by-frequency", "--by-position"]
-            code, printed = self._lm(job, log, ["eval", str(where), *splits, *protocols, *bands, "--json", *chosen])
+            code, printed = self._lm(
+                job, subprocess.PIPE, log, ["eval", str(where), *splits, *protocols, *bands, "--json", *chosen]
+            )
             if code:
                 raise UserError(f"{job} could not be scored: {_last_line(log.name)} (see {log.name})")
             scores = json.loads(printed)
         return results.save(self.folder, job, scores, diverged)
 
-    def _lm(self, job: Job, log: IO[str], arguments: Sequence[str]) -> tuple[int, str]:
-        """Runs one command, which says into the log; returns its exit code and what it printed."""
+    def _lm(self, job: Job, out: IO[str] | int, log: IO[str], arguments: Sequence[str]) -> tuple[int, str]:
+        """Runs one command, which says into the log; returns its exit code and what it printed into a pipe."""
         if self.stopped:
             raise _StoppedError
         process = subprocess.Popen(
             [sys.executable, "-m", "lm", *arguments],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=out,
             stderr=log,
             text=True,
             env=self._environment,
@@ -187,9 +189,7 @@ class _Runs:
             del self.live[job]
         if self.stopped and process.returncode:
             raise _StoppedError
-        log.write(printed)
-        log.flush()
-        return process.returncode, printed
+        return process.returncode, printed or ""
 
     @contextmanager
     def _log(self, job: Job) -> Iterator[IO[str]]:

@@ -3,7 +3,6 @@ import io
 import itertools
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 from lm import config, study
 from lm.cli import main
 from lm.errors import UserError
-from lm.study import results
+from lm.study import results, runner
 from lm.study.progress import Progress
 
 ROOT = Path(__file__).parents[2]
@@ -252,6 +251,26 @@ def test_a_study_runs_once_and_a_diverged_run_is_a_result(read, corpus, tmp_path
         study.run(other, folder)
 
 
+def test_devices_are_given_out_one_for_each_run_at_a_time(read, tmp_path, monkeypatch):
+    held, together = set(), []
+
+    def record(self, job, device, log):
+        assert device not in held
+        held.add(device)
+        together.append(len(held))
+        time.sleep(0.05)
+        held.remove(device)
+        return row(job.arm, job.seed, 10.0) | {"epochs": [], "diverged": None}
+
+    monkeypatch.setattr(runner._Runs, "_train_and_score", record)
+    monkeypatch.setattr(runner, "_check", lambda *_: None)
+    monkeypatch.setattr(Progress, "finished", lambda *_: None)
+    monkeypatch.setattr(results, "write", lambda *_: {})
+    study.run(read(SMALL, seeds=4), tmp_path / "study", jobs=2, devices=("cuda:0", "cuda:1"), say=lambda _: None)
+    assert len(together) == 8
+    assert max(together) == 2
+
+
 def test_a_folder_of_something_else_is_refused(read, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/diary.txt").write_text("")
@@ -284,38 +303,37 @@ def test_a_run_that_fails_is_told_and_the_others_are_done(read, corpus, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_study_that_is_stopped_goes_on(read, corpus, tmp_path, number, capsys, monkeypatch):
-    """Ctrl-C saves and ends the runs; SIGKILL leaves them to end by themselves, and the next study waits for them."""
+def test_a_study_that_is_stopped_or_killed_goes_on(corpus, tmp_path, capsys, monkeypatch):
+    """Ctrl-C saves and ends the runs. SIGKILL leaves them to end by themselves, and the next study waits for them."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
-    epochs = 100_000 if number == signal.SIGINT else 15
-    (tmp_path / "one.toml").write_text(SMALL.split('[[arms]]\nname = "bad"')[0])
-    command = ["study", "one.toml", "--data", "text", "--seeds", "1", "--run", "out", "--set"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lm", *command, f"train.epochs={epochs}"],
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        text=True,
-    )
+    (tmp_path / "one.toml").write_text(SMALL.rpartition("[[arms]]")[0])
+    command = ["study", "one.toml", "--data", "text", "--seeds", "1", "--run", "out", "--set", "train.epochs=20"]
     log = tmp_path / "out/runs/good/seed-1/metrics.jsonl"
-    deadline = time.monotonic() + 100
-    while not (log.exists() and log.stat().st_size > 1000) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    if number == signal.SIGINT:
-        assert process.returncode == 130
-        assert "stopped by SIGINT; every run is saved; the same command goes on" in said
-        assert "stopped by SIGINT after step" in (tmp_path / "out/runs/good/seed-1.log").read_text()
-        epochs = json.loads(log.read_text().splitlines()[-1])["epoch"] + 1
-    assert not list(tmp_path.glob("out/results/*"))
-    assert main([*command, f"train.epochs={epochs}"]) == 0
+
+    def stop(number):
+        before = log.stat().st_size if log.exists() else 0
+        process = subprocess.Popen([sys.executable, "-m", "lm", *command], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 200
+        while not (log.exists() and log.stat().st_size > before + 1000) and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=100)
+        assert not list(tmp_path.glob("out/results/*"))
+        return process.returncode, said
+
+    code, said = stop(signal.SIGINT)
+    assert code == 130
+    assert "stopped by SIGINT; every run is saved; the same command goes on" in said
+    assert "stopped by SIGINT after step" in (tmp_path / "out/runs/good/seed-1.log").read_text()
+    code, _ = stop(signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert main(command) == 0
     assert "1 of 1 runs" in capsys.readouterr().out
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"train"' in line]
     assert steps == list(range(1, len(steps) + 1)), "no step twice: no two processes in one folder"
-    assert len(json.loads((tmp_path / "out/results/good-seed-1.json").read_text())["epochs"]) == epochs
+    assert len(json.loads((tmp_path / "out/results/good-seed-1.json").read_text())["epochs"]) == 20
 
 
 class Terminal(io.StringIO):
