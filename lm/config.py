@@ -17,7 +17,8 @@ from lm.files import read_text
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Alpha = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Whole = Annotated[int, Field(ge=0, le=10**9)]
 
 
 class Section(BaseModel):
@@ -57,7 +58,7 @@ class ModelConfig(Section):
     )
     hidden_size: Count = Field(default=200, description="units of a layer")
     embedding_size: Count | None = Field(default=None, description="units of the embedding; none: hidden_size")
-    num_layers: Count = Field(default=1, description="recurrent layers")
+    num_layers: Annotated[int, Field(ge=1, le=1000)] = Field(default=1, description="recurrent layers")
     dropout: Rate = Field(default=0.0, description="dropout after the embedding, between layers, and after the last")
     input_dropout: Rate | None = Field(default=None, description="dropout after the embedding; none: dropout")
     output_dropout: Rate | None = Field(default=None, description="dropout after the last layer; none: dropout")
@@ -105,7 +106,7 @@ class TrainConfig(Section):
     window: str = Field(default="32", description="steps of truncated BPTT: 64, uniform{2..128} or awd{70}")
     optimizer: Literal["sgd", "asgd", "adam", "adamw"] = Field(default="adam", description="asgd: averaged sgd")
     momentum: Rate = Field(default=0.0, description="sgd: momentum")
-    average_patience: Annotated[int, Field(ge=0)] = Field(
+    average_patience: Whole = Field(
         default=0, description="asgd: average from this many epochs without a new best on (0: from the start)"
     )
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(default=0.0, description="L2 penalty")
@@ -116,13 +117,11 @@ class TrainConfig(Section):
     schedule_factor: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5, description="exponential: factor of each epoch; plateau: factor of each fall"
     )
-    schedule_hold: Annotated[int, Field(ge=0)] = Field(
-        default=1, description="exponential: epochs at the full rate first"
-    )
-    schedule_patience: Annotated[int, Field(ge=0)] = Field(
+    schedule_hold: Whole = Field(default=1, description="exponential: epochs at the full rate first")
+    schedule_patience: Whole = Field(
         default=0, description="plateau: epochs without a new best that are let pass before a fall"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="steps in which the rate climbs from 0")
+    warmup_steps: Whole = Field(default=0, description="steps in which the rate climbs from 0")
     patience: Count | None = Field(
         default=None, description="stop after this many epochs without a new best; none: never"
     )
@@ -189,7 +188,15 @@ def _explain(fault: ValidationError) -> str:
         where = f"key of [{path[0]}]" if path else "section"
         return f"{name} must be a known {where}; {last!r} came; the known ones are {valid}"
     told = first["msg"].removeprefix("Input should ")
-    return f"{name} must {told}; {first['input']!r} came; see `train --help` for every key"
+    return f"{name} must {told}; {_short(first['input'])} came; see `train --help` for every key"
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a huge number"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def presets() -> dict[str, str]:
@@ -226,7 +233,7 @@ def read_tables(path: Path, what: str) -> dict[str, Any]:
     """Returns all that a TOML file holds; a fault is a UserError that names the file."""
     try:
         return tomllib.loads(read_text(path, what))
-    except tomllib.TOMLDecodeError as fault:
+    except (ValueError, RecursionError) as fault:  # an integer of 5,000 digits is a bare ValueError
         raise UserError(f"{what} must be TOML; {path}: {fault}") from None
 
 
@@ -258,12 +265,14 @@ def assignment(name: str, value: Any) -> str:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
 def absolute(data: DataConfig) -> DataConfig:
     """Returns the section with whole paths, so that a run folder can be used from any working folder."""
+    if "\0" in f"{data.dir}{data.source}{data.tokenizer_file}":
+        raise UserError("data.dir, data.source and data.tokenizer_file must not hold the character NUL; take it out")
     changed: dict[str, str] = {"dir": str(Path(data.dir).resolve())}
     if data.source not in CORPORA and Path(data.source).is_dir():
         changed["source"] = str(Path(data.source).resolve())

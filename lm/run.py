@@ -4,6 +4,7 @@ config.toml  tokenizer.json  metrics.jsonl  tensorboard/  checkpoints/{last,prev
 """
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -321,8 +322,24 @@ def _text(settings: Config, saved: Mapping[str, Any] | None) -> _Text:
 
 
 def _model(settings: Config, tokenizer: Tokenizer, device: torch.device) -> LanguageModel:
+    _require_memory(settings, tokenizer)
     torch.manual_seed(settings.train.seed)
     return LanguageModel(settings.model, tokenizer.size, settings.train.backend).to(device)
+
+
+def _require_memory(settings: Config, tokenizer: Tokenizer) -> None:
+    """Refuses a model that cannot be held here, before any memory is taken: a checkpoint may ask for one too."""
+    shape, gates = settings.model, {"lstm": 4, "gru": 3}
+    width = shape.embedding_size or shape.hidden_size
+    rows = gates.get(shape.cell, 1) * shape.hidden_size
+    words = tokenizer.size * (width + (0 if shape.tied else shape.hidden_size))
+    size = 4 * (words + rows * (width + shape.hidden_size * (2 * shape.num_layers - 1)))
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > there:
+        raise UserError(
+            f"a model must fit into memory; its weights take {size / 2**30:,.0f} GiB of {there / 2**30:,.0f} GiB; "
+            "lower model.hidden_size or model.num_layers"
+        )
 
 
 def _restore(model: LanguageModel, saved: Mapping[str, Any], folder: Path) -> None:

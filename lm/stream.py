@@ -165,8 +165,8 @@ class Policy:
         return length / self.high if self.kind == "awd" else 1.0
 
 
-_UNIFORM = re.compile(r"uniform\{(\d+)\.\.(\d+)\}")
-_AWD = re.compile(r"awd\{(\d+)\}")
+_UNIFORM = re.compile(r"uniform\{(\d{1,9})\.\.(\d{1,9})\}")
+_AWD = re.compile(r"awd\{(\d{1,9})\}")
 
 
 def policy(text: str | int) -> Policy:
@@ -177,7 +177,7 @@ def policy(text: str | int) -> Policy:
     """
     form = str(text).strip()
     found = None
-    if re.fullmatch(r"\d+", form):
+    if re.fullmatch(r"\d{1,9}", form):
         found = Policy("fixed", int(form), int(form))
     elif match := _UNIFORM.fullmatch(form):
         found = Policy("uniform", int(match[1]), int(match[2]))
@@ -186,7 +186,7 @@ def policy(text: str | int) -> Policy:
     if found is None or min(found.low, found.high) < 1 or (found.kind != "awd" and found.low > found.high):
         raise UserError(
             f"a window must be a length of at least 1 such as 64, uniform{{2..128}} or awd{{70}}; "
-            f"{text!r} came; write one of these forms"
+            f"{form[:60]!r} came; write one of these forms"
         )
     return found
 

@@ -182,6 +182,7 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
         kind = state["kind"]
         if kind in ("word", "char"):
             pieces = tuple(state["pieces"])
+            "".join(pieces).encode()  # half a surrogate pair is no text
             whole = all(isinstance(piece, str) for piece in pieces)
             if whole and len(set(pieces)) == len(pieces) and {UNK, EOS} <= set(pieces):
                 return Lookup(kind, pieces)
@@ -203,7 +204,7 @@ def load(path: Path) -> Tokenizer:
     """Reads a tokenizer that `save` wrote."""
     try:
         state = json.loads(read_text(Path(path), "a tokenizer"))
-    except json.JSONDecodeError as fault:
+    except (ValueError, RecursionError) as fault:  # an integer of 5,000 digits is a bare ValueError
         raise UserError(f"a tokenizer file must be JSON; {path}: {fault}; train the tokenizer again") from None
     return from_state(state)
 

@@ -140,3 +140,24 @@ def test_every_key_is_described():
     found = list(config.describe())
     assert len(found) == len(config.flatten(config.Config()))
     assert all(len(line.split("  ", 1)[1]) > 3 for line in found)
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 5000, "0x" + "f" * 5000])
+def test_values_that_python_cannot_read(tmp_path, text):
+    (tmp_path / "mine.toml").write_text(f"[train]\nlr = {text}\n")
+    with pytest.raises(UserError, match=r"a preset must be TOML; .*mine\.toml|train\.lr must .*a huge number came"):
+        config.build(config.preset(str(tmp_path / "mine.toml")))
+    with pytest.raises(UserError, match=r"train\.lr must .* came") as fault:
+        config.build(config.override({}, [f"train.lr={text}"]))
+    assert len(str(fault.value)) < 400
+
+
+@pytest.mark.parametrize("key", ["train.batch_size", "train.warmup_steps", "model.hidden_size", "eval.chunk"])
+def test_counts_have_an_end(key):
+    with pytest.raises(UserError, match=f"{key} must be less than or equal to 1000000000; 10000000000 came"):
+        config.build(config.override({}, [f"{key}=10000000000"]))
+
+
+def test_paths_hold_no_nul():
+    with pytest.raises(UserError, match="must not hold the character NUL"):
+        config.absolute(config.build({"data": {"source": "a\0b"}}).data)

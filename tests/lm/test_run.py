@@ -406,6 +406,7 @@ def test_a_folder_that_is_no_run(tmp_path):
         ("train.device=meta", "a device must be one that torch can use here; 'meta' came"),
         ("train.device=abacus", "a device must be one that torch can use here; 'abacus' came"),
         ("data.source=nowhere", "'nowhere' came"),
+        ("model.hidden_size=900000000", "a model must fit into memory; its weights take"),
         ("train.batch_size=1000", "lower the batch size"),
         ("data.vocab_size=1", "a vocabulary must have at least 3 pieces"),
         ("data.tokenizer_file=none.json", "does not exist"),

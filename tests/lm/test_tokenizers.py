@@ -174,3 +174,12 @@ def test_an_unknown_kind_or_a_tiny_size():
         tokenizers.train("bytes", ["a"])
     with pytest.raises(UserError, match=r"at least 3 pieces .* 2 came"):
         tokenizers.train("word", ["a"], 2)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"kind": ' + "9" * 5000 + "}", '{"kind": "word", "pieces": ["\\ud800"]}']
+)
+def test_files_that_python_cannot_read(tmp_path, text):
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(UserError, match=r"a tokenizer('s state must be what| file must be JSON)"):
+        tokenizers.load(tmp_path / "mine.json")
