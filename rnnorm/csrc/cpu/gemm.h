@@ -104,6 +104,42 @@ void copy_rows(const T* source, int64_t ld, int64_t count, int64_t width, T* out
   for (int64_t k = 0; k < count; ++k) std::copy_n(source + k * ld, width, out + k * width);
 }
 
+#if defined(__AVX512F__)
+using Lanes = float __attribute__((vector_size(64)));
+
+// Of 2 x 2 blocks of `step` x `step` values, the two off the diagonal change places.
+template <int step, std::size_t... j>
+inline void exchange(Lanes& a, Lanes& b, std::index_sequence<j...>) {
+  const Lanes first = __builtin_shufflevector(a, b, (j & step ? 16 + j - step : j)...);
+  b = __builtin_shufflevector(a, b, (j & step ? 16 + j : j + step)...);
+  a = first;
+}
+
+template <int... step>
+inline void transpose_lanes(Lanes* rows) {
+  const auto stage = [rows]<int s>(std::integral_constant<int, s>) {
+    for (int i = 0; i < 16; ++i)
+      if (!(i & s)) exchange<s>(rows[i], rows[i + s], std::make_index_sequence<16>());
+  };
+  (stage(std::integral_constant<int, step>()), ...);
+}
+#endif
+
+// The transpose of one tile of 16 x 16 values, by shuffles where that is faster; whether it was.
+template <typename T>
+bool transpose_tile(const T* in, int64_t ld, T* out, int64_t out_ld) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    Lanes rows[16];
+    for (int i = 0; i < 16; ++i) std::memcpy(&rows[i], in + i * ld, sizeof(Lanes));
+    transpose_lanes<1, 2, 4, 8>(rows);
+    for (int i = 0; i < 16; ++i) std::memcpy(out + i * out_ld, &rows[i], sizeof(Lanes));
+    return true;
+  }
+#endif
+  return false;
+}
+
 // B [K, columns], packed slice by slice.
 template <typename T>
 class Panels {
@@ -118,9 +154,12 @@ class Panels {
       T* out = data_.get() + start * K_ - start;
       const int64_t c_begin = std::max(first, start), c_end = std::min(first + count, start + w);
       for (int64_t c0 = c_begin; c0 < c_end; c0 += tile)
-        for (int64_t k0 = 0; k0 < K_; k0 += tile)
+        for (int64_t k0 = 0; k0 < K_; k0 += tile) {
+          const bool whole = c0 + tile <= c_end && k0 + tile <= K_;
+          if (whole && transpose_tile(source + (c0 - first) * ld + k0, ld, out + k0 * w + c0, w)) continue;
           for (int64_t k = k0; k < std::min(k0 + tile, K_); ++k)
             for (int64_t c = c0; c < std::min(c0 + tile, c_end); ++c) out[k * w + c] = source[(c - first) * ld + k];
+        }
     }
   }
 
@@ -148,42 +187,6 @@ class Panels {
   Slices slices_;
   std::unique_ptr<T[]> data_;
 };
-
-#if defined(__AVX512F__)
-using Lanes = float __attribute__((vector_size(64)));
-
-// Of 2 x 2 blocks of `step` x `step` values, the two off the diagonal change places.
-template <int step, std::size_t... j>
-inline void exchange(Lanes& a, Lanes& b, std::index_sequence<j...>) {
-  const Lanes first = __builtin_shufflevector(a, b, (j & step ? 16 + j - step : j)...);
-  b = __builtin_shufflevector(a, b, (j & step ? 16 + j : j + step)...);
-  a = first;
-}
-
-template <int... step>
-inline void transpose_lanes(Lanes* rows) {
-  const auto stage = [rows]<int s>(std::integral_constant<int, s>) {
-    for (int i = 0; i < 16; ++i)
-      if (!(i & s)) exchange<s>(rows[i], rows[i + s], std::make_index_sequence<16>());
-  };
-  (stage(std::integral_constant<int, step>()), ...);
-}
-#endif
-
-// One tile of `transpose`, by shuffles where that is faster; whether it was.
-template <typename T>
-bool transpose_tile(const T* in, int64_t ld, T* out, int64_t out_ld) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) {
-    Lanes rows[16];
-    for (int i = 0; i < 16; ++i) std::memcpy(&rows[i], in + i * ld, sizeof(Lanes));
-    transpose_lanes<1, 2, 4, 8>(rows);
-    for (int i = 0; i < 16; ++i) std::memcpy(out + i * out_ld, &rows[i], sizeof(Lanes));
-    return true;
-  }
-#endif
-  return false;
-}
 
 // `out` [columns, rows] = transpose of `in` [rows, columns] (row stride `ld`).
 template <typename T>
