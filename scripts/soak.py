@@ -109,9 +109,7 @@ def report(whole: Path, killed: Path, samples: list[Sample]) -> int:
     """Prints what differs and what grows; returns the exit code."""
     same = {
         "checkpoints": [
-            (folder / "checkpoints" / name).read_bytes()
-            for folder in (whole, killed)
-            for name in ("last.pt", "best.pt")
+            state(folder / "checkpoints" / name) for folder in (whole, killed) for name in ("last.pt", "best.pt")
         ],
         "metrics.jsonl": [*map(logged, (whole, killed))],
         "TensorBoard": [*map(shown, (whole, killed))],
@@ -128,6 +126,16 @@ def report(whole: Path, killed: Path, samples: list[Sample]) -> int:
     print(f"memory         {memory[late].mean() / 1024:,.1f} MiB, {slope:+.1f} KiB a minute ({late.sum()} samples)")
     print(f"open files     at least {opened[early].min()} in the first half, {opened[late].min()} in the second")
     return 0 if good and slope < MOST_GROWTH and opened[late].min() <= opened[early].min() else 1
+
+
+def state(path: Path) -> bytes:
+    """Returns the bytes of a checkpoint, but for where the run was told to stop, which only one knew from the start."""
+    saved = checkpoint.load(path)
+    del saved["config"]["train"]["max_steps"]
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / "copy.pt"
+        checkpoint.save(copy, saved)
+        return copy.read_bytes()
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
