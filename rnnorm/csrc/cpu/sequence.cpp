@@ -526,19 +526,21 @@ struct Backward {
     recurrent.pack_columns(call.get(WEIGHT_HH) + outputs.begin, P);
     if (projected.defined()) projection.pack_columns(call.get(WEIGHT_HR) + units.begin, H);
 
-    // By row of the step: gradients of h (own outputs) and of what the projection takes in (own units).
-    std::vector<T> dh(N * p), d_out(projected.defined() ? N * u : 0), q(N * G * u), dc(N * u), direct(gru ? N * u : 0);
+    // By row of the step: gradients of h (own outputs), of what the projection takes in (own units), of pre-activations and
+    // of what goes past them. All that is worked on lies here: in shared rows the threads would fight for the lines between.
+    std::vector<T> dh(N * p), d_out(projected.defined() ? N * u : 0), q(N * G * u), grads(N * G * u), dc(N * u);
+    std::vector<T> direct(gru ? N * u : 0);
+    std::vector<T> later = own_columns(grad_h, outputs), carried = own_columns(grad_c, units);  // by sequence
     const T* dy = grad_y.defined() ? grad_y.data_ptr<T>() : nullptr;
-    T* from_later = grad_h.data_ptr<T>();
     for (size_t k = walk.steps.size(); k-- > 0;) {
       const Step step = walk.steps[k];
       if (step.count == 0) continue;
       me.ahead = k > 0 ? walk.steps[k - 1].first - step.first : 0;
       for (int64_t i = 0; i < step.count; ++i) {
         const int64_t s = step.first + i;
-        const T* later = from_later + walk.row[s] * P + outputs.begin;
+        const T* from = later.data() + walk.row[s] * p;
         for (int64_t j = 0; j < p; ++j)
-          dh[i * p + j] = later[j] + (dy != nullptr ? dy[s * P + outputs.begin + j] : T(0));
+          dh[i * p + j] = from[j] + (dy != nullptr ? dy[s * P + outputs.begin + j] : T(0));
       }
       const T* dout = dh.data();
       if (projected.defined()) {
@@ -548,22 +550,26 @@ struct Backward {
         projection.multiply(gemm, step.count, grad_hidden.data_ptr<T>() + step.first * P, P, d_out.data(), u, false);
         dout = d_out.data();
       }
-      const Gradients<T> d{grad_input_part.data_ptr<T>() + step.first * C + units.begin, C, H};
+      const Gradients<T> d{grads.data(), G * u, u};
       const bool plain_lstm = norm.kind == Kind::none && call.options.cell == Cell::lstm;
       if (gru) gru_step(me, step, dout, q.data(), d, direct.data());
-      else if (plain_lstm) plain_lstm_step(me, step, dout, d);
-      else if (call.options.cell == Cell::lstm) lstm_step(me, step, dout, q.data(), d, dc.data());
+      else if (plain_lstm) plain_lstm_step(me, step, dout, d, carried.data());
+      else if (call.options.cell == Cell::lstm) lstm_step(me, step, dout, q.data(), d, dc.data(), carried.data());
       else rnn_step(me, step, dout, q.data(), d);
-      add_rows(me, step, grad_input_part, bias_ih);
-      if (gru) add_rows(me, step, grad_hidden_part, bias_hh);
+      store(me, step, d, grad_input_part, bias_ih);
+      if (gru) {
+        reset_new_gate(me, step, q.data(), d);
+        store(me, step, d, grad_hidden_part, bias_hh);
+      }
       team.wait();
       // Own columns of the gradient of h before the step, straight to its rows where they are all active.
       const T* parts = grad_hidden_part.data_ptr<T>() + step.first * C;
       const bool in_place = walk.dense && !gru;
-      recurrent.multiply(gemm, step.count, parts, C, in_place ? from_later + outputs.begin : dh.data(), in_place ? P : p,
-                         false);
-      if (!in_place) finish_state(step, outputs, dh, gru ? direct.data() : nullptr);
+      recurrent.multiply(gemm, step.count, parts, C, in_place ? later.data() : dh.data(), p, false);
+      if (!in_place) finish_state(step, p, dh, gru ? direct.data() : nullptr, later);
     }
+    give_back(later, grad_h, outputs);
+    give_back(carried, grad_c, units);
     team.wait();
     if (need_input) multiply_inputs(id, team.size());
     if (need_weights) multiply_weights(id, team.size());
@@ -583,31 +589,46 @@ struct Backward {
     partition = static_cast<T>(threads);
   }
 
+  // A thread's columns of a tensor [N, *] as rows of its own, and back.
+  std::vector<T> own_columns(const Tensor& tensor, Range columns) const {
+    std::vector<T> own;
+    for (int64_t n = 0; n < call.walk.N && tensor.numel() > 0; ++n) {
+      const T* row = tensor.data_ptr<T>() + n * tensor.size(1);
+      own.insert(own.end(), row + columns.begin, row + columns.end);
+    }
+    return own;
+  }
+
+  void give_back(const std::vector<T>& own, const Tensor& tensor, Range columns) const {
+    for (int64_t n = 0; n < call.walk.N && tensor.numel() > 0; ++n)
+      std::copy_n(own.data() + n * columns.size(), columns.size(), tensor.data_ptr<T>() + n * tensor.size(1) + columns.begin);
+  }
+
   // Scatter the gradient of h before the step to its rows; a GRU adds the direct path that its step left in `direct`.
-  void finish_state(const Step& step, Range outputs, const std::vector<T>& dh, const T* direct) {
-    const int64_t p = outputs.size();
+  void finish_state(const Step& step, int64_t p, const std::vector<T>& dh, const T* direct, std::vector<T>& later) {
     for (int64_t i = 0; i < step.count; ++i) {
-      T* later = grad_h.data_ptr<T>() + call.walk.row[step.first + i] * call.P + outputs.begin;
-      for (int64_t j = 0; j < p; ++j) later[j] = dh[i * p + j] + (direct != nullptr ? direct[i * p + j] : T(0));
+      T* to = later.data() + call.walk.row[step.first + i] * p;
+      for (int64_t j = 0; j < p; ++j) to[j] = dh[i * p + j] + (direct != nullptr ? direct[i * p + j] : T(0));
     }
   }
 
-  // Add the gradients of a step's pre-activations, in all gates of own units, to `sums` [G, units].
-  void add_rows(const Worker<T>& me, const Step& step, const Tensor& parts, T* sums) {
-    if (sums == nullptr) return;
+  // Write a step's gradients of pre-activations to their places, and add them to the biases' `sums` [G, units].
+  void store(const Worker<T>& me, const Step& step, Gradients<T> d, const Tensor& parts, T* sums) {
     const int64_t u = me.units.size();
-    for (int64_t g = 0; g < call.G; ++g) {
-      T* __restrict sum = sums + g * u;
-      const T* from = parts.data_ptr<T>() + step.first * call.C + g * call.H + me.units.begin;
-      for (int64_t i = 0; i < step.count; ++i, from += call.C) {
+    for (int64_t i = 0; i < step.count; ++i)
+      for (int64_t g = 0; g < call.G; ++g) {
+        const T* __restrict from = d.at(i, g);
+        T* __restrict to = parts.data_ptr<T>() + (step.first + i) * call.C + g * call.H + me.units.begin;
+        std::copy_n(from, u, to);
+        if (sums == nullptr) continue;
+        T* __restrict sum = sums + g * u;
 #pragma omp simd
         for (int64_t j = 0; j < u; ++j) sum[j] += from[j];
       }
-    }
   }
 
   // From the gates that the forward kept.
-  void plain_lstm_step(Worker<T>& me, const Step& step, const T* dh, Gradients<T> d) {
+  void plain_lstm_step(Worker<T>& me, const Step& step, const T* dh, Gradients<T> d, T* later) {
     const int64_t u = me.units.size(), H = call.H, first = me.units.begin;
     const T* history = kept[CELL_STATE].template data_ptr<T>();
     T* inside = projected.defined() ? projected.data_ptr<T>() : nullptr;
@@ -618,7 +639,7 @@ struct Backward {
       const T* __restrict before = call.before(call.get(C0), history, H, s) + first;
       const T* __restrict dhi = dh + i * u;
       T* __restrict di = d.at(i, 0);
-      T* __restrict carried = grad_c.data_ptr<T>() + call.walk.row[s] * H + first;
+      T* __restrict carried = later + call.walk.row[s] * u;
       fetch(now + me.ahead * H, u);
       fetch(gates + me.ahead * 4 * u, 4 * u);
 #pragma omp simd
@@ -626,9 +647,9 @@ struct Backward {
         const T in = gates[j], forget = gates[u + j], g = gates[2 * u + j], o = gates[3 * u + j], t = tangent(now[j]);
         const T dc = carried[j] + dhi[j] * o * (1 - t * t);
         di[j] = dc * g * in * (1 - in);
-        di[H + j] = dc * before[j] * forget * (1 - forget);
-        di[2 * H + j] = dc * in * (1 - g * g);
-        di[3 * H + j] = dhi[j] * t * o * (1 - o);
+        di[u + j] = dc * before[j] * forget * (1 - forget);
+        di[2 * u + j] = dc * in * (1 - g * g);
+        di[3 * u + j] = dhi[j] * t * o * (1 - o);
         carried[j] = dc * forget;
       }
       if (inside != nullptr)
@@ -636,16 +657,16 @@ struct Backward {
     }
   }
 
-  void lstm_step(Worker<T>& me, const Step& step, const T* dh, T* q, Gradients<T> d, T* dc) {
+  void lstm_step(Worker<T>& me, const Step& step, const T* dh, T* q, Gradients<T> d, T* dc, T* carried) {
     const int64_t u = me.units.size(), H = call.H, W = 4 * u, first = me.units.begin;
     const T* history = kept[CELL_STATE].template data_ptr<T>();
-    T *carried = grad_c.data_ptr<T>(), *inside = projected.defined() ? projected.data_ptr<T>() : nullptr;
+    T* inside = projected.defined() ? projected.data_ptr<T>() : nullptr;
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
       norm_recompute(me.norm, me, s, q + i * W);
       const T* __restrict c = history + s * H + first;
       fetch(c + me.ahead * H, u);
-      const T* __restrict later = carried + call.walk.row[s] * H + first;
+      const T* __restrict later = carried + call.walk.row[s] * u;
       T* __restrict o = q + i * W + 3 * u;
       T* __restrict d_o = d.at(i, 3);
       const T* __restrict dhi = dh + i * u;
@@ -667,13 +688,13 @@ struct Backward {
       const T* __restrict qi = q + i * W;
       T* __restrict di = d.at(i, 0);
       const T* __restrict dci = dc + i * u;
-      T* __restrict earlier = carried + call.walk.row[s] * H + first;
+      T* __restrict earlier = carried + call.walk.row[s] * u;
 #pragma omp simd
       for (int64_t j = 0; j < u; ++j) {
         const T in = sigmoid(qi[j]), forget = sigmoid(qi[u + j]), g = tangent(qi[2 * u + j]);
         di[j] = dci[j] * g * in * (1 - in);
-        di[H + j] = dci[j] * c[j] * forget * (1 - forget);
-        di[2 * H + j] = dci[j] * in * (1 - g * g);
+        di[u + j] = dci[j] * c[j] * forget * (1 - forget);
+        di[2 * u + j] = dci[j] * in * (1 - g * g);
         earlier[j] = dci[j] * forget;
       }
     }
@@ -704,21 +725,27 @@ struct Backward {
       const T* __restrict h = call.before(initial, history, H, s) + first;
       const T* __restrict part = parts + s * H + first;
       T* __restrict di = d.at(i, 0);
-      T* __restrict to_part = grad_hidden_part.data_ptr<T>() + s * call.C + 2 * H + first;
       T* __restrict past = direct + i * u;
 #pragma omp simd
       for (int64_t j = 0; j < u; ++j) {
         const T r = sigmoid(qi[j]), z = sigmoid(qi[u + j]), n = tangent(qi[2 * u + j]);
-        to_part[j] = di[2 * H + j] * r;
         past[j] = dhi[j] * z;
-        di[j] = di[2 * H + j] * part[j] * r * (1 - r);
-        di[H + j] = dhi[j] * (h[j] - n) * z * (1 - z);
+        di[j] = di[2 * u + j] * part[j] * r * (1 - r);
+        di[u + j] = dhi[j] * (h[j] - n) * z * (1 - z);
       }
     }
     norm_backward(me.norm, me, 0, 2, step.first, step.count, q, W, d);
-    for (int64_t i = 0; i < step.count; ++i)
-      for (int64_t g = 0; g < 2; ++g)
-        std::copy_n(d.at(i, g), u, grad_hidden_part.data_ptr<T>() + (step.first + i) * call.C + g * H + first);
+  }
+
+  // From the gradient of the GRU's new gate to that of its recurrent part, which the reset gate was multiplied to.
+  void reset_new_gate(const Worker<T>& me, const Step& step, const T* q, Gradients<T> d) {
+    const int64_t u = me.units.size();
+    for (int64_t i = 0; i < step.count; ++i) {
+      const T* __restrict qi = q + i * 3 * u;
+      T* __restrict dn = d.at(i, 2);
+#pragma omp simd
+      for (int64_t j = 0; j < u; ++j) dn[j] *= sigmoid(qi[j]);
+    }
   }
 
   void rnn_step(Worker<T>& me, const Step& step, const T* dh, T* q, Gradients<T> d) {
