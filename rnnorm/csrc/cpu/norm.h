@@ -52,8 +52,8 @@ struct Norm {
   const T *weight = nullptr, *bias = nullptr;                      // [C]; 1 and 0 without an affine map
   const T* frozen = nullptr;                                       // [C] 1 / sqrt(var + eps), where it does not move
   T *mean = nullptr, *var = nullptr, *u = nullptr, *v = nullptr;  // [C], moved; in a worker's copy its own [G, units]
-  T *y = nullptr, *rstd = nullptr, *scale = nullptr;              // kept; null: not kept. `scale` is [S, G]
-  T *grad_weight = nullptr, *grad_bias = nullptr;                 // the same, added to
+  T *y = nullptr, *rstd = nullptr, *scale = nullptr;              // kept for the backward, or null; `scale` is [S, G]
+  T *grad_weight = nullptr, *grad_bias = nullptr;                 // [C], added to; in a worker's copy as mean
 
   int64_t place(const Range& units, int64_t sample, int64_t gate) const { return kept_place(S, G, units, sample, gate); }
 
@@ -188,11 +188,9 @@ void moments_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t
   for (int64_t i = 0; i < n; ++i)
     for (int64_t g = 0; g < gates; ++g) {
       T* __restrict x = q + i * ld + g * u;
-      if (bias != nullptr) {
-        const T* __restrict b = bias + g * u;
+      const T* __restrict b = bias + g * u;
 #pragma omp simd
-        for (int64_t j = 0; j < u; ++j) x[j] += b[j];
-      }
+      for (int64_t j = 0; j < u; ++j) x[j] += b[j];
       T sum = 0, squares = 0;
       if (norm.kind == Kind::layer) {
 #pragma omp simd reduction(+ : sum)
@@ -234,16 +232,18 @@ void moments_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t
 template <typename T>
 void plain_forward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld,
                    const T* bias) {
-  const int64_t u = me.units.size(), C = norm.G * norm.H;
+  const int64_t u = me.units.size();
   for (int64_t i = 0; i < n; ++i)
     for (int64_t g = 0; g < g1 - g0; ++g) {
       T* __restrict x = q + i * ld + g * u;
-      for (int64_t j = 0; j < u && bias != nullptr; ++j) x[j] += bias[g * u + j];
+      const T* __restrict b = bias + g * u;
+#pragma omp simd
+      for (int64_t j = 0; j < u; ++j) x[j] += b[j];
       if (norm.y != nullptr) std::copy_n(x, u, norm.y + norm.place(me.units, sample + i, g0 + g));
     }
 }
 
-// Add the biases (null: none) to the pre-activations `q` [n, gates * units] (row stride `ld`) of gates g0..g1 of a step and
+// Add the biases [gates * units] to the pre-activations `q` [n, gates * units] (row stride `ld`) of gates g0..g1 of a step and
 // normalize them, in place.
 template <typename T>
 void norm_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld,
@@ -251,14 +251,12 @@ void norm_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sa
   if (norm.kind == Kind::none) return plain_forward(norm, me, g0, g1, sample, n, q, ld, bias);
   if (norm.per_gate()) return moments_forward(norm, me, g0, g1, sample, n, q, ld, bias);
   const int64_t u = me.units.size(), gates = g1 - g0;
-  const std::vector<T> none(bias == nullptr ? u : 0);
   const auto row = norm.training ? &stream_row<true, T> : &stream_row<false, T>;
   T* squares = norm.guard == Guard::scale ? me.partial() : nullptr;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t g = 0; g < gates; ++g) {
       T* x = q + i * ld + g * u;
-      const T* b = bias == nullptr ? none.data() : bias + g * u;
-      const T sum = row(norm, me, g0 + g, sample + i, x, b);
+      const T sum = row(norm, me, g0 + g, sample + i, x, bias + g * u);
       if (squares != nullptr) squares[i * gates + g] = sum;
       if (norm.guard == Guard::clamp) clamp_row(norm, u, x);
     }

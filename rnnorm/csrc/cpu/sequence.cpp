@@ -57,7 +57,7 @@ struct Call {
   Walk walk;
   int64_t I, H, P, G, C;
   Tensor samples;  // [S, I]
-  std::vector<T> unit, zero;  // [C] in place of an affine map that is not there
+  std::vector<T> unit, zero;  // [C] in place of an affine map or of biases that are not there
 
   Call(const Operands& operands, const Options& options)
       : options(options), tensors(unpacked(operands)),
@@ -366,7 +366,7 @@ struct Forward {
       for (int64_t j = 0; j < u; ++j)
         now[j] = sigmoid(q[u + j]) * c[j] + sigmoid(q[j]) * tangent(q[2 * u + j]);
     }
-    norm_forward(me.cell_norm, me, 0, 1, step.first, step.count, c_new, u, static_cast<const T*>(nullptr));
+    norm_forward(me.cell_norm, me, 0, 1, step.first, step.count, c_new, u, call.zero.data());
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
       const T* __restrict q = pre + i * W + 3 * u;
