@@ -307,4 +307,4 @@ def test_a_folder_that_went_away_is_not_made_again(tmp_path):
 
 
 def test_nothing_but_plain_values_is_inside(saved):
-    torch.load(io.BytesIO(saved.read_bytes()), weights_only=True)
+    assert torch.load(io.BytesIO(saved.read_bytes()), weights_only=True)["format"] == checkpoint.FORMAT
