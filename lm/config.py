@@ -66,6 +66,11 @@ class ModelConfig(Section):
     tied: bool = Field(default=True, description="the decoder's weight is the embedding's")
     alpha_fwd: Alpha = Field(default=8191 / 8192, description="online: decay of the forward statistics")
     alpha_bwd: Alpha = Field(default=31 / 32, description="online: decay of the backward control")
+    control_floor: float | None = Field(
+        default=None,
+        lt=1,
+        description="online: least factor that carries the control v on; none: the paper's equations",
+    )
     guard: Literal["scale", "clamp", "none"] = Field(
         default="scale", description="online: against drift of the estimates"
     )

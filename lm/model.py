@@ -1,5 +1,6 @@
 """Embedding, normalized recurrent layers, decoder."""
 
+import math
 from typing import TypeAlias
 
 import torch
@@ -106,7 +107,8 @@ class Objective(nn.Module):
 
 
 def _layers(config: ModelConfig, width: int, backend: str) -> rnnorm.LSTM | rnnorm.GRU | rnnorm.RNN:
-    online = rnnorm.norms.Online(alpha_fwd=config.alpha_fwd, alpha_bwd=config.alpha_bwd, guard=config.guard)
+    floor = -math.inf if config.control_floor is None else config.control_floor
+    online = rnnorm.norms.Online(config.alpha_fwd, config.alpha_bwd, guard=config.guard, control_floor=floor)
     norm = online if config.norm == "online" else config.norm
     size = (width, config.hidden_size, config.num_layers)
     # torch warns of dropout on a single layer, which has nothing between layers to drop

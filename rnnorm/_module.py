@@ -127,6 +127,7 @@ class RecurrentModule(StreamModule):
             eps=self.norm.eps,
             alpha_fwd=self.norm.alpha_fwd,
             alpha_bwd=self.norm.alpha_bwd,
+            control_floor=self.norm.control_floor,
             cell_norm=self.cell_norm,
             training=self.training,
             reverse=reverse,

@@ -1,5 +1,6 @@
 """`OnlineNorm`: the primitive as a module, for vectors and feature maps."""
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ class OnlineNorm(StreamModule):
     `y = (x - mean) / sqrt(var + eps)` with the statistics of the samples before `x` (in evaluation mode the frozen
     ones), `z = weight * y + bias`, then the guard: "clamp" clips to [-5, 5], "scale" divides each sample by its root
     mean square over all channels (and positions), "none". The backward pass is the paper's control process; it can run
-    once per forward. Input and output (N, C) or (N, C, *), same dtype; statistics are float32 (float64 for float64).
+    once per forward. `control_floor` is that of `norms.Online`, with the mean of `y^2` over a sample's positions.
+    Input and output (N, C) or (N, C, *), same dtype; statistics are float32 (float64 for float64).
     Parameters `weight`, `bias` and buffers `mean`, `var`, `u`, `v`, all [C].
     Raises `ValueError` for constants out of range, a wrong number of channels, dtype or device.
     Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), section 3.
@@ -31,19 +33,21 @@ class OnlineNorm(StreamModule):
         eps: float = 1e-5,
         affine: bool = True,
         guard: str = "clamp",
+        control_floor: float = -math.inf,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         if not isinstance(num_features, int) or num_features <= 0:
             raise ValueError(f"num_features must be an int greater than 0; got {num_features!r}")
-        norms.check_online(alpha_fwd, alpha_bwd, eps, guard)
+        norms.check_online(alpha_fwd, alpha_bwd, eps, guard, control_floor)
         self.num_features = num_features
         self.alpha_fwd = alpha_fwd
         self.alpha_bwd = alpha_bwd
         self.eps = eps
         self.affine = affine
         self.guard = guard
+        self.control_floor = control_floor
         empty = torch.empty(num_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(empty.clone()) if affine else None
         self.bias = nn.Parameter(empty.clone()) if affine else None
@@ -66,7 +70,7 @@ class OnlineNorm(StreamModule):
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, alpha_fwd={self.alpha_fwd}, alpha_bwd={self.alpha_bwd}, eps={self.eps}, "
-            f"affine={self.affine}, guard={self.guard!r}"
+            f"affine={self.affine}, guard={self.guard!r}, control_floor={self.control_floor}"
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -90,7 +94,8 @@ class OnlineNorm(StreamModule):
         x = input.reshape(input.size(0), self.num_features, -1).to(self.mean.dtype)
         if self.training:
             y, _, mean, var = torch.ops.rnnorm.online_norm(
-                x, self.mean, self.var, self.u, self.v, self.alpha_fwd, self.alpha_bwd, self.eps
+                *(x, self.mean, self.var, self.u, self.v),
+                *(self.alpha_fwd, self.alpha_bwd, self.eps, self.control_floor),
             )
             self.mean.copy_(mean.detach())
             self.var.copy_(var.detach())

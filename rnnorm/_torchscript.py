@@ -27,6 +27,7 @@ class _Options(NamedTuple):
     eps: float
     alpha_fwd: float
     alpha_bwd: float
+    control_floor: float
     cell_norm: bool
     backend: str
 
@@ -89,7 +90,7 @@ class _Scriptable(RecurrentModule):
             *(streams.get("norm_u" + suffix), streams.get("norm_v" + suffix)),
             *(streams.get("cell_norm_mean" + suffix), streams.get("cell_norm_var" + suffix)),
             *(streams.get("cell_norm_u" + suffix), streams.get("cell_norm_v" + suffix), lengths),
-            *(o.cell, o.norm, o.guard, o.eps, o.alpha_fwd, o.alpha_bwd, o.cell_norm),
+            *(o.cell, o.norm, o.guard, o.eps, o.alpha_fwd, o.alpha_bwd, o.control_floor, o.cell_norm),
             *(self.training, reverse, save, o.backend),
         )
         if self.training and o.norm == "online":

@@ -1,5 +1,6 @@
 """Which normalization a recurrent layer puts before its nonlinearities: frozen specifications, no tensors."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +22,7 @@ def _check_eps(eps: float) -> None:
         raise ValueError(f"eps must be greater than 0; got {eps}; the usual value is 1e-5")
 
 
-def check_online(alpha_fwd: float, alpha_bwd: float, eps: float, guard: str) -> None:
+def check_online(alpha_fwd: float, alpha_bwd: float, eps: float, guard: str, control_floor: float) -> None:
     """Raise `ValueError` unless the constants of an online normalization make sense."""
     for name, alpha in (("alpha_fwd", alpha_fwd), ("alpha_bwd", alpha_bwd)):
         _check_number(name, alpha)
@@ -32,6 +33,9 @@ def check_online(alpha_fwd: float, alpha_bwd: float, eps: float, guard: str) -> 
     _check_eps(eps)
     if guard not in GUARDS:
         raise ValueError(f"guard must be one of {', '.join(map(repr, GUARDS))}; got {guard!r}")
+    _check_number("control_floor", control_floor)
+    if not control_floor < 1:
+        raise ValueError(f"control_floor must be less than 1; got {control_floor}; -inf is none, 1e-5 steadies")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ class Online:
     H units of a gate, `"clamp"` clips to [-5, 5].
 
     `alpha_fwd`, `alpha_bwd` in (0, 1] are the decay factors of the statistics and of the control process.
+
+    `control_floor` < 1 bounds the factor `1 - (1 - alpha_bwd) * y^2` by which the control state v passes from one
+    sample to the next. The paper has no bound (-inf, the default), and while |y| stays above
+    `sqrt(2 / (1 - alpha_bwd))`, as in the first steps at a large learning rate, v diverges. 1e-5 is the bound of the
+    authors' batched code, of the time of their results.
+
     Raises `ValueError` for values outside their range.
     Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), eq. 8-12.
     """
@@ -52,10 +62,11 @@ class Online:
     eps: float = 1e-5
     affine: bool = True
     guard: str = "scale"
+    control_floor: float = -math.inf
     kind: ClassVar[str] = "online"
 
     def __post_init__(self) -> None:
-        check_online(self.alpha_fwd, self.alpha_bwd, self.eps, self.guard)
+        check_online(self.alpha_fwd, self.alpha_bwd, self.eps, self.guard, self.control_floor)
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class _PerSample:
     guard: ClassVar[str] = "none"
     alpha_fwd: ClassVar[float] = 1.0
     alpha_bwd: ClassVar[float] = 1.0
+    control_floor: ClassVar[float] = -math.inf
 
     def __post_init__(self) -> None:
         _check_eps(self.eps)
@@ -99,6 +111,7 @@ class Identity:
     guard: ClassVar[str] = "none"
     alpha_fwd: ClassVar[float] = 1.0
     alpha_bwd: ClassVar[float] = 1.0
+    control_floor: ClassVar[float] = -math.inf
     kind: ClassVar[str] = "none"
 
 

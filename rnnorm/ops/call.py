@@ -51,6 +51,7 @@ class Spec(NamedTuple):
     eps: float
     alpha_fwd: float
     alpha_bwd: float
+    control_floor: float
     cell_norm: bool
     training: bool  # online: move the statistics, and use the control process in the backward
     reverse: bool

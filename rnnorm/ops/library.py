@@ -187,7 +187,15 @@ def run_sequence(operands: Operands, spec: Spec) -> Results:
 
 @torch.library.custom_op("rnnorm::online_norm", mutates_args=())
 def online_norm(
-    x: Tensor, mean: Tensor, var: Tensor, u: Tensor, v: Tensor, alpha_fwd: float, alpha_bwd: float, eps: float
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    u: Tensor,
+    v: Tensor,
+    alpha_fwd: float,
+    alpha_bwd: float,
+    eps: float,
+    control_floor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`y`, reciprocal deviations, new mean and var for samples `x` [N, C, D] in order; u, v are for the backward."""
     refuse_recomputation()
@@ -197,24 +205,26 @@ def online_norm(
 
 
 @online_norm.register_fake
-def _(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, alpha_fwd: float, alpha_bwd: float, eps: float):
+def _(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, *constants: float):
     y = torch.empty(x.shape, dtype=mean.dtype, device=x.device)
     return y, y.new_empty(x.shape[:2]), torch.empty_like(mean), torch.empty_like(var)
 
 
 @torch.library.custom_op("rnnorm::online_norm_backward", mutates_args=("u", "v"))
-def online_norm_backward(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha_bwd: float) -> Tensor:
+def online_norm_backward(
+    grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha_bwd: float, control_floor: float
+) -> Tensor:
     with torch.autocast(grad.device.type, enabled=False):
-        return stream.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, alpha_bwd).contiguous()
+        return stream.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, alpha_bwd, control_floor).contiguous()
 
 
 @online_norm_backward.register_fake
-def _(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha_bwd: float) -> Tensor:
+def _(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, *constants: float) -> Tensor:
     return torch.empty(y.shape, dtype=y.dtype, device=y.device)
 
 
 def _online_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _x, _mean, _var, *ctx.control, _alpha_fwd, ctx.alpha_bwd, _eps = inputs
+    _x, _mean, _var, *ctx.control, _alpha_fwd, ctx.alpha_bwd, _eps, ctx.control_floor = inputs
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[0], output[1])
     ctx.spent = False
@@ -225,8 +235,8 @@ def _online_norm_gradient(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[
     y, rstd = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(y)
-    dx = torch.ops.rnnorm.online_norm_backward(grad, y, rstd, *ctx.control, ctx.alpha_bwd)
-    return dx.to(ctx.dtype), None, None, None, None, None, None, None
+    dx = torch.ops.rnnorm.online_norm_backward(grad, y, rstd, *ctx.control, ctx.alpha_bwd, ctx.control_floor)
+    return dx.to(ctx.dtype), *([None] * 8)
 
 
 online_norm.register_autograd(_online_norm_gradient, setup_context=_online_norm_context)

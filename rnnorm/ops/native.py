@@ -15,7 +15,7 @@ threads = 0
 
 
 def _constants(spec: Spec) -> list[float]:
-    return [spec.eps, spec.alpha_fwd, spec.alpha_bwd, SCALE_EPS, CLAMP_LIMIT]
+    return [spec.eps, spec.alpha_fwd, spec.alpha_bwd, SCALE_EPS, CLAMP_LIMIT, spec.control_floor]
 
 
 class Native:

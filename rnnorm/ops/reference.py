@@ -23,7 +23,7 @@ class OnlineStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, mean, var, u, v, alpha_fwd, alpha_bwd, eps):
+    def forward(ctx, x, mean, var, u, v, alpha_fwd, alpha_bwd, eps, control_floor):
         y, s = torch.empty_like(x), x.new_empty(x.shape[:2])
         for n, sample in enumerate(x):
             s[n] = (var + eps).sqrt()
@@ -36,7 +36,7 @@ class OnlineStep(torch.autograd.Function):
         ctx.save_for_backward(y, s)
         # Not saved through autograd: they are moved on purpose between forward and backward.
         ctx.control = u, v
-        ctx.alpha_bwd = alpha_bwd
+        ctx.alpha_bwd, ctx.control_floor = alpha_bwd, control_floor
         ctx.spent = False
         return y
 
@@ -53,10 +53,12 @@ class OnlineStep(torch.autograd.Function):
         dx = torch.empty_like(y)
         for n, g in enumerate(grad):
             e = g - rest * v[:, None] * y[n]
-            v.add_((e * y[n]).mean(1))
+            # Without a floor this is the paper's v + mean(e y).
+            carry = (1 - rest * y[n].square().mean(1)).clamp(min=ctx.control_floor)
+            v.copy_(carry * v + (g * y[n]).mean(1))
             dx[n] = e / s[n][:, None] - rest * u[:, None]
             u.add_(dx[n].mean(1))
-        return dx, None, None, None, None, None, None, None
+        return dx, *([None] * 8)
 
 
 def _guard(z: Tensor, guard: str) -> Tensor:
@@ -84,7 +86,7 @@ def normalizer(
         if streams is not None:
             mean, var, u, v = (s[part] for s in streams)
             if spec.training:
-                args = (mean, var, u, v, spec.alpha_fwd, spec.alpha_bwd, spec.eps)
+                args = (mean, var, u, v, spec.alpha_fwd, spec.alpha_bwd, spec.eps, spec.control_floor)
                 y = OnlineStep.apply(pre[:, :, None], *args)[:, :, 0]
             else:
                 # A copy: autograd keeps it, and later training calls move the statistics.

@@ -27,6 +27,7 @@ class Norm(NamedTuple):
     eps: float
     alpha_fwd: float
     alpha_bwd: float
+    control_floor: float
     scale_eps: float
     limit: float
     units: int
@@ -150,7 +151,10 @@ def _normalize_backward(grad: Tensor, norm: Norm, kept: Kept, start: int) -> Ten
             return g * rstd
         rest = 1 - norm.alpha_bwd
         one = torch.ones(1, dtype=y.dtype, device=y.device)
-        v_before = scanned(torch.addcmul(one, y, y, value=-rest), gy, norm.v)
+        carry = torch.addcmul(one, y, y, value=-rest)
+        if norm.control_floor > float("-inf"):
+            carry.clamp_(min=norm.control_floor)
+        v_before = scanned(carry, gy, norm.v)
         e = torch.addcmul(g, v_before, y, value=-rest).mul_(rstd)
         return controlled(e, norm.u, norm.alpha_bwd, norm.weights)
     along = _by_gate(gy, norm).sum(2, keepdim=True)
@@ -416,6 +420,7 @@ def _norm(o: Operands, spec: Spec, prefix: str, on: bool, backward: bool) -> Nor
         eps=spec.eps,
         alpha_fwd=spec.alpha_fwd,
         alpha_bwd=spec.alpha_bwd,
+        control_floor=spec.control_floor,
         scale_eps=SCALE_EPS,
         limit=CLAMP_LIMIT,
         units=o.weight_ih.size(0) // spec.gates,

@@ -131,9 +131,11 @@ def online_norm(
     return (centred + d.unsqueeze(2)) * rstd.unsqueeze(2), rstd, mean, var
 
 
-def online_norm_backward(g: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha: float) -> Tensor:
+def online_norm_backward(
+    g: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha: float, floor: float
+) -> Tensor:
     """The control process for gradients `g` [N, C, D] of `y` [N, C, D]: `dx` [N, C, D]; moves `u`, `v` [C]."""
-    v_before = scanned(1 - (1 - alpha) * (y * y).mean(2), (g * y).mean(2), v)
+    v_before = scanned((1 - (1 - alpha) * (y * y).mean(2)).clamp(min=floor), (g * y).mean(2), v)
     e = (g - (1 - alpha) * v_before.unsqueeze(2) * y) * rstd.unsqueeze(2)
     own = e.mean(2)
     shift = controlled(own, u, alpha, backward_weights(alpha, g.size(0), u)) - own

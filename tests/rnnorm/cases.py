@@ -26,7 +26,7 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 NORMS: dict[str, norms.Spec] = {
     **{f"online-{guard}": norms.Online(0.9, 0.8, guard=guard) for guard in norms.GUARDS},
-    "online-bare": norms.Online(0.95, 0.7, eps=1e-3, affine=False, guard="scale"),
+    "online-bare": norms.Online(0.95, 0.7, eps=1e-3, affine=False, guard="scale", control_floor=0.6),
     "layer": norms.Layer(),
     "layer-bare": norms.Layer(eps=1e-3, affine=False),
     "rms": norms.RMS(),

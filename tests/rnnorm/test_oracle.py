@@ -16,12 +16,14 @@ from rnnorm.ops import registry
 pytestmark = pytest.mark.usefixtures("double")
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
 A_F, A_B, EPS = 0.93, 0.85, 1e-5
+FLOORS = {"scale": -math.inf, "clamp": 0.9, "none": 0.97}  # by guard
 
 
 class Stream:
     """Section 1 of the algorithm, one value of one channel at a time."""
 
-    def __init__(self, C: int) -> None:
+    def __init__(self, C: int, floor: float) -> None:
+        self.floor = floor
         self.mean, self.var, self.u, self.v = np.zeros(C), np.ones(C), np.zeros(C), np.zeros(C)
 
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +44,10 @@ class Stream:
         for n in range(g.shape[0]):
             for c in range(g.shape[1]):
                 e = g[n, c] - (1 - A_B) * self.v[c] * y[n, c]
-                self.v[c] += (e * y[n, c]).mean()
+                if 1 - (1 - A_B) * (y[n, c] ** 2).mean() >= self.floor:
+                    self.v[c] += (e * y[n, c]).mean()
+                else:
+                    self.v[c] = self.floor * self.v[c] + (g[n, c] * y[n, c]).mean()
                 dx[n, c] = e / s[n, c] - (1 - A_B) * self.u[c]
                 self.u[c] += dx[n, c].mean()
         return dx
@@ -69,10 +74,10 @@ class GRU:
     def __init__(self, p: dict[str, np.ndarray], guard: str) -> None:
         self.p, self.guard = p, guard
         self.H = p["weight_hh"].shape[1]
-        self.stream = Stream(3 * self.H)
+        self.stream = Stream(3 * self.H, FLOORS[guard])
 
     def _part(self, left: int, right: int) -> Stream:
-        part = Stream(0)
+        part = Stream(0, self.stream.floor)
         for name in ("mean", "var", "u", "v"):
             setattr(part, name, getattr(self.stream, name)[left:right])  # views: moved in place
         return part
@@ -132,7 +137,7 @@ class GRU:
 def test_gru_over_windows(backend: str, form: str, guard: str) -> None:
     cases.skip_unless_runs(backend)
     T, N, I, H = 5, 4, 3, 6  # noqa: E741
-    norm = rnnorm.norms.Online(A_F, A_B, EPS, guard=guard)
+    norm = rnnorm.norms.Online(A_F, A_B, EPS, guard=guard, control_floor=FLOORS[guard])
     layer = rnnorm.GRU(I, H, bidirectional=True, norm=norm, backend=backend)
     with torch.no_grad():
         for name, value in layer.named_parameters():
@@ -190,12 +195,12 @@ def _own(layer: torch.nn.Module, suffix: str) -> list[tuple[str, torch.Tensor]]:
 @pytest.mark.parametrize("shape", [(9, 3), (7, 3, 1), (6, 3, 4), (5, 3, 2, 3), (70, 2, 2)], ids=str)
 def test_online_norm(shape: tuple[int, ...], guard: str) -> None:
     C = shape[1]
-    norm = rnnorm.OnlineNorm(C, alpha_fwd=A_F, alpha_bwd=A_B, eps=EPS, guard=guard)
+    norm = rnnorm.OnlineNorm(C, alpha_fwd=A_F, alpha_bwd=A_B, eps=EPS, guard=guard, control_floor=FLOORS[guard])
     with torch.no_grad():
         norm.weight.normal_()
         norm.bias.normal_()
     weight, bias = norm.weight.detach().numpy()[:, None], norm.bias.detach().numpy()[:, None]
-    stream = Stream(C)
+    stream = Stream(C, FLOORS[guard])
     for _ in range(3):
         norm.zero_grad()
         x = (2 + 3 * torch.randn(shape)).requires_grad_()

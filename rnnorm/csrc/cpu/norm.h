@@ -47,7 +47,7 @@ struct Norm {
   Kind kind = Kind::none;
   Guard guard = Guard::none;
   bool training = false;
-  T eps = 0, alpha_fwd = 1, alpha_bwd = 1, scale_eps = 0, limit = 0;
+  T eps = 0, alpha_fwd = 1, alpha_bwd = 1, scale_eps = 0, limit = 0, control_floor = 0;
   int64_t G = 0, H = 0, S = 0;
   const T *weight = nullptr, *bias = nullptr;                      // [C]; 1 and 0 without an affine map
   const T* frozen = nullptr;                                       // [C] 1 / sqrt(var + eps), where it does not move
@@ -318,14 +318,14 @@ inline void stream_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_
   T* __restrict v = norm.v + gate * count;
   T* __restrict grad_weight = norm.grad_weight + gate * count;
   T* __restrict grad_bias = norm.grad_bias + gate * count;
-  const T rest = 1 - norm.alpha_bwd, factor = scaled ? norm.scale[sample * norm.G + gate] : T(1);
+  const T rest = 1 - norm.alpha_bwd, floor = norm.control_floor, factor = scaled ? norm.scale[sample * norm.G + gate] : T(1);
 #pragma omp simd
   for (int64_t j = 0; j < count; ++j) {
     const T z = scaled ? factor * (d[j] - a[j] * mean) : d[j];
     grad_weight[j] += z * y[j];
     grad_bias[j] += z;
-    const T e = w[j] * z - rest * v[j] * y[j];
-    v[j] += e * y[j];
+    const T g = w[j] * z, e = g - rest * v[j] * y[j], carry = 1 - rest * y[j] * y[j];
+    v[j] = (carry < floor ? floor : carry) * v[j] + g * y[j];
     const T dx = e * rstd[j] - rest * u[j];
     u[j] += dx;
     d[j] = dx;

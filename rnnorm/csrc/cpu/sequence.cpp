@@ -39,7 +39,7 @@ struct Options {
   Cell cell;
   Kind kind;
   Guard guard;
-  double eps, alpha_fwd, alpha_bwd, scale_eps, limit;
+  double eps, alpha_fwd, alpha_bwd, scale_eps, limit, control_floor;
   bool cell_norm, training, reverse, save, micro;
   int64_t threads;  // 0: as many as are useful
 };
@@ -146,6 +146,7 @@ struct Call {
     norm.alpha_bwd = options.alpha_bwd;
     norm.scale_eps = options.scale_eps;
     norm.limit = options.limit;
+    norm.control_floor = options.control_floor;
     norm.G = of_cell ? 1 : G;
     norm.H = H;
     norm.S = walk.S;
@@ -860,7 +861,7 @@ struct Backward {
 Options options_of(std::string_view cell, std::string_view norm, std::string_view guard, at::ArrayRef<double> constants,
                    bool cell_norm, bool training, bool reverse, bool save, bool micro, int64_t threads) {
   return {named<Cell>(cell_names, cell), named<Kind>(kind_names, norm), named<Guard>(guard_names, guard),
-          constants[0], constants[1], constants[2], constants[3], constants[4],
+          constants[0], constants[1], constants[2], constants[3], constants[4], constants[5],
           cell_norm, training, reverse, save, micro && micro_kernel_works(), threads};
 }
 
