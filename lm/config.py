@@ -76,7 +76,7 @@ class ModelConfig(Section):
     )
     cell_norm: bool = Field(default=False, description="lstm: normalize the cell state too")
     embedding_range: Positive = Field(
-        default=0.1, description="uniform initial words in ± this; 0.4 steadies norms at large rates without clipping"
+        default=0.1, description="uniform initial words in ± this; 0.4 steadies norms without clipping"
     )
     init_range: Positive | None = Field(
         default=None, description="uniform initial weights in ± this, words too; none: torch's own for layers"

@@ -23,6 +23,8 @@ def test_every_cell_and_norm_trains(model, cell, norm):
 def test_the_norm_reaches_the_layers(model):
     net = model(alpha_fwd=0.75, alpha_bwd=0.5, guard="clamp")
     assert net.layers.norm == rnnorm.norms.Online(alpha_fwd=0.75, alpha_bwd=0.5, guard="clamp")
+    assert net.layers.norm != model(alpha_fwd=0.75, alpha_bwd=0.5, guard="clamp", control_floor=0.0).layers.norm
+    assert model(control_floor=1e-5).layers.norm == rnnorm.norms.Online(control_floor=1e-5)
     assert model(norm="none", cell="rnn_relu").layers.cell == "rnn_relu"
     assert model(cell_norm=True).layers.cell_norm
 

@@ -37,6 +37,7 @@ _NORMS = some.one_of(
         eps=some.sampled_from([1e-5, 1e-2]),
         affine=some.booleans(),
         guard=some.sampled_from(norms.GUARDS),
+        control_floor=some.sampled_from([float("-inf"), -0.5, 1e-5, 0.9]),
     ),
     some.builds(norms.Layer, eps=some.sampled_from([1e-5, 1e-2]), affine=some.booleans()),
     some.builds(norms.RMS, eps=some.sampled_from([1e-5, 1e-2]), affine=some.booleans()),
@@ -199,6 +200,7 @@ _BAD_OPTIONS: dict[str, some.SearchStrategy[Any]] = {
     "alpha_bwd": some.sampled_from([0, -0.5, 1.5, "x", None, True, float("nan"), float("inf")]),
     "eps": some.sampled_from([0, -1e-5, "x", None, True, float("nan")]),
     "guard": some.sampled_from(["", "clip", None, 3]),
+    "control_floor": some.sampled_from([1, 2.5, "x", None, True, float("nan"), float("inf")]),
 }
 
 
@@ -208,7 +210,7 @@ def test_bad_options_are_refused_with_a_text(data: Any, name: str) -> None:
     value = data.draw(_BAD_OPTIONS[name])
     options: dict[str, Any] = {"input_size": 3, "hidden_size": 4}
     make: Any = rnnorm.RNN if name == "nonlinearity" else rnnorm.LSTM
-    if name in ("alpha_fwd", "alpha_bwd", "eps", "guard"):
+    if name in ("alpha_fwd", "alpha_bwd", "eps", "guard", "control_floor"):
         make, options = norms.Online, {}
     with pytest.raises((ValueError, TypeError)) as refusal:
         make(**{**options, name: value})

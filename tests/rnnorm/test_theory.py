@@ -111,6 +111,21 @@ def test_control_stays_bounded() -> None:
     assert (largest < 10 * 10).all(), largest
 
 
+@pytest.mark.parametrize("floor", [-math.inf, 1e-5])
+def test_a_floor_keeps_the_control_finite_while_the_statistics_lag(floor: float) -> None:
+    """Values 30 times their estimated deviation: each sample multiplies v by about -90, or by the floor."""
+    generator = torch.Generator().manual_seed(12)
+    x, g = (torch.randn(40, 8, generator=generator) for _ in range(2))
+    norm = rnnorm.OnlineNorm(8, alpha_fwd=1.0, alpha_bwd=0.9, guard="none", control_floor=floor)
+    leaf = (30 * x).requires_grad_()
+    norm(leaf).backward(g)
+    assert leaf.grad is not None
+    if floor > -math.inf:
+        assert leaf.grad.abs().max() < 30**2 * g.abs().max() ** 2
+    else:
+        assert leaf.grad.abs().max() > 1e20
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=6))
 def test_windows_of_any_lengths_are_one_stream(lengths: list[int]) -> None:
