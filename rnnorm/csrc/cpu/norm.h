@@ -14,12 +14,6 @@
 
 namespace rnnorm {
 
-// Rows of the next step are asked for while this one is worked on: they lie apart, which the processor does not foresee.
-template <typename T>
-inline void fetch(const T* row, int64_t count) {
-  for (int64_t j = 0; j < count; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + j);
-}
-
 // Where the values of some units lie in `y` and, where each unit has one, in `rstd`: a block [S, G, units] for each thread.
 // Each then writes and reads one stream of memory, and none a line of another's.
 inline int64_t kept_place(int64_t S, int64_t G, const Range& units, int64_t sample, int64_t gate) {
@@ -113,7 +107,6 @@ struct Worker {
   std::vector<T> total;  // as many values as one exchange holds
   std::vector<T> spare;  // two rows, for what is not kept
   Own<T> own, cell_own;
-  int64_t ahead = 0;  // from a sample of this step to that of the next one worked on
   int turn = 0;
 
   Worker(int id, Team& team, Exchange<T>& exchange, Range units, const Norm<T>& norm, const Norm<T>& cell_norm, int64_t values)
@@ -280,7 +273,6 @@ void norm_recompute(const Norm<T>& norm, const Worker<T>& me, int64_t sample, T*
     const int64_t channel = g * norm.H + me.units.begin;
     const T* __restrict y = norm.y + norm.place(me.units, sample, g);
     T* __restrict x = q + g * u;
-    fetch(y + me.ahead * norm.G * u, u);
     if (norm.kind == Kind::none) {
       std::copy_n(y, u, x);
       continue;
@@ -312,7 +304,6 @@ inline void stream_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_
   const int64_t row = norm.place(me.units, sample, gate);
   const T* __restrict y = norm.y + row;
   const T* __restrict rstd = norm.rstd + row;
-  fetch(rstd + me.ahead * norm.G * count, count);
   const T* __restrict w = norm.weight + channel;
   T* __restrict u = norm.u + gate * count;
   T* __restrict v = norm.v + gate * count;

@@ -13,7 +13,6 @@
 
 #include <memory>
 
-
 #include "../cell.h"
 #include "gemm.h"
 #include "math.h"
@@ -251,7 +250,6 @@ struct Forward {
     for (size_t k = 0; k < walk.steps.size(); ++k) {
       const Step& step = walk.steps[k];
       if (step.count == 0) continue;
-      me.ahead = k + 1 < walk.steps.size() ? walk.steps[k + 1].first - step.first : 0;
       const T* h_before = state_before(step, gathered);
       T* pre = input.of(step);
       recurrent.multiply(gemm, step.count, h_before, P, pre, W, true);
@@ -536,7 +534,6 @@ struct Backward {
     for (size_t k = walk.steps.size(); k-- > 0;) {
       const Step step = walk.steps[k];
       if (step.count == 0) continue;
-      me.ahead = k > 0 ? walk.steps[k - 1].first - step.first : 0;
       for (int64_t i = 0; i < step.count; ++i) {
         const int64_t s = step.first + i;
         const T* from = later.data() + walk.row[s] * p;
@@ -641,8 +638,6 @@ struct Backward {
       const T* __restrict dhi = dh + i * u;
       T* __restrict di = d.at(i, 0);
       T* __restrict carried = later + call.walk.row[s] * u;
-      fetch(now + me.ahead * H, u);
-      fetch(gates + me.ahead * 4 * u, 4 * u);
 #pragma omp simd
       for (int64_t j = 0; j < u; ++j) {
         const T in = gates[j], forget = gates[u + j], g = gates[2 * u + j], o = gates[3 * u + j], t = tangent(now[j]);
@@ -666,7 +661,6 @@ struct Backward {
       const int64_t s = step.first + i;
       norm_recompute(me.norm, me, s, q + i * W);
       const T* __restrict c = history + s * H + first;
-      fetch(c + me.ahead * H, u);
       const T* __restrict later = carried + call.walk.row[s] * u;
       T* __restrict o = q + i * W + 3 * u;
       T* __restrict d_o = d.at(i, 3);
