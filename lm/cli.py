@@ -210,6 +210,7 @@ def bands(groups: Sequence[Group], nll: float) -> list[str]:
 @click.option("--run", "folder", type=Path, help="Folder of the study.  [default: runs/STUDY]")
 @click.option("--data", help="A corpus by name or folder, for every arm.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, for every arm.")
+@click.option("--arm", "only", multiple=True, metavar="NAME", help="Only this arm now; repeat it.  [default: all]")
 @click.option("--device", "devices", multiple=True, help="One of several, each for a run at a time; repeat it.")
 def run_study(
     file: Path,

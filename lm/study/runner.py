@@ -38,6 +38,7 @@ def run(
     jobs: int = 1,
     threads: int = 1,
     devices: Sequence[str] = (),
+    only: Sequence[str] = (),
     say: Say = print,
 ) -> tuple[dict[str, Any], str | None]:
     """Runs what is missing of a study, and returns its summary and what stopped it, if anything did.
@@ -49,18 +50,25 @@ def run(
         folder: of the study, see `lm.study`.
         jobs: runs at once; each computes with so many `threads`.
         devices: given out to the runs, one each; none: as the settings say.
+        only: names of arms, or what the grid made them of: the others are left for another time, or for another
+            machine that sees the same folder. None: all.
         say: receives lines for a person.
 
     Raises:
-        UserError: a folder that holds something else; results of other settings; runs that failed (the others
-            are done first).
+        UserError: a folder that holds something else; results of other settings; an arm that is not the study's; runs
+            that failed (the others are done first).
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / _PLAN).exists():
         raise UserError(
             f"a study's folder must be empty or a study's own; {folder} is neither; choose another with --run"
         )
-    done = {job: found for job in study.jobs() if (found := results.load(folder, job)) is not None}
-    missing = [job for job in study.jobs() if job not in done]
+    names = {name for arm in study.arms for name in (arm.name, arm.base)}
+    if unknown := [name for name in only if name not in names]:
+        known = ", ".join(arm.name for arm in study.arms)
+        raise UserError(f"an arm must be one of {known}; {', '.join(unknown)} came; correct --arm")
+    done = _results(study, folder)
+    wanted = [job for job in study.jobs() if not only or job.arm.name in only or job.arm.base in only]
+    missing = [job for job in wanted if job not in done]
     _check(missing, devices)
     files.write_whole(folder / _PLAN, _described(study).encode())
     progress = Progress(study, folder, done, say)
@@ -74,9 +82,8 @@ def run(
             for future in over:
                 job = waiting.pop(future)
                 try:
-                    done[job] = future.result()
-                    progress.finished(job, done[job])
-                    results.write(folder, study, [done[job] for job in study.jobs() if job in done])
+                    progress.finished(job, future.result())
+                    results.write(folder, study, [*_results(study, folder).values()])
                 except _StoppedError:
                     pass
                 except UserError as fault:
@@ -87,10 +94,15 @@ def run(
     progress.close()
     if failed:
         raise UserError(
-            f"every run of a study must end; {len(failed)} of {len(study.jobs())} failed: "
+            f"every run of a study must end; {len(failed)} of {len(wanted)} failed: "
             f"{next(iter(failed.values()))}; put it right and give the same command again"
         )
-    return results.write(folder, study, [done[job] for job in study.jobs() if job in done]), runs.stopped
+    return results.write(folder, study, [*_results(study, folder).values()]), runs.stopped
+
+
+def _results(study: Study, folder: Path) -> dict[Job, dict[str, Any]]:
+    """What is done, in the order of the jobs: by this process or by another in the same folder."""
+    return {job: found for job in study.jobs() if (found := results.load(folder, job)) is not None}
 
 
 def _check(missing: Sequence[Job], devices: Sequence[str]) -> None:

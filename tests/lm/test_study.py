@@ -222,6 +222,10 @@ def test_a_study_runs_once_and_a_diverged_run_is_a_result(read, corpus, tmp_path
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     plan = read(SMALL, seeds=1, data=str(corpus))
     folder, said = tmp_path / "study", []
+    with pytest.raises(UserError, match="an arm must be one of good, bad; better came; correct --arm"):
+        study.run(plan, folder, only=["good", "better"], say=said.append)
+    part, _ = study.run(plan, folder, only=["bad"], say=said.append)
+    assert (part["runs"], [path.name for path in (folder / "runs").iterdir()]) == (1, ["bad"])
     summary, stopped = study.run(plan, folder, jobs=2, say=said.append)
     assert stopped is None
     good, bad = (json.loads((folder / f"results/{name}-seed-1.json").read_text()) for name in ("good", "bad"))
