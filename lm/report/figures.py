@@ -112,7 +112,7 @@ def curves(source: Source, cell: str) -> "Figure | None":
     axes.set_xlabel("epoch")
     axes.set_ylabel("perplexity, validation")
     _whole(axes)
-    axes.legend()
+    figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     return figure
 
 
