@@ -210,7 +210,8 @@ def bands(groups: Sequence[Group], nll: float) -> list[str]:
 @click.option("--run", "folder", type=Path, help="Folder of the study.  [default: runs/STUDY]")
 @click.option("--data", help="A corpus by name or folder, for every arm.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, for every arm.")
-@click.option("--arm", "only", multiple=True, metavar="NAME", help="Only this arm now; repeat it.  [default: all]")
+@click.option("--arm", "arms", multiple=True, metavar="NAME", help="Only this arm now; repeat it.  [default: all]")
+@click.option("--seed", "only", multiple=True, type=int, help="Only this seed now; repeat it.  [default: all]")
 @click.option("--device", "devices", multiple=True, help="One of several, each for a run at a time; repeat it.")
 def run_study(
     file: Path,
@@ -218,6 +219,7 @@ def run_study(
     folder: Path | None,
     data: str | None,
     assignments: tuple[str, ...],
+    only: tuple[int, ...],
     **options: Any,
 ) -> int:
     """Train every arm of a study with every seed, and compare them.
@@ -228,7 +230,7 @@ def run_study(
     """
     plan = study.read(file, seeds=seeds, data=data, assignments=assignments)
     folder = folder or Path("runs") / plan.name
-    summary, stopped = study.run(plan, folder, say=_say, **options)
+    summary, stopped = study.run(plan, folder, seeds=only, say=_say, **options)
     if summary["runs"]:
         click.echo(study.table(summary))
     click.echo(f"{folder}: {summary['runs']} of {summary['runs_planned']} runs; runs.csv, arms.csv, summary.json")

@@ -38,7 +38,8 @@ def run(
     jobs: int = 1,
     threads: int = 1,
     devices: Sequence[str] = (),
-    only: Sequence[str] = (),
+    arms: Sequence[str] = (),
+    seeds: Sequence[int] = (),
     say: Say = print,
 ) -> tuple[dict[str, Any], str | None]:
     """Runs what is missing of a study, and returns its summary and what stopped it, if anything did.
@@ -50,24 +51,34 @@ def run(
         folder: of the study, see `lm.study`.
         jobs: runs at once; each computes with so many `threads`.
         devices: given out to the runs, one each; none: as the settings say.
-        only: names of arms, or what the grid made them of: the others are left for another time, or for another
-            machine that sees the same folder. None: all.
+        arms: only these, by their names or by what the grid made them of: the others are left for another time, or for
+            another machine that sees the same folder. None: all.
+        seeds: only these, likewise.
         say: receives lines for a person.
 
     Raises:
-        UserError: a folder that holds something else; results of other settings; an arm that is not the study's; runs
-            that failed (the others are done first).
+        UserError: a folder that holds something else; results of other settings; an arm or a seed that is not the
+            study's; runs that failed (the others are done first).
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / _PLAN).exists():
         raise UserError(
             f"a study's folder must be empty or a study's own; {folder} is neither; choose another with --run"
         )
     names = {name for arm in study.arms for name in (arm.name, arm.base)}
-    if unknown := [name for name in only if name not in names]:
+    if unknown := [name for name in arms if name not in names]:
         known = ", ".join(arm.name for arm in study.arms)
         raise UserError(f"an arm must be one of {known}; {', '.join(unknown)} came; correct --arm")
+    if unknown_seeds := [str(seed) for seed in seeds if not 1 <= seed <= study.seeds]:
+        raise UserError(
+            f"a seed must be one of 1 to {study.seeds}; {', '.join(unknown_seeds)} came; correct --seed, or ask for "
+            "more --seeds"
+        )
     done = _results(study, folder)
-    wanted = [job for job in study.jobs() if not only or job.arm.name in only or job.arm.base in only]
+    wanted = [
+        job
+        for job in study.jobs()
+        if (not arms or {job.arm.name, job.arm.base} & {*arms}) and (not seeds or job.seed in seeds)
+    ]
     missing = [job for job in wanted if job not in done]
     _check(missing, devices)
     files.write_whole(folder / _PLAN, _described(study).encode())

@@ -223,8 +223,10 @@ def test_a_study_runs_once_and_a_diverged_run_is_a_result(read, corpus, tmp_path
     plan = read(SMALL, seeds=1, data=str(corpus))
     folder, said = tmp_path / "study", []
     with pytest.raises(UserError, match="an arm must be one of good, bad; better came; correct --arm"):
-        study.run(plan, folder, only=["good", "better"], say=said.append)
-    part, _ = study.run(plan, folder, only=["bad"], say=said.append)
+        study.run(plan, folder, arms=["good", "better"], say=said.append)
+    with pytest.raises(UserError, match="a seed must be one of 1 to 1; 0, 2 came; correct --seed, or ask for more"):
+        study.run(plan, folder, seeds=[0, 1, 2], say=said.append)
+    part, _ = study.run(plan, folder, arms=["bad"], seeds=[1], say=said.append)
     assert (part["runs"], [path.name for path in (folder / "runs").iterdir()]) == (1, ["bad"])
     summary, stopped = study.run(plan, folder, jobs=2, say=said.append)
     assert stopped is None
@@ -271,6 +273,21 @@ def test_devices_are_given_out_one_for_each_run_at_a_time(read, tmp_path, monkey
     study.run(read(SMALL, seeds=4), tmp_path / "study", jobs=2, devices=("cuda:0", "cuda:1"), say=lambda _: None)
     assert len(together) == 8
     assert max(together) == 2
+
+
+def test_arms_and_seeds_can_be_chosen(read, tmp_path, monkeypatch):
+    begun = []
+
+    def record(self, job, device, log):
+        begun.append((job.arm.name, job.seed))
+        return row(job.arm, job.seed, 10.0) | {"epochs": [], "diverged": None}
+
+    monkeypatch.setattr(runner._Runs, "_train_and_score", record)
+    monkeypatch.setattr(runner, "_check", lambda *_: None)
+    monkeypatch.setattr(Progress, "finished", lambda *_: None)
+    monkeypatch.setattr(results, "write", lambda *_: {})
+    study.run(read(SMALL, seeds=4), tmp_path / "study", arms=["bad"], seeds=[2, 4], say=lambda _: None)
+    assert begun == [("bad", 2), ("bad", 4)]
 
 
 def test_a_folder_of_something_else_is_refused(read, tmp_path):
