@@ -49,7 +49,7 @@ def lengths_tensor(lengths: "Tensor | Sequence[int]", T: int, N: int) -> Tensor:
         found = found.long()  # an empty list has torch's default dtype
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise ValueError(f"lengths must be integers; got {found.dtype}")
-    found = found.to("cpu", torch.int64)
+    found = found.to("cpu", torch.int64, copy=True)  # kept for the backward, whatever the caller writes into it then
     if tuple(found.shape) != (N,):
         raise ValueError(
             f"lengths must hold one length for each of the N = {N} sequences; got shape {tuple(found.shape)}"

@@ -5,6 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from rnnorm import _check
 from rnnorm._cells import CELLS
 from rnnorm._layers import Recurrent
 from rnnorm._module import State
@@ -32,6 +33,7 @@ def gates(layer: Recurrent, input: Tensor, hx: State | None = None) -> dict[str,
     Raises:
         ValueError: an input or state of a wrong shape, dtype or device.
     """
+    _check.is_tensor("input", input)
     if input.dim() != 3 or not input.numel():
         raise ValueError(f"input must be [T, N, I] with at least one step; got shape {tuple(input.shape)}")
     x, state = layer._prepared(input.transpose(0, 1) if layer.batch_first else input, hx, single=False)

@@ -15,6 +15,8 @@ from rnnorm._module import RecurrentModule, State
 class Recurrent(RecurrentModule):
     """Stacked recurrent layers, in one or both directions; `LSTM`, `GRU` and `RNN` say which cell."""
 
+    __jit_unused_properties__: ClassVar[list[str]] = ["all_weights"]  # TorchScript would compile it
+    _torch_layer: ClassVar[type[nn.RNNBase]]
     _torch_options: ClassVar[tuple[str, ...]] = (
         *("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"),
     )
@@ -57,6 +59,13 @@ class Recurrent(RecurrentModule):
     def _suffixes(self) -> list[list[str]]:
         directions = ("", "_reverse")[: 1 + self.bidirectional]
         return [[f"_l{layer}{direction}" for direction in directions] for layer in range(self.num_layers)]
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """For each layer and direction its parameters that torch's layer has too, in torch's order."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        suffixes = [suffix for layer in self._suffixes() for suffix in layer]
+        return [[getattr(self, name + s) for name in names if hasattr(self, name + s)] for s in suffixes]
 
     def flatten_parameters(self) -> None:
         """Nothing to do; here because code written for torch's layers calls it."""
@@ -116,8 +125,10 @@ class Recurrent(RecurrentModule):
             raise ValueError("lengths= must be left out with a PackedSequence, which carries its own")
         data, sizes = packed.data, packed.batch_sizes
         N = int(sizes[0])
-        rows = (torch.arange(N)[None, :] < sizes[:, None]).flatten().nonzero()[:, 0].to(data.device)
-        found = (sizes[:, None] > torch.arange(N)[None, :]).sum(0)
+        rows = (
+            (torch.arange(N, device=sizes.device)[None, :] < sizes[:, None]).flatten().nonzero()[:, 0].to(data.device)
+        )
+        found = (sizes[:, None] > torch.arange(N, device=sizes.device)[None, :]).sum(0)
         padded = data.new_zeros(sizes.size(0) * N, data.size(1)).index_copy(0, rows, data)
         x = padded.view(sizes.size(0), N, data.size(1))
         x, state = self._prepared(x, hx, single=False)
@@ -165,7 +176,12 @@ class Recurrent(RecurrentModule):
         """Dropout between layers; of packed samples it draws only theirs, as torch does: equal seeds drop equally."""
         if lengths is None:
             return F.dropout(x, self.dropout)
-        real = (torch.arange(x.size(0))[:, None] < lengths[None, :]).flatten().nonzero()[:, 0].to(x.device)
+        real = (
+            (torch.arange(x.size(0), device=lengths.device)[:, None] < lengths[None, :])
+            .flatten()
+            .nonzero()[:, 0]
+            .to(x.device)
+        )
         rows = x.flatten(0, 1)
         return torch.zeros_like(rows).index_copy(0, real, F.dropout(rows[real], self.dropout)).view_as(x)
 
@@ -175,24 +191,27 @@ class Recurrent(RecurrentModule):
 
         Raises `TypeError` if `layer` is not torch's layer of this kind.
         """
-        expected = getattr(nn, cls.__name__)
-        if not isinstance(layer, expected):
-            raise TypeError(f"{cls.__name__}.from_torch needs a torch.nn.{cls.__name__}; got {type(layer).__name__}")
+        if not isinstance(layer, cls._torch_layer):
+            raise TypeError(
+                f"{cls.__name__}.from_torch needs a torch.nn.{cls._torch_layer.__name__}; got {type(layer).__name__}"
+            )
         weight = layer.weight_ih_l0
         same = {name: getattr(layer, name) for name in cls._torch_options}
-        new = cls(**same, **options, device=weight.device, dtype=weight.dtype)
+        new = cls(**{**same, "device": weight.device, "dtype": weight.dtype, **options})
         new.load_state_dict({**new.state_dict(), **layer.state_dict()})
+        for name, parameter in layer.named_parameters():
+            new.get_parameter(name).requires_grad_(parameter.requires_grad)
         return new.train(layer.training)
 
     def to_torch(self) -> nn.RNNBase:
         """Torch's layer with a copy of these weights. Raises `ValueError` if a norm is on: torch has none."""
         if self.norm.kind != "none":
             raise ValueError(
-                f"to_torch needs norm='none': torch.nn.{type(self).__name__} cannot normalize; got {self.norm}"
+                f"to_torch needs norm='none': torch.nn.{self._torch_layer.__name__} cannot normalize; got {self.norm}"
             )
         weight = self._weight()
         same = {name: getattr(self, name) for name in self._torch_options}
-        layer = getattr(nn, type(self).__name__)(**same, device=weight.device, dtype=weight.dtype)
+        layer = self._torch_layer(**same, device=weight.device, dtype=weight.dtype)
         layer.load_state_dict(self.state_dict())
         return layer.train(self.training)
 
@@ -224,6 +243,7 @@ class LSTM(Recurrent):
     Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), section 4.
     """
 
+    _torch_layer = nn.LSTM
     _torch_options = (*Recurrent._torch_options, "proj_size")
 
     def __init__(
@@ -267,6 +287,8 @@ class GRU(Recurrent):
     without `proj_size` and `cell_norm`; norm parameters and streams have 3H channels.
     """
 
+    _torch_layer = nn.GRU
+
     def __init__(
         self,
         input_size: int,
@@ -295,6 +317,7 @@ class RNN(Recurrent):
     "tanh" or "relu" where torch has it; norm parameters and streams have H channels.
     """
 
+    _torch_layer = nn.RNN
     _torch_options = (*Recurrent._torch_options, "nonlinearity")
 
     def __init__(

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,24 @@ from rnnorm.ops.registry import by_name
 
 State = Tensor | tuple[Tensor, Tensor]
 STREAMS = {"mean": 0.0, "var": 1.0, "u": 0.0, "v": 0.0}
-_STREAM_NAME = re.compile(r"(?:norm_|cell_norm_|)(mean|var|u|v)(?:_l\d+(?:_reverse)?)?")
+# Operands of which the fused loops need both or neither.
+_PAIRS = (("bias_ih", "bias_hh"), ("norm_weight", "norm_bias"), ("cell_norm_weight", "cell_norm_bias"))
 
 
 class StreamModule(nn.Module):
     """A module whose streaming statistics never fall below float32, whatever `.half()` does to the parameters."""
 
+    _stream_name: ClassVar[re.Pattern[str]]  # of a whole buffer name; its group 1 is the kind
+
     def _stream_buffers(self) -> dict[str, Tensor]:
         """The module's own stream buffers by name."""
-        return {name: b for name, b in self._buffers.items() if b is not None and _STREAM_NAME.fullmatch(name)}
+        return {name: b for name, b in self._buffers.items() if b is not None and self._stream_name.fullmatch(name)}
 
     def _streams_by_kind(self) -> dict[str, list[Tensor]]:
         """The module's own streams `mean`, `var`, `u`, `v`, in the same order for each."""
         found: dict[str, list[Tensor]] = {kind: [] for kind in STREAMS}
         for name, buffer in self._stream_buffers().items():
-            found[_STREAM_NAME.sub(r"\1", name)].append(buffer)
+            found[self._stream_name.sub(r"\1", name)].append(buffer)
         return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -40,6 +43,12 @@ class StreamModule(nn.Module):
                 self._buffers[name] = before[name].to(after.device, wide)
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        # With `assign=True` the buffers are those of the file, in its dtype.
+        for name, buffer in self._stream_buffers().items():
+            self._buffers[name] = buffer.to(statistics_dtype(buffer.dtype))
+
     @torch.no_grad()
     def reset_streams(self) -> None:
         """Set every stream to its start: mean 0, variance 1, control u and v 0, in place."""
@@ -50,6 +59,8 @@ class StreamModule(nn.Module):
 
 class RecurrentModule(StreamModule):
     """Base of layers and cells. A suffix such as `_l0_reverse` names one layer and direction; cells use none."""
+
+    _stream_name = re.compile(r"(?:cell_)?norm_(mean|var|u|v)(?:_l\d+(?:_reverse)?)?")
 
     cell: str
     norm: norms.Spec
@@ -104,7 +115,9 @@ class RecurrentModule(StreamModule):
         if x.size(-1) != self.input_size:
             raise ValueError(f"input's last dimension must be input_size = {self.input_size}; got {x.size(-1)}")
         wanted = autocast_dtype(x)
-        _check.like_weights("input", x, self._weight(), autocast=wanted is not None)
+        # What is float64 stays out of autocast.
+        autocast = wanted is not None and self._weight().dtype != torch.float64
+        _check.like_weights("input", x, self._weight(), autocast)
         return x if wanted is None else x.to(wanted)
 
     def reset_parameters(self) -> None:
@@ -157,6 +170,12 @@ class RecurrentModule(StreamModule):
 
     def _operands(self, suffix: str, x: Tensor, h: Tensor, c: Tensor | None, lengths: Tensor | None) -> ops.Operands:
         own = {name: getattr(self, name + suffix, None) for name in ops.Operands._fields[3:-1]}
+        for one, other in _PAIRS:
+            if (own[one] is None) != (own[other] is None):
+                raise ValueError(f"{one + suffix} and {other + suffix} must both be there or both be None; one is None")
+        if not self.training:
+            # Nothing moves, so nothing needs the control; and torch.compile checks what a backward might move.
+            own |= dict.fromkeys(("norm_u", "norm_v", "cell_norm_u", "cell_norm_v"))
         weight = own["weight_ih"]
         assert weight is not None
         if x.dtype != weight.dtype:

@@ -1,6 +1,7 @@
 """`OnlineNorm`: the primitive as a module, for vectors and feature maps."""
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from rnnorm import _check, norms
 from rnnorm._module import STREAMS, StreamModule
+from rnnorm.ops import library
 from rnnorm.ops.call import statistics_dtype
 
 
@@ -23,6 +25,8 @@ class OnlineNorm(StreamModule):
     Raises `ValueError` for constants out of range, a wrong number of channels, dtype or device.
     Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), section 3.
     """
+
+    _stream_name = re.compile("(mean|var|u|v)")
 
     def __init__(
         self,
@@ -42,12 +46,12 @@ class OnlineNorm(StreamModule):
             raise ValueError(f"num_features must be an int greater than 0; got {num_features!r}")
         norms.check_online(alpha_fwd, alpha_bwd, eps, guard, control_floor)
         self.num_features = num_features
-        self.alpha_fwd = alpha_fwd
-        self.alpha_bwd = alpha_bwd
-        self.eps = eps
+        self.alpha_fwd = float(alpha_fwd)
+        self.alpha_bwd = float(alpha_bwd)
+        self.eps = float(eps)
         self.affine = affine
         self.guard = guard
-        self.control_floor = control_floor
+        self.control_floor = float(control_floor)
         empty = torch.empty(num_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(empty.clone()) if affine else None
         self.bias = nn.Parameter(empty.clone()) if affine else None
@@ -89,10 +93,16 @@ class OnlineNorm(StreamModule):
                 f"input must be on the module's device {self.mean.device}; got {input.device}; "
                 "move one with .to(device)"
             )
+        weight, bias = self.weight, self.bias
         if input.numel() == 0:
-            return input.clone()
+            if weight is None or bias is None:
+                return input.clone()
+            # Zero gradients, not none: processes that share their gradients all need them.
+            return input + 0 * (weight.sum() + bias.sum()).to(input.dtype)
         x = input.reshape(input.size(0), self.num_features, -1).to(self.mean.dtype)
         if self.training:
+            if not torch.jit.is_scripting():
+                library.refuse_transforms([x])
             y, _, mean, var = torch.ops.rnnorm.online_norm(
                 *(x, self.mean, self.var, self.u, self.v),
                 *(self.alpha_fwd, self.alpha_bwd, self.eps, self.control_floor),
@@ -103,7 +113,6 @@ class OnlineNorm(StreamModule):
             # Copies: autograd keeps them, and later training calls move the statistics.
             rstd = (self.var + self.eps).rsqrt()
             y = (x - self.mean.clone().unsqueeze(1)) * rstd.unsqueeze(1)
-        weight, bias = self.weight, self.bias
         if weight is not None and bias is not None:
             y = y * weight.to(y.dtype).unsqueeze(1) + bias.to(y.dtype).unsqueeze(1)
         if self.guard == "scale":

@@ -46,8 +46,9 @@ class PlainStep(_Copies):
             x_part, h_part, h, c, normalize, (lambda c: cell(c, 0)) if self.spec.cell_norm else (lambda c: c)
         )
         if self.weight_hr is not None:
-            new_h = F.linear(new_h, self.weight_hr)  # type: ignore[arg-type]
-        return new_h if new_c is None else torch.cat((new_h, new_c), 1)
+            new_h = F.linear(new_h.to(state.dtype), self.weight_hr)  # type: ignore[arg-type]
+        # Statistics are float32 at least, and so is what they made; the state is in the weights' dtype.
+        return (new_h if new_c is None else torch.cat((new_h, new_c), 1)).to(state.dtype)
 
     def _normalizer(self, prefix: str) -> Callable[[Tensor, int], Tensor]:
         weight, bias, mean, *others = (getattr(self, f"{prefix}_{name}") for name in ("weight", "bias", *STREAMS))

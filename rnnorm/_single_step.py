@@ -71,12 +71,12 @@ class LSTMCell(CellModule):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
         *,
         norm: "str | norms.Spec" = "online",
         cell_norm: bool = False,
         backend: str = "auto",
-        device: Any = None,
-        dtype: Any = None,
     ) -> None:
         super().__init__("lstm", input_size, hidden_size, bias, norm, cell_norm, backend, device, dtype)
 
@@ -89,11 +89,11 @@ class GRUCell(CellModule):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
         *,
         norm: "str | norms.Spec" = "online",
         backend: str = "auto",
-        device: Any = None,
-        dtype: Any = None,
     ) -> None:
         super().__init__("gru", input_size, hidden_size, bias, norm, False, backend, device, dtype)
 
@@ -107,11 +107,11 @@ class RNNCell(CellModule):
         hidden_size: int,
         bias: bool = True,
         nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
         *,
         norm: "str | norms.Spec" = "online",
         backend: str = "auto",
-        device: Any = None,
-        dtype: Any = None,
     ) -> None:
         cell = rnn_cell(nonlinearity)
         super().__init__(cell, input_size, hidden_size, bias, norm, False, backend, device, dtype)

@@ -246,8 +246,8 @@ _SUBSTITUTES: dict[type[RecurrentModule], type[RecurrentModule]] = {
 def scriptable(module: RecurrentModule) -> Any:
     """What TorchScript compiles for a layer or cell.
 
-    Raises `TypeError` for a subclass with a `forward` of its own, `BackendUnavailable` for a backend that cannot run
-    the weights' device and dtype, or that is no operator.
+    Raises `TypeError` for a subclass with a `forward` of its own or a parametrized weight, `BackendUnavailable` for a
+    backend that cannot run the weights' device and dtype, or that is no operator.
     """
     original, substitute = next(pair for pair in _SUBSTITUTES.items() if isinstance(module, pair[0]))
     if type(module).forward not in (original.forward, substitute.forward):
@@ -256,6 +256,11 @@ def scriptable(module: RecurrentModule) -> Any:
             "hold the layer as a member instead"
         )
     suffixes = [suffix for layer in module._suffixes() for suffix in layer]
+    for name in (name + suffix for suffix in suffixes for name in DIFFERENTIABLE[3:]):
+        if isinstance(getattr(module, name, None), Tensor) and name not in module._parameters:
+            raise TypeError(
+                f"torch.jit.script needs {name} to be a parameter; it is computed; remove its parametrization"
+            )
     weights = [
         {name: p for name in DIFFERENTIABLE if (p := module._parameters.get(name + suffix)) is not None}
         for suffix in suffixes

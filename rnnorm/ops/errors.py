@@ -10,8 +10,16 @@ SECOND_BACKWARD = (
     "would give other gradients; run the forward again instead of passing retain_graph=True"
 )
 DOUBLE_BACKWARD = (
-    "double backward through a recurrent layer of rnnorm is not supported: the gradient of online normalization is a "
-    "control process, and the fused backward is not differentiable; call backward without create_graph=True"
+    "double backward through online normalization in training mode is not supported: its gradient is a control "
+    "process, not a derivative; call backward without create_graph=True"
+)
+FUSED_DOUBLE_BACKWARD = (
+    "double backward through a fused recurrent layer is not supported: its backward pass is not differentiable; call "
+    "backward without create_graph=True, or make the layer with backend='reference'"
+)
+TRANSFORM = (
+    "transforms of torch.func (grad, vjp, jacrev, vmap ...) and forward-mode derivatives (jvp) do not reach through "
+    "rnnorm's fused operators; use autograd's backward, or make a recurrent layer with backend='reference'"
 )
 RECOMPUTATION = (
     "an online-normalized layer in training mode cannot be recomputed during backward (activation checkpointing): its "

@@ -5,15 +5,17 @@ They are registered through `torch.library` with fake kernels and autograd formu
 returned, and the module copies them into its buffers. The backward operators move u and v in place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rnnorm.ops import stream
 from rnnorm.ops.call import DIFFERENTIABLE, MOVED_IN_BACKWARD, Operands, Results, Spec, results_like
-from rnnorm.ops.errors import DOUBLE_BACKWARD, RECOMPUTATION, SECOND_BACKWARD
+from rnnorm.ops.errors import DOUBLE_BACKWARD, FUSED_DOUBLE_BACKWARD, RECOMPUTATION, SECOND_BACKWARD, TRANSFORM
 from rnnorm.ops.registry import by_name, choose
 
 _SCALARS = {str: "str", float: "float", bool: "bool"}
@@ -89,7 +91,8 @@ def sequence_backward(
     *args: Any,
 ) -> tuple[Tensor, ...]:
     operands, spec = _unpack(args)
-    with torch.autocast(operands.x.device.type, enabled=False):
+    control = [getattr(operands, name) for name in MOVED_IN_BACKWARD] if spec.controlled else []
+    with torch.autocast(operands.x.device.type, enabled=False), _kept_finite(control):
         grads = by_name(spec.backend).backward(
             (grad_y, grad_h, grad_c), operands, saved, spec, need_input, need_weights
         )
@@ -97,6 +100,18 @@ def sequence_backward(
         grad if grad is not None and _wanted(name, need_input, need_weights) else operands.x.new_empty(0)
         for name, grad in zip(DIFFERENTIABLE, grads, strict=True)
     )
+
+
+@contextmanager
+def _kept_finite(control: Sequence[Tensor | None]) -> Iterator[None]:
+    """Inside, u and v move, unless they would not be finite. A step with such a gradient is skipped by whoever watches
+    for it, as a GradScaler does that looks for its scale; one that stayed in u and v would spoil all that come."""
+    before = [(moved, moved.clone()) for moved in control if moved is not None]
+    yield
+    if before:
+        finite = torch.stack([moved.sum() for moved, _ in before]).isfinite().all()
+        for moved, kept in before:
+            moved.copy_(torch.where(finite, moved, kept))
 
 
 def _wanted(name: str, need_input: bool, need_weights: bool) -> bool:
@@ -130,9 +145,9 @@ def _sequence_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> Non
     _keep(ctx, *_unpack(inputs), Results(*output).saved)
 
 
-def _once(ctx: Any, repeatable: bool) -> None:
+def _once(ctx: Any, controlled: bool, repeatable: bool) -> None:
     if torch.is_grad_enabled():
-        raise RuntimeError(DOUBLE_BACKWARD)
+        raise RuntimeError(DOUBLE_BACKWARD if controlled else FUSED_DOUBLE_BACKWARD)
     if ctx.spent and not repeatable:
         raise RuntimeError(SECOND_BACKWARD)
     ctx.spent = True
@@ -140,7 +155,7 @@ def _once(ctx: Any, repeatable: bool) -> None:
 
 def _gradients(ctx: Any, needs: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of the differentiable operands, for those of y, h and c."""
-    _once(ctx, repeatable=not ctx.spec.controlled or ctx.spec.alpha_bwd == 1)
+    _once(ctx, ctx.spec.controlled, repeatable=not ctx.spec.controlled or ctx.spec.alpha_bwd == 1)
     count = len(DIFFERENTIABLE)
     kept = ctx.saved_tensors  # read once: non-reentrant checkpointing unpacks by the reading
     differentiable, lengths, saved = kept[:count], kept[count], kept[count + 1 :]
@@ -178,8 +193,21 @@ class _Eager(torch.autograd.Function):
         return (None, *found, *([None] * (len(Operands._fields) - len(found))))
 
 
+def refuse_transforms(operands: Sequence[Tensor | None]) -> None:
+    """Raise where a derivative would be lost on its way through an operator, without a word."""
+    if torch.compiler.is_compiling():
+        return
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if not transformed and forward_ad._current_level >= 0:
+        tensors = [operand for operand in operands if operand is not None]
+        transformed = any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    if transformed:
+        raise RuntimeError(TRANSFORM)
+
+
 def run_sequence(operands: Operands, spec: Spec) -> Results:
     """`rnnorm::sequence`, differentiable by the shortest way."""
+    refuse_transforms(operands)
     if spec.save and not torch.compiler.is_compiling():
         return Results._make((*_Eager.apply(spec, *operands), []))
     return Results(*torch.ops.rnnorm.sequence(*operands, *spec))
@@ -214,7 +242,7 @@ def _(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, *constants: float):
 def online_norm_backward(
     grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha_bwd: float, control_floor: float
 ) -> Tensor:
-    with torch.autocast(grad.device.type, enabled=False):
+    with torch.autocast(grad.device.type, enabled=False), _kept_finite((u, v)):
         return stream.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, alpha_bwd, control_floor).contiguous()
 
 
@@ -231,7 +259,7 @@ def _online_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _online_norm_gradient(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-    _once(ctx, repeatable=ctx.alpha_bwd == 1)
+    _once(ctx, controlled=True, repeatable=ctx.alpha_bwd == 1)
     y, rstd = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(y)

@@ -84,9 +84,18 @@ def normalizer(
             return pre
         part = slice(first * H, first * H + pre.size(1))
         if streams is not None:
-            mean, var, u, v = (s[part] for s in streams)
+            mean, var = streams[0][part], streams[1][part]
             if spec.training:
-                args = (mean, var, u, v, spec.alpha_fwd, spec.alpha_bwd, spec.eps, spec.control_floor)
+                args = (
+                    mean,
+                    var,
+                    streams[2][part],
+                    streams[3][part],
+                    spec.alpha_fwd,
+                    spec.alpha_bwd,
+                    spec.eps,
+                    spec.control_floor,
+                )
                 y = OnlineStep.apply(pre[:, :, None], *args)[:, :, 0]
             else:
                 # A copy: autograd keeps it, and later training calls move the statistics.
@@ -158,8 +167,8 @@ class Reference:
     name = "reference"
     differentiable = True
 
-    def why_not(self, device: torch.device, dtype: torch.dtype, spec: Spec | None) -> None:
-        return None
+    def why_not(self, device: torch.device, dtype: torch.dtype, spec: Spec | None) -> str | None:
+        return None if dtype.is_floating_point else f"it computes in floating point, not in {dtype}"
 
     def saved_like(self, operands: Operands, spec: Spec) -> list[Tensor]:
         return []

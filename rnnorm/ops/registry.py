@@ -93,4 +93,9 @@ chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
     """Every backend's name, with None if it can run on `device` here, or the reason why it cannot."""
-    return {b.name: b.why_not(torch.device(device), dtype, None) for b in BACKENDS}
+    device = torch.device(device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as fault:
+        return {b.name: f"there is no device {device} here: {str(fault).splitlines()[0]}" for b in BACKENDS}
+    return {b.name: b.why_not(device, dtype, None) for b in BACKENDS}

@@ -388,7 +388,7 @@ def _walk(o: Operands, spec: Spec, save: bool) -> tuple[Steps, Tensor | None]:
         order = range(T)[:: -1 if spec.reverse else 1]
         return Steps([t * N for t in order], [(t + 1) * N for t in order], [], True, save), None
     order = range(int(o.lengths.max()))[:: -1 if spec.reverse else 1]
-    active = torch.arange(T)[:, None] < o.lengths.cpu()[None, :]
+    active = torch.arange(T, device="cpu")[:, None] < o.lengths.cpu()[None, :]
     stops = active.sum(1).cumsum(0).tolist()
     starts = [0, *stops[:-1]]
     rows = [active[t].nonzero()[:, 0].to(o.x.device) for t in order]

@@ -57,13 +57,19 @@ def statistics(
         b = torch.addcmul(-var, d, d, value=alpha)
         if w is not None:
             b = b + w[start : start + block]
-        variance = torch.addmm(var, full, b)
+        variance = torch.addmm(var, full, b).clamp_(min=0.0)  # where decay is fast, digits cancel
         var.copy_(variance[k])
         ds.append(d)
         variances.append(variance[:k])
     if len(ds) == 1:
         return ds[0], variances[0]
     return torch.cat(ds), torch.cat(variances)
+
+
+def _finite(products: Tensor) -> Tensor:
+    """In a diverging control the products of factors overflow before what they multiply is there, which may be 0."""
+    most = 3.4e38 if products.dtype == torch.float32 else 1.7e308
+    return products.clamp(-most, most)
 
 
 def _walked(a: Tensor, b: Tensor, state: Tensor, row_by_row: int = ROW_BY_ROW) -> Tensor:
@@ -79,7 +85,7 @@ def _walked(a: Tensor, b: Tensor, state: Tensor, row_by_row: int = ROW_BY_ROW) -
     k = 1
     while k < n:
         b = torch.cat((b[:k], torch.addcmul(b[k:], a[k:], b[:-k])))
-        a = torch.cat((a[:k], a[k:] * a[:-k]))
+        a = torch.cat((a[:k], _finite(a[k:] * a[:-k])))
         k *= 2
     return torch.cat((state.unsqueeze(0), b))
 
@@ -90,7 +96,7 @@ def scanned(a: Tensor, b: Tensor, state: Tensor) -> Tensor:
     pairs = n // 2
     # Joined two by two, half as many samples remain to be walked.
     first_a, first_b, second_a = a[: 2 * pairs : 2], b[: 2 * pairs : 2], a[1::2]
-    states = _walked(second_a * first_a, torch.addcmul(b[1::2], second_a, first_b), state)
+    states = _walked(_finite(second_a * first_a), torch.addcmul(b[1::2], second_a, first_b), state)
     firsts = states[:pairs]
     before = torch.stack((firsts, torch.addcmul(first_b, first_a, firsts)), 1).flatten(0, 1)
     if n % 2 == 0:

@@ -202,3 +202,23 @@ def test_shapes_past_the_modules_are_still_checked():
     operands = layer._operands("_l0", torch.randn(4, 1, 2), torch.zeros(2, 3), torch.zeros(1, 3), None)
     with pytest.raises(ValueError, match="operand 1 must have shape"):
         native.Native().forward(operands, layer._spec())
+
+
+def test_long_horizons_keep_their_digits():
+    """1 - alpha is formed in double: in float32 a horizon of a million samples would be off by a hundredth."""
+    results = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(0)
+        layer = rnnorm.RNN(3, 5, norm=norms.Online(1 - 1e-6, 1 - 1e-6), backend=backend)
+        layer(torch.randn(50, 4, 3))[0].sum().backward()
+        results.append((layer.norm_mean_l0, layer.norm_u_l0))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["bias_hh", "norm_bias", "norm_var", "norm_u", "cell_norm_v", "c"])
+def test_operands_that_are_missing_past_the_modules_are_refused(name):
+    layer = rnnorm.LSTM(2, 3, norm="online", cell_norm=True, backend="cpu")
+    operands = layer._operands("_l0", torch.randn(4, 2, 2), torch.zeros(2, 3), torch.zeros(2, 3), None)
+    with pytest.raises(ValueError, match="is missing, or another that goes with it"):
+        native.Native().forward(operands._replace(**{name: None}), layer._spec())

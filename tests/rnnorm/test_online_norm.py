@@ -84,3 +84,39 @@ def test_reset() -> None:
     expected = rnnorm.OnlineNorm(3).state_dict()
     norm.reset_parameters()
     torch.testing.assert_close(norm.state_dict(), expected, rtol=0, atol=0)
+
+
+def test_a_diverging_control_is_the_same_in_one_call_and_in_many() -> None:
+    """Factors far below -1, whose products over many samples leave float32, while no gradient is there to multiply."""
+    torch.manual_seed(0)
+    x = 1e4 + 1e3 * torch.randn(256, 2)
+    whole = rnnorm.OnlineNorm(2, alpha_fwd=0.9999, alpha_bwd=0.98)
+    single = copy.deepcopy(whole)
+    whole(x.clone().requires_grad_()).sum().backward()
+    for row in x.unsqueeze(1):
+        single(row.requires_grad_()).sum().backward()
+    assert whole.v.isfinite().all()
+    torch.testing.assert_close(whole.u, single.u, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(whole.v, single.v, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.55, 0.6, 0.7, 0.75])
+def test_a_variance_that_decays_fast_is_never_negative(alpha: float) -> None:
+    norm = rnnorm.OnlineNorm(64, alpha_fwd=alpha)
+    norm(1e6 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    norm(torch.zeros(64, 64))
+    assert (norm.var >= 0).all()
+    assert norm(torch.zeros(64, 64)).isfinite().all()
+
+
+def test_an_empty_batch_gives_zero_gradients() -> None:
+    norm = rnnorm.OnlineNorm(3)
+    norm(torch.zeros(0, 3)).sum().backward()
+    assert norm.weight.grad.tolist() == norm.bias.grad.tolist() == [0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_constants_may_be_whole_numbers() -> None:
+    norm = rnnorm.OnlineNorm(3, alpha_fwd=1, alpha_bwd=1, eps=1, control_floor=0)
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(torch.jit.script(copy.deepcopy(norm))(x), norm(x))

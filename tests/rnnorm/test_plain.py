@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import rnnorm
 from rnnorm._plain import PlainStep
 
 
@@ -68,3 +69,13 @@ def test_exported_program_has_free_sizes_and_no_operator_of_ours() -> None:
     for T, N in ((1, 1), (7, 2)):
         given = _arguments(case, layer, T, N)
         torch.testing.assert_close(called(*given), _expected(case, layer, *given), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["online", "layer"])
+def test_plain_layer_in_half_precision(norm: str) -> None:
+    layer = rnnorm.LSTM(3, 6, proj_size=4, norm=norm, dtype=torch.bfloat16).eval()
+    x, states = torch.randn(5, 2, 3).bfloat16(), (torch.zeros(1, 2, 4).bfloat16(), torch.zeros(1, 2, 6).bfloat16())
+    found, expected = layer.to_plain()(x, *states), layer(x, states)
+    for ours, theirs in zip(found, (expected[0], *expected[1]), strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)

@@ -357,3 +357,141 @@ def test_meta_and_later_materialization() -> None:
     torch.manual_seed(1)
     layer.reset_parameters()
     torch.testing.assert_close(layer.state_dict(), _make(norm="online", cell_norm=False).state_dict())
+
+
+@pytest.mark.parametrize(
+    "pair", [("bias_ih", "bias_hh"), ("norm_weight", "norm_bias"), ("cell_norm_weight", "cell_norm_bias")]
+)
+@pytest.mark.parametrize("backend", registry.names())
+def test_half_a_pair_of_parameters_is_refused(backend: str, pair: tuple[str, ...]) -> None:
+    for name in pair:
+        layer = _make(backend=backend)
+        setattr(layer, name + "_l0", None)
+        with pytest.raises(ValueError, match="must both be there or both be None"):
+            layer(torch.randn(5, 2, 3))
+
+
+def _stream_values(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", ["LSTM", "GRUCell", "OnlineNorm"])
+@pytest.mark.parametrize("backend", ["cpu", "scripted"])
+def test_a_gradient_that_is_not_finite_leaves_the_control_as_it_was(backend: str, kind: str, bad: float) -> None:
+    module = _make(kind) if kind == "OnlineNorm" else _make(kind, backend=backend)
+    _train(module)
+    before = _stream_values(module)
+    y = _call(module, torch.randn(5, 2, 3))
+    y.backward(torch.full_like(y, bad))
+    for name, value in module.named_buffers():
+        assert torch.isfinite(value).all()
+        if name.split("_")[-2 if "_l0" in name else -1] in ("u", "v"):
+            assert torch.equal(value, before[name]), name
+    assert torch.isfinite(_train(module)).all()
+    assert all(not torch.equal(value, before[name]) for name, value in module.named_buffers())
+
+
+def test_a_scaler_of_gradients_finds_its_scale() -> None:
+    layer = rnnorm.LSTM(16, 16)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.001)
+    scaler = torch.amp.GradScaler("cpu")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            y, _ = layer(torch.randn(20, 8, 16, generator=generator))
+        scaler.scale((y.float() - 1).square().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() > 1
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.parametrize("kind", KINDS)
+def test_transforms_are_refused_not_ignored(kind: str) -> None:
+    module = _make(kind).requires_grad_(False)
+    x = torch.randn(5, 2, 3)
+    with pytest.raises(RuntimeError, match=r"backend='reference'"):
+        torch.func.jvp(lambda x: _call(module, x), (x,), (torch.ones_like(x),))
+    with pytest.raises(RuntimeError, match=r"backend='reference'"):
+        torch.func.grad(lambda x: _call(module, x).sum())(x)
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match=r"backend='reference'"),
+    ):
+        _call(module, torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    _call(module, x)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_transforms_reach_through_the_reference(norm: str) -> None:
+    layer = _make("GRU", norm=norm, backend="reference").requires_grad_(False)
+    x = torch.randn(5, 2, 3)
+    _, tangent = torch.func.jvp(lambda x: layer(x)[0], (x,), (torch.ones_like(x),))
+    jacobian = torch.func.jacrev(lambda x: layer(x)[0])(x)
+    torch.testing.assert_close(jacobian.sum((-1, -2, -3)), tangent)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch.compile's own look
+@pytest.mark.parametrize("norm", ["none", "online"])
+def test_compiled_evaluation_may_be_called_again_before_backward(norm: str) -> None:
+    cell = rnnorm.LSTMCell(3, 4, norm=norm).eval()
+    step = torch.compile(cell, backend="aot_eager", fullgraph=True)
+    grads = []
+    for run in (step, cell):
+        cell.zero_grad()
+        state = None
+        for x in torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0)):
+            state = run(x, state)
+        state[0].sum().backward()
+        grads.append(cell.weight_hh.grad.clone())
+    torch.testing.assert_close(*grads)
+
+
+def test_statistics_of_a_half_file_become_float32() -> None:
+    half = {name: value.half() for name, value in _make().state_dict().items()}
+    layer = _make()
+    layer.load_state_dict(half, assign=True)
+    assert layer.weight_ih_l0.dtype == torch.float16
+    assert layer.norm_mean_l0.dtype == layer.cell_norm_v_l0.dtype == torch.float32
+
+
+def test_buffers_of_a_subclass_are_its_own() -> None:
+    class Mine(rnnorm.LSTM):
+        def __init__(self) -> None:
+            super().__init__(3, 4)
+            self.register_buffer("mean", torch.full((2,), 7.0))
+
+    layer = Mine().half()
+    layer.reset_streams()
+    assert layer.mean.dtype == torch.float16
+    assert layer.mean.tolist() == [7.0, 7.0]
+    assert [tuple(stream.shape) for stream in layer._streams_by_kind()["mean"]] == [(16,)]
+
+
+def test_packed_sequences_under_another_default_device() -> None:
+    layer = _make()
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 3]))
+    expected = layer.eval()(packed)[0].data
+    with torch.device("meta"):
+        found = layer(packed)[0].data
+    assert torch.equal(found, expected)
+
+
+def test_lengths_may_be_changed_after_the_call() -> None:
+    layer, lengths = _make(), torch.tensor([5, 3])
+    y, _ = layer(torch.randn(5, 2, 3), lengths=lengths)
+    lengths.fill_(1)
+    y.sum().backward()
+    assert layer.weight_ih_l0.grad is not None
+
+
+def test_a_float64_layer_under_autocast_wants_float64() -> None:
+    layer = _make(dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(5, 2, 3).double())[0].dtype == torch.float64
+        with pytest.raises(ValueError, match=r"input must have the weights' dtype torch\.float64"):
+            layer(torch.randn(5, 2, 3))

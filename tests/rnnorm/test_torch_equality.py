@@ -238,3 +238,33 @@ def test_constructors_take_torch_positional_arguments() -> None:
         for option in ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size"):
             assert getattr(ours, option) == getattr(theirs, option)
         assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+def test_cells_take_torch_positional_arguments() -> None:
+    for cell, arguments in (("LSTMCell", (True,)), ("GRUCell", (False,)), ("RNNCell", (True, "relu"))):
+        theirs = getattr(nn, cell)(I, H, *arguments, "cpu", torch.float64)
+        ours = getattr(rnnorm, cell)(I, H, *arguments, "cpu", torch.float64, norm="none")
+        assert ours.weight_hh.dtype == theirs.weight_hh.dtype == torch.float64
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+def test_subclasses_convert() -> None:
+    class Mine(rnnorm.GRU):
+        pass
+
+    theirs = nn.GRU(I, H, dtype=torch.float64)
+    theirs.weight_hh_l0.requires_grad_(False)
+    ours = Mine.from_torch(theirs, norm="none", dtype=torch.float32)
+    assert (type(ours), ours.weight_ih_l0.dtype, ours.weight_hh_l0.requires_grad) == (Mine, torch.float32, False)
+    assert type(ours.to_torch()) is nn.GRU
+    with pytest.raises(TypeError, match=r"Mine.from_torch needs a torch.nn.GRU; got LSTM"):
+        Mine.from_torch(nn.LSTM(I, H))
+
+
+def test_all_weights_are_listed_as_torch_does() -> None:
+    for options in ({"num_layers": 2, "bidirectional": True}, {"bias": False}, {"proj_size": 2}):
+        theirs = nn.LSTM(I, H, **options)
+        ours = rnnorm.LSTM.from_torch(theirs, norm="online")
+        for own, expected in zip(ours.all_weights, theirs.all_weights, strict=True):
+            assert len(own) == len(expected)
+            assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))

@@ -226,6 +226,17 @@ def test_subclass_with_its_own_forward_is_refused() -> None:
         torch.jit.script(Own(3, 4))
 
 
+def test_computed_weights_are_refused() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    layer = rnnorm.LSTM(3, 4)
+    nn.utils.parametrize.register_parametrization(layer, "norm_weight_l0", Doubled())
+    with pytest.raises(TypeError, match="needs norm_weight_l0 to be a parameter; it is computed"):
+        torch.jit.script(layer)
+
+
 def test_bad_input_is_refused() -> None:
     scripted = torch.jit.script(rnnorm.LSTM(3, 4))
     x = torch.randn(5, 2, 3)

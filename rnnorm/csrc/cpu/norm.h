@@ -41,7 +41,7 @@ struct Norm {
   Kind kind = Kind::none;
   Guard guard = Guard::none;
   bool training = false;
-  T eps = 0, alpha_fwd = 1, alpha_bwd = 1, scale_eps = 0, limit = 0, control_floor = 0;
+  T eps = 0, alpha_fwd = 1, rest_fwd = 0, rest_bwd = 0, scale_eps = 0, limit = 0, control_floor = 0;
   int64_t G = 0, H = 0, S = 0;
   const T *weight = nullptr, *bias = nullptr;                      // [C]; 1 and 0 without an affine map
   const T* frozen = nullptr;                                       // [C] 1 / sqrt(var + eps), where it does not move
@@ -153,7 +153,7 @@ inline T stream_row(const Norm<T>& norm, Worker<T>& me, int64_t gate, int64_t sa
   const T* __restrict shift = norm.bias + channel;
   T* __restrict mean = norm.mean + gate * count;
   T* __restrict var = norm.var + gate * count;
-  const T eps = norm.eps, alpha = norm.alpha_fwd, rest = 1 - alpha;
+  const T eps = norm.eps, alpha = norm.alpha_fwd, rest = norm.rest_fwd;
   T squares = 0;
 #pragma omp simd reduction(+ : squares)
   for (int64_t j = 0; j < count; ++j) {
@@ -162,7 +162,7 @@ inline T stream_row(const Norm<T>& norm, Worker<T>& me, int64_t gate, int64_t sa
     y[j] = normed;
     rstd[j] = r;
     if (moves) {
-      var[j] = alpha * (var[j] + rest * d * d);
+      var[j] += rest * (alpha * d * d - var[j]);
       mean[j] += rest * d;
     }
     squares += z * z;
@@ -309,7 +309,7 @@ inline void stream_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_
   T* __restrict v = norm.v + gate * count;
   T* __restrict grad_weight = norm.grad_weight + gate * count;
   T* __restrict grad_bias = norm.grad_bias + gate * count;
-  const T rest = 1 - norm.alpha_bwd, floor = norm.control_floor, factor = scaled ? norm.scale[sample * norm.G + gate] : T(1);
+  const T rest = norm.rest_bwd, floor = norm.control_floor, factor = scaled ? norm.scale[sample * norm.G + gate] : T(1);
 #pragma omp simd
   for (int64_t j = 0; j < count; ++j) {
     const T z = scaled ? factor * (d[j] - a[j] * mean) : d[j];

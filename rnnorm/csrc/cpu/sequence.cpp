@@ -89,6 +89,23 @@ struct Call {
     shaped(WEIGHT_HR, {P, H});
     for (Operand which : {BIAS_IH, BIAS_HH, NORM_WEIGHT, NORM_BIAS, MEAN, VAR, U, V}) shaped(which, {C});
     for (Operand which : {CELL_WEIGHT, CELL_BIAS, CELL_MEAN, CELL_VAR, CELL_U, CELL_V}) shaped(which, {H});
+    const auto needed = [&](bool all, std::initializer_list<Operand> together) {
+      for (Operand which : together)
+        TORCH_CHECK_VALUE(tensors[which].defined() == tensors[*together.begin()].defined() &&
+                              (tensors[which].defined() || !all),
+                          "rnnorm: operand ", static_cast<int>(which), " is missing, or another that goes with it");
+    };
+    needed(true, {X, H0, WEIGHT_IH, WEIGHT_HH});
+    if (options.cell == Cell::lstm) needed(true, {C0});
+    needed(false, {BIAS_IH, BIAS_HH});
+    needed(false, {NORM_WEIGHT, NORM_BIAS});
+    needed(false, {CELL_WEIGHT, CELL_BIAS});
+    if (options.kind != Kind::online) return;
+    needed(true, {MEAN, VAR});
+    if (options.training) needed(true, {U, V});
+    if (!options.cell_norm) return;
+    needed(true, {CELL_MEAN, CELL_VAR});
+    if (options.training) needed(true, {CELL_U, CELL_V});
   }
 
   const int64_t* lengths() const {
@@ -142,7 +159,8 @@ struct Call {
     norm.training = options.training;
     norm.eps = options.eps;
     norm.alpha_fwd = options.alpha_fwd;
-    norm.alpha_bwd = options.alpha_bwd;
+    norm.rest_fwd = 1 - options.alpha_fwd;
+    norm.rest_bwd = 1 - options.alpha_bwd;
     norm.scale_eps = options.scale_eps;
     norm.limit = options.limit;
     norm.control_floor = options.control_floor;
