@@ -262,8 +262,9 @@ def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
 
 
 def assignment(name: str, value: Any) -> str:
-    """Returns `section.key=value` as `override` reads it back."""
-    return f"{name}={value if isinstance(value, str) else _written(value)}"
+    """Returns `section.key=value` as `override` reads it back: text is bare where that is read as the same text."""
+    bare = isinstance(value, str) and _value(value.strip()) == value
+    return f"{name}={value if bare else _written(value)}"
 
 
 def _value(text: str) -> Any:

@@ -91,7 +91,7 @@ def read(path: Path, *, seeds: int | None = None, data: str | None = None, assig
     count = tables.get("seeds", 1) if seeds is None else seeds
     if not (isinstance(count, int) and count >= 1):
         raise UserError(f"seeds must be a whole number from 1 on; {count!r} came; say how many runs an arm has")
-    last = ([] if data is None else [f"data.source={data}"]) + list(assignments)
+    last = ([] if data is None else [config.assignment("data.source", data)]) + list(assignments)
     arms = tuple(arm for row in rows for arm in _arms(tables, row, grid, last, path))
     names = [arm.name for arm in arms]
     if doubles := {name for name in names if names.count(name) > 1}:

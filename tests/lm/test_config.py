@@ -117,6 +117,30 @@ def test_a_wrong_value_is_one_clear_line(tables, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ptb",
+        "none",
+        "my texts",
+        "1984",
+        "2024-01-01",
+        "1e3",
+        "nan",
+        "true",
+        "[]",
+        '"quoted"',
+        " spaced ",
+        "",
+        "1\nb = 2",
+    ],
+)
+def test_an_assignment_of_text_is_read_back_as_it_was(text):
+    written = config.assignment("data.source", text)
+    assert config.override({}, [written]) == {"data": {"source": text}}
+    assert text != "ptb" or written == "data.source=ptb", "no quotes where none are needed"
+
+
 @pytest.mark.parametrize("assignment", ["train.lr", "lr=1", "train.=1", ".lr=1", "=1", ""])
 def test_a_wrong_assignment(assignment):
     with pytest.raises(UserError, match=r"--set must be section.key=value"):
