@@ -1,6 +1,7 @@
 """What a study is: a TOML file of arms, read into the exact `train` command of every run."""
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,17 +80,19 @@ def read(path: Path, *, seeds: int | None = None, data: str | None = None, assig
         assignments: `section.key=value` for every arm, last.
 
     Raises:
-        UserError: a key that is not known, a name used twice, or an arm whose settings cannot be.
+        UserError: a key that is not known, a value of another type, a name used twice, an arm whose settings cannot
+            be, or a setting of `train.seed`.
     """
     tables = config.read_tables(path, "a study")
     _known(tables, _STUDY_KEYS, f"{path}")
+    _text(tables, ("description", "preset"), f"{path}")
     rows, grid = tables.get("arms", []), tables.get("grid", {})
     if not (isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows)):
         raise UserError(f"a study must have [[arms]]; {path} has none; write one table for each")
     if not (isinstance(grid, Mapping) and all(isinstance(values, list) and values for values in grid.values())):
         raise UserError(f'[grid] must hold lists of values under names such as "train.lr"; {path}: {grid!r} came')
     count = tables.get("seeds", 1) if seeds is None else seeds
-    if not (isinstance(count, int) and count >= 1):
+    if not (isinstance(count, int) and not isinstance(count, bool) and count >= 1):
         raise UserError(f"seeds must be a whole number from 1 on; {count!r} came; say how many runs an arm has")
     last = ([] if data is None else [config.assignment("data.source", data)]) + list(assignments)
     arms = tuple(arm for row in rows for arm in _arms(tables, row, grid, last, path))
@@ -105,9 +108,17 @@ def _arms(
     """The arms of one table: one for each point of the grid."""
     name = row.get("name", "")
     _known(row, _ARM_KEYS, f"{path}, arm {name!r}")
-    if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
-        raise UserError(f"an arm's name must be letters, digits, '.', '_' and '-'; {name!r} came in {path}; rename it")
-    preset = row.get("preset", tables.get("preset", "default"))
+    if not (isinstance(name, str) and re.fullmatch(r"[^\W_][\w.-]*", name)):  # it names folders: not `..`
+        raise UserError(
+            "an arm's name must be letters, digits, '.', '_' and '-', a letter or digit first; "
+            f"{name!r} came in {path}; rename it"
+        )
+    _text(row, ("preset",), f"{path}, arm {name}")
+    preset, published = row.get("preset", tables.get("preset", "default")), row.get("published")
+    if published is not None and not (_is_number(published) and 0 < published < math.inf):
+        raise UserError(
+            f"{path}, arm {name}: published must be a perplexity, a number above 0; {published!r} came; correct it"
+        )
     shared = [*_assignments(tables), *_assignments(row)]
     for values in itertools.product(*grid.values()):
         point = dict(zip(grid, values, strict=True))
@@ -117,8 +128,13 @@ def _arms(
             settings = config.build(config.override(config.preset(preset), given))
         except UserError as fault:
             raise UserError(f"{path}, arm {name}: {fault}") from None
-        kept = {line.partition("=")[0]: line for line in given}  # the last one of each key is what counts
-        yield Arm("_".join([name, *parts]), name, preset, tuple(kept.values()), row.get("published"), settings)
+        kept = {line.partition("=")[0].strip(): line for line in given}  # the last one of each key is what counts
+        if "train.seed" in kept:  # every run of the arm would be the same one
+            raise UserError(
+                f"{path}, arm {name}: seeds must be the study's own, 1, 2 …; {kept['train.seed']} came; remove it, "
+                "and say how many with --seeds, or which with --seed"
+            )
+        yield Arm("_".join([name, *parts]), name, preset, tuple(kept.values()), published, settings)
 
 
 def _assignments(tables: Mapping[str, Any]) -> list[str]:
@@ -130,6 +146,16 @@ def _assignments(tables: Mapping[str, Any]) -> list[str]:
 
 def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else re.sub(r"[^\w.-]", "-", str(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _text(tables: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    for key in keys:
+        if not isinstance(tables.get(key, ""), str):
+            raise UserError(f"{where}: {key} must be text; {tables[key]!r} came; write it in quotes")
 
 
 def _known(tables: Mapping[str, Any], keys: Sequence[str], where: str) -> None:

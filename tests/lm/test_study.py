@@ -139,6 +139,21 @@ def test_the_fair_study_shares_all_but_cell_norm_and_decays():
         ("seds = 1\n[[arms]]\nname='a'", "a key must be one of description, seeds, .*'seds' came"),
         ("[[arms]]\nname='a'\nlr=1", "arm 'a': a key must be one of name, preset, .*'lr' came"),
         ("[[arms]]\nname='a b'", "an arm's name must be letters.*'a b' came"),
+        ("[[arms]]\nname='..'", "a letter or digit first; '..' came"),
+        ("[[arms]]\nname='.a'", "a letter or digit first; '.a' came"),
+        ("[[arms]]\nname='_a'", "a letter or digit first; '_a' came"),
+        ("[[arms]]\nname='-a'", "a letter or digit first; '-a' came"),
+        ("[[arms]]\nname='a'\npublished='113.4'", "arm a: published must be a perplexity, .*; '113.4' came"),
+        ("[[arms]]\nname='a'\npublished=true", "published must be a perplexity, a number above 0; True came"),
+        ("[[arms]]\nname='a'\npublished=nan", "published must be a perplexity, a number above 0; nan came"),
+        ("[[arms]]\nname='a'\npublished=0", "published must be a perplexity, a number above 0; 0 came"),
+        ("[[arms]]\nname='a'\npreset=3", "arm a: preset must be text; 3 came; write it in quotes"),
+        ("preset=3\n[[arms]]\nname='a'", "preset must be text; 3 came; write it in quotes"),
+        ("description=3\n[[arms]]\nname='a'", "description must be text; 3 came; write it in quotes"),
+        ("seeds=true\n[[arms]]\nname='a'", "seeds must be a whole number from 1 on; True came"),
+        ("[train]\nseed=3\n[[arms]]\nname='a'", "arm a: seeds must be the study's own, .*; train.seed=3 came; remove"),
+        ("[[arms]]\nname='a'\ntrain.seed=3", "arm a: seeds must be the study's own, .*; train.seed=3 came"),
+        ("[grid]\n'train.seed'=[1, 2]\n[[arms]]\nname='a'", "seeds must be the study's own, .*; train.seed=1 came"),
         ("[[arms]]\nname='a'\n[[arms]]\nname='a'", "a twice; rename"),
         ("[[arms]]\nname='a'\ntrain.lrr=1", "arm a: train.lrr must be a known key"),
         ("[[arms]]\nname='a'\npreset='papr'", "arm a: a preset must be one of"),
@@ -151,6 +166,27 @@ def test_the_fair_study_shares_all_but_cell_norm_and_decays():
 def test_a_study_file_with_a_fault(read, text, message):
     with pytest.raises(UserError, match=message):
         read(text)
+
+
+@pytest.mark.parametrize("assignment", ["train.seed=7", " train.seed = 7"])
+def test_a_seed_by_assignment_is_refused(read, assignment):
+    with pytest.raises(
+        UserError, match=r"seeds must be the study's own, 1, 2 …; .*7 came; remove it, and say how many"
+    ):
+        read(assignments=[assignment])
+
+
+def test_the_last_assignment_of_a_key_is_the_one_that_runs(read):
+    arm = read(assignments=["train.lr=2", " train.lr=3"]).arms[0]
+    assert arm.settings.train.lr == 3.0
+    assert [word for word in arm.command(1, "there") if "train.lr" in word] == [" train.lr=3"]
+
+
+@pytest.mark.parametrize("data", ["1984", "2024-01-01", "true"])
+def test_data_is_text_whatever_it_looks_like(read, data):
+    arm = read(data=data).arms[0]
+    assert arm.settings.data.source == data
+    assert f'data.source="{data}"' in arm.command(1, "there")
 
 
 def test_the_sign_test_is_the_exact_binomial():
