@@ -7,8 +7,10 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,13 @@ Row = dict[str, Any]
 def path_of(folder: Path, job: Job) -> Path:
     """Returns where a run's result is kept."""
     return folder / "results" / f"{job.arm.name}-seed-{job.seed}.json"
+
+
+def kept(folder: Path) -> Iterator[tuple[str, int, Path]]:
+    """Yields the arm, the seed and the file of each result that a study's folder holds."""
+    for path in (folder / "results").glob("*.json"):
+        if match := re.fullmatch(r"(.+)-seed-([1-9]\d*)\.json", path.name):
+            yield match[1], int(match[2]), path
 
 
 def run_folder(folder: Path, job: Job) -> Path:
@@ -58,6 +67,23 @@ def load(folder: Path, job: Job) -> dict[str, Any] | None:
             "choose another folder with --run"
         )
     return result
+
+
+def held(study: Study, folder: Path) -> tuple[Study, dict[Job, dict[str, Any]]]:
+    """Returns the results that a folder holds, in the order of the jobs, whoever made them; and the study with so many
+    seeds that it has them all: asked for fewer than before, it does not lose the others.
+
+    Raises:
+        UserError: the folder holds results of arms that are not the study's; as `load`.
+    """
+    there = [*kept(folder)]
+    if others := sorted({name for name, _, _ in there} - {arm.name for arm in study.arms}):
+        raise UserError(
+            f"a study's folder must hold results of its own arms only; {folder} has {', '.join(others)}; choose "
+            "another folder with --run, or move those results away"
+        )
+    study = replace(study, seeds=max([study.seeds, *(seed for _, seed, _ in there)]))
+    return study, {job: result for job in study.jobs() if (result := load(folder, job)) is not None}
 
 
 def save(folder: Path, job: Job, scores: Sequence[Mapping[str, Any]], diverged: str | None) -> dict[str, Any]:

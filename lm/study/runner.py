@@ -57,8 +57,8 @@ def run(
         say: receives lines for a person.
 
     Raises:
-        UserError: a folder that holds something else; results of other settings; an arm or a seed that is not the
-            study's; runs that failed (the others are done first).
+        UserError: a folder that holds something else; results of other arms or settings; an arm or a seed that is not
+            the study's; runs that failed (the others are done first).
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / _PLAN).exists():
         raise UserError(
@@ -73,7 +73,7 @@ def run(
             f"a seed must be one of 1 to {study.seeds}; {', '.join(unknown_seeds)} came; correct --seed, or ask for "
             "more --seeds"
         )
-    done = _results(study, folder)
+    whole, done = results.held(study, folder)
     wanted = [
         job
         for job in study.jobs()
@@ -81,8 +81,8 @@ def run(
     ]
     missing = [job for job in wanted if job not in done]
     _check(missing, devices)
-    files.write_whole(folder / _PLAN, _described(study).encode())
-    progress = Progress(study, folder, done, say)
+    files.write_whole(folder / _PLAN, _described(whole).encode())
+    progress = Progress(whole, folder, done, say)
     runs = _Runs(folder, threads, devices, jobs)
     failed: dict[Job, str] = {}
     with _signals(runs), ThreadPoolExecutor(jobs) as pool:
@@ -94,7 +94,7 @@ def run(
                 job = waiting.pop(future)
                 try:
                     progress.finished(job, future.result())
-                    results.write(folder, study, [*_results(study, folder).values()])
+                    _write(study, folder)
                 except _StoppedError:
                     pass
                 except UserError as fault:
@@ -108,12 +108,13 @@ def run(
             f"every run of a study must end; {len(failed)} of {len(wanted)} failed: "
             f"{next(iter(failed.values()))}; put it right and give the same command again"
         )
-    return results.write(folder, study, [*_results(study, folder).values()]), runs.stopped
+    return _write(study, folder), runs.stopped
 
 
-def _results(study: Study, folder: Path) -> dict[Job, dict[str, Any]]:
-    """What is done, in the order of the jobs: by this process or by another in the same folder."""
-    return {job: found for job in study.jobs() if (found := results.load(folder, job)) is not None}
+def _write(study: Study, folder: Path) -> dict[str, Any]:
+    """Writes the tables of what is done, by this process or by another in the same folder; returns the summary."""
+    whole, done = results.held(study, folder)
+    return results.write(folder, whole, [*done.values()])
 
 
 def _check(missing: Sequence[Job], devices: Sequence[str]) -> None:

@@ -326,6 +326,54 @@ def test_arms_and_seeds_can_be_chosen(read, tmp_path, monkeypatch):
     assert begun == [("bad", 2), ("bad", 4)]
 
 
+@pytest.fixture
+def recorded(monkeypatch):
+    """Runs that train nothing but have a result in their folder; the jobs that were begun."""
+    begun = []
+
+    def record(self, job, device, log):
+        begun.append((job.arm.name, job.seed))
+        return results.save(self.folder, job, [SCORE | {"ppl": 10.0 + job.seed}], None)
+
+    monkeypatch.setattr(runner._Runs, "_train_and_score", record)
+    monkeypatch.setattr(runner, "_check", lambda *_: None)
+    return begun
+
+
+SCORE = {"split": "test", "protocol": "exact", "data_sha256": "d", "vocabulary_sha256": "v"}
+
+
+def test_fewer_seeds_than_there_are_lose_none(read, tmp_path, recorded):
+    folder, said = tmp_path / "study", []
+    before, _ = study.run(read(seeds=2), folder, say=said.append)
+    tables = {path.name: path.read_bytes() for path in folder.glob("*.*")}
+    recorded.clear()
+    assert study.run(read(seeds=1), folder, say=said.append) == (before, None)
+    assert (recorded, before["seeds"], before["runs"], before["runs_planned"]) == ([], 2, 4, 4)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == tables
+    assert said[-1] == "study small: 2 arms x 2 seeds, 4 of 4 runs are done"
+    # one of seed 3, then what one seed lacks: nothing beyond it is begun, and nothing is forgotten
+    study.run(read(seeds=3), folder, arms=["bad"], seeds=[3], say=said.append)
+    results.path_of(folder, read().jobs()[0]).unlink()
+    summary, _ = study.run(read(seeds=1), folder, say=said.append)
+    assert recorded == [("bad", 3), ("good", 1)]
+    assert (summary["seeds"], summary["runs"], summary["runs_planned"]) == (3, 5, 6)
+    assert "# seeds 1 to 3\n" in (folder / "commands.txt").read_text()
+
+
+def test_the_folder_of_another_study_is_refused(read, tmp_path, recorded):
+    folder = tmp_path / "study"
+    study.run(read(seeds=1), folder, say=lambda _: None)
+    (folder / "results/notes.json").write_text("")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other = read(SMALL.replace('"bad"', '"worse"'), seeds=1)
+    with pytest.raises(UserError, match=r"results of its own arms only; .* has bad; choose another folder with --run"):
+        study.run(other, folder, arms=["good"], say=lambda _: None)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    more = read(SMALL + '[[arms]]\nname = "worse"\n', seeds=1)
+    assert study.run(more, folder, say=lambda _: None)[0]["runs"] == 3
+
+
 def test_a_folder_of_something_else_is_refused(read, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/diary.txt").write_text("")
