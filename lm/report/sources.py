@@ -1,14 +1,18 @@
 """What a report is made from: the results of a study, or of run folders by themselves."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm import config, files
+from lm import config
 from lm.errors import UserError
 from lm.study import SUMMARY, Arm, Job, Study, results, summarize
+
+_SUMMARY = {
+    **{"study": str, "description": str, "seeds": int, "runs": int, "runs_planned": int, "arms": list},
+    **{"sign_tests": dict, "data_sha256": dict, "vocabulary_sha256": dict, "versions": dict},
+}
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,10 @@ def load(folders: Sequence[Path]) -> list[Source]:
 
 
 def _study(folder: Path) -> Source:
-    summary = json.loads(files.read_text(folder / SUMMARY, "a study's summary"))
-    found = [json.loads(files.read_text(path, "a result")) for path in (folder / "results").glob("*.json")]
+    summary = results.read_whole(folder / SUMMARY, "a study's summary", _SUMMARY)
     order = [arm["arm"] for arm in summary["arms"]]
-    found = [result for result in found if result["row"]["arm"] in order]
-    found.sort(key=lambda result: (order.index(result["row"]["arm"]), result["row"]["seed"]))
+    kept = sorted((order.index(arm), seed, path) for arm, seed, path in results.kept(folder) if arm in order)
+    found = [results.read(path) for _, _, path in kept]
     entries = [
         Entry(result, _internals(results.metrics(folder / "runs" / row["arm"] / f"seed-{row['seed']}")))
         for result in found

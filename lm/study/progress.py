@@ -1,6 +1,5 @@
 """How a study is doing: a line for each run that ends, and on a terminal one that moves."""
 
-import json
 import shutil
 import sys
 import time
@@ -77,14 +76,10 @@ class Progress:
         try:
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - 100_000))
-                lines = file.read().decode(errors="replace").splitlines()
+                content = file.read()
         except OSError:
             return epoch, ppl
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # the first and the last may be torn
+        for row in results.logged(content):  # the first and the last line may be torn
             epoch = row["epoch"] - (row["kind"] == "train")
             if row["kind"] == "valid":
                 ppl = f"valid {_number(row['ppl'])}"

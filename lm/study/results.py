@@ -26,6 +26,18 @@ SUMMARY = "summary.json"
 MEASURES = ("valid_exact", "valid_chunk_mean", "test_exact", "test_chunk_mean")
 # Where a run may be done, not what it is.
 _ELSEWHERE = {"data.source", "data.dir", "train.device", "train.backend", "train.log_every"}
+# What a line of a run's log must hold to be read, beside its epoch.
+_LOGGED = {
+    "train": ("tokens_per_second",),
+    "valid": ("ppl", "best"),
+    "internals": ("streams", "gates"),
+    "epoch": ("ppl", "seconds"),
+    "diverged": ("what",),
+    "final": ("split", "protocol", "ppl", "data_sha256", "vocabulary_sha256"),
+}
+_RESULT = {"row": dict, "settings": dict, "scores": list, "epochs": list, "versions": dict}
+_ROW = ("arm", "seed", "diverged", *MEASURES)
+_AGAIN = "move it away and give the command of the study again"
 
 Row = dict[str, Any]
 
@@ -51,12 +63,12 @@ def load(folder: Path, job: Job) -> dict[str, Any] | None:
     """Returns the result of a run that is over, or None.
 
     Raises:
-        UserError: it was made with other settings than the job's.
+        UserError: it was made with other settings than the job's; its file is damaged.
     """
     path = path_of(folder, job)
     if not path.exists():
         return None
-    result = json.loads(files.read_text(path, "a result"))
+    result = read(path)
     ours, theirs = _settings(job), result["settings"]
     # a setting that came after the result was written had its default's meaning then
     theirs = {**config.flatten(config.Config()), **theirs}
@@ -84,6 +96,34 @@ def held(study: Study, folder: Path) -> tuple[Study, dict[Job, dict[str, Any]]]:
         )
     study = replace(study, seeds=max([study.seeds, *(seed for _, seed, _ in there)]))
     return study, {job: result for job in study.jobs() if (result := load(folder, job)) is not None}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Returns a result from its file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    result = read_whole(path, "a result", _RESULT)
+    if lost := [name for name in _ROW if name not in result["row"]]:
+        raise UserError(f"a result must have {', '.join(lost)} in its row; {path} has not; {_AGAIN}")
+    return result
+
+
+def read_whole(path: Path, what: str, keys: Mapping[str, type]) -> dict[str, Any]:
+    """Returns what a study has written as JSON, an object with these keys; `what` is its role.
+
+    Raises:
+        UserError: the file cannot be read, or is not such an object.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as fault:
+        raise UserError(f"{what} must be a file of JSON; {path}: {fault}; {_AGAIN}") from None
+    told = found if isinstance(found, dict) else {}
+    if lost := [key for key, kind in keys.items() if not isinstance(told.get(key), kind)]:
+        raise UserError(f"{what} must be JSON with {', '.join(lost)}; {path} is not; {_AGAIN}")
+    return told
 
 
 def save(folder: Path, job: Job, scores: Sequence[Mapping[str, Any]], diverged: str | None) -> dict[str, Any]:
@@ -131,9 +171,30 @@ def gather(job: Job, log: Sequence[Row], scores: Sequence[Mapping[str, Any]], di
 
 
 def metrics(run: Path) -> list[Row]:
-    """Returns what a run logged, line by line."""
+    """Returns what a run logged, line by line, see `logged`.
+
+    Raises:
+        UserError: the log cannot be read.
+    """
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as fault:
+        raise UserError(f"a run's log must be readable; {path}: {fault.strerror}; check it") from None
+    return [*logged(content)]
+
+
+def logged(content: bytes) -> Iterator[Row]:
+    """Yields the lines of a log but those that are torn, as a full disk leaves them, or not a run's."""
+    for line in content.decode(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("epoch"), int):
+            needed = _LOGGED.get(str(row.get("kind")))
+            if needed is not None and all(key in row for key in needed):
+                yield row
 
 
 def _settings(job: Job) -> dict[str, Any]:
@@ -154,20 +215,23 @@ def _epochs(job: Job, log: Iterable[Row]) -> list[Row]:
 
 def versions() -> dict[str, str]:
     """Returns what a result depends on beside its settings and data."""
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "rnnorm": rnnorm.__version__,
-        "commit": git.stdout.strip() or "none",
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "processor": _processor(),
     }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:  # no git here
+        return "none"
+    return told.strip() or "none"
 
 
 def _processor() -> str:

@@ -178,7 +178,8 @@ class _Runs:
         where = results.run_folder(self.folder, job)
         chosen = ["--device", device] if device else []
         code, _ = self._lm(job, log, log, [*job.arm.command(job.seed, where), *chosen])
-        diverged = next((row["what"] for row in results.metrics(where) if row["kind"] == "diverged"), None)
+        logged = results.metrics(where) if code in (0, 1) else []  # what a run that failed said matters more
+        diverged = next((row["what"] for row in logged if row["kind"] == "diverged"), None)
         if code and not (code == 1 and diverged):
             raise UserError(f"{job} failed with exit code {code}: {_last_line(log.name)} (see {log.name})")
         scores = []

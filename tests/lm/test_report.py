@@ -202,17 +202,22 @@ def test_axes_have_few_and_plain_numbers(low, high):
     assert all(re.fullmatch(r"[\d,.]+", text) for text in shown)
 
 
+def write_run(folder, norm="online"):
+    """A run folder by itself, as much of it as a report reads."""
+    settings = config.build({"model": {"norm": norm}})
+    arm = study.Arm(folder.name, folder.name, "default", (), None, settings)
+    rows = [*lines_of(arm, 1), {"kind": "final", "epoch": 3, "split": "valid", "protocol": "exact", "ppl": 50.0}]
+    folder.mkdir()
+    (folder / "config.toml").write_text(config.to_toml(settings))
+    content = "".join(json.dumps({"data_sha256": "d", "vocabulary_sha256": "v"} | row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(content)
+
+
 def test_runs_by_themselves(folder, tmp_path, monkeypatch):
     """Runs that a study did not make: no test score, no chunk-mean; each an arm."""
     monkeypatch.chdir(tmp_path)
     for name, norm in (("one", "online"), ("two", "layer")):
-        settings = config.build({"model": {"norm": norm}})
-        arm = study.Arm(name, name, "default", (), None, settings)
-        rows = [*lines_of(arm, 1), {"kind": "final", "split": "valid", "protocol": "exact", "ppl": 50.0}]
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.toml").write_text(config.to_toml(settings))
-        content = "".join(json.dumps({"data_sha256": "d", "vocabulary_sha256": "v"} | row) + "\n" for row in rows)
-        (tmp_path / name / "metrics.jsonl").write_text(content)
+        write_run(tmp_path / name, norm)
     only = lambda source: {"curves-lstm": (figures.curves(source, "lstm"), "caption")}  # noqa: E731
     monkeypatch.setattr(figures, "all_of", only)
     assert main(["report", "one", "two", str(folder), "--out", "out"]) == 0
@@ -231,6 +236,29 @@ def test_runs_by_themselves(folder, tmp_path, monkeypatch):
     shutil.copytree("one", "x/one")
     names = [arm["arm"] for arm in report.load([tmp_path / "one", tmp_path / "x/one"])[0].summary["arms"]]
     assert names == [f"{tmp_path.name}/one", "x/one"]
+
+
+def test_lines_that_are_torn_are_passed_over(tmp_path):
+    write_run(tmp_path / "one")
+    (before,) = report.load([tmp_path / "one"])
+    log = tmp_path / "one/metrics.jsonl"
+    log.write_bytes(b'3\n{"kind": "valid"}\n\xff\n' + log.read_bytes() + b'{"kind": "inter')
+    (after,) = report.load([tmp_path / "one"])
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("summary.json", "a study's summary"), ("results/lstm-none-seed-3.json", "a result")]
+)
+@pytest.mark.parametrize("content", [b'{"study": "pa', b"\xff\xfe\xfd", b"[]", b'{"study": "paper"}'])
+def test_a_damaged_file_of_a_study_is_named(folder, tmp_path, capsys, name, what, content):
+    shutil.copytree(folder, tmp_path / "study")
+    (tmp_path / "study" / name).write_bytes(content)
+    assert main(["report", str(tmp_path / "study")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {what} must be ")
+    assert f"study/{name}" in said
+    assert said.endswith("; move it away and give the command of the study again\n")
 
 
 def test_a_folder_that_is_neither(tmp_path, capsys):

@@ -374,6 +374,76 @@ def test_the_folder_of_another_study_is_refused(read, tmp_path, recorded):
     assert study.run(more, folder, say=lambda _: None)[0]["runs"] == 3
 
 
+@pytest.mark.parametrize("content", [b'{"row": {"ar', b"\xff\xfe\xfd", b"3", b'{"row": {}}', b""])
+def test_a_damaged_result_is_named(read, tmp_path, recorded, content):
+    folder, plan = tmp_path / "study", read(seeds=1)
+    study.run(plan, folder, say=lambda _: None)
+    (folder / "results/bad-seed-1.json").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"a result must .*results/bad-seed-1\.json.*; move it away and give the command"
+    ):
+        study.run(plan, folder, say=lambda _: None)
+    (folder / "results/bad-seed-1.json").unlink()
+    assert study.run(plan, folder, say=lambda _: None)[0]["runs"] == 2
+
+
+def test_a_result_whose_row_lacks_something_is_named(read, tmp_path, recorded):
+    study.run(read(seeds=1), tmp_path / "study", say=lambda _: None)
+    path = tmp_path / "study/results/bad-seed-1.json"
+    found = json.loads(path.read_text())
+    del found["row"]["diverged"], found["row"]["test_exact"]
+    path.write_text(json.dumps(found))
+    with pytest.raises(
+        UserError, match=r"a result must have diverged, test_exact in its row; .*bad-seed-1\.json has not"
+    ):
+        results.read(path)
+
+
+def test_lines_of_a_log_that_are_not_a_runs_are_passed_over(read, tmp_path):
+    job, log = read().jobs()[0], tmp_path / "metrics.jsonl"
+    whole = [
+        {"kind": "train", "epoch": 1, "tokens_per_second": 9.0},
+        {"kind": "valid", "epoch": 1, "ppl": 50.0, "best": True},
+        {"kind": "epoch", "epoch": 1, "ppl": 60.0, "seconds": 2.0},
+    ]
+    lines = [json.dumps(row).encode() for row in whole]
+    lacking = [json.dumps(row | {"kind": kind}) for row in whole for kind in ("internals", "final", "diverged", 3, [])]
+    foreign = [b"", b"3", b"null", b"[1]", b"\xff\xfe", b'"valid"', b"[" * 9999, lines[0][:20] + lines[1]]
+    foreign += [b"{}", b'{"kind": "valid", "epoch": 1}', b'{"kind": "valid", "epoch": null, "ppl": 1, "best": true}']
+    foreign += [line.encode() for line in lacking]
+    log.write_bytes(b"\n".join(itertools.chain(*((line, *foreign) for line in lines))) + b"\n" + lines[0][:-5])
+    assert results.metrics(tmp_path) == whole
+    found = results.gather(job, results.metrics(tmp_path), [], None)
+    assert (found["row"]["epochs"], found["row"]["best_epoch"], found["epochs"][0]["valid_ppl"]) == (1, 1, 50.0)
+    assert results.metrics(tmp_path / "nowhere") == []
+    log.unlink()
+    log.mkdir()
+    with pytest.raises(UserError, match=r"a run's log must be readable; .*metrics\.jsonl: Is a directory"):
+        results.metrics(tmp_path)
+
+
+def test_a_result_needs_no_git(monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert results.versions()["commit"] == "none"
+
+
+def test_what_a_failed_run_said_is_told_whatever_it_logged(read, tmp_path, monkeypatch):
+    (job, *_), said = read(seeds=1).jobs(), "error: the text must be there"
+
+    def fail(self, job, out, log, arguments):
+        (results.run_folder(tmp_path, job) / "metrics.jsonl").mkdir(parents=True)  # cannot be read
+        log.write(f"begun\n{said}\n")
+        log.flush()
+        return 2, ""
+
+    monkeypatch.setattr(runner._Runs, "_lm", fail)
+    with pytest.raises(UserError, match="good seed 1 failed with exit code 2: the text must be there"):
+        runner._Runs(tmp_path, 1, (), 1).work(job)
+
+
 def test_a_folder_of_something_else_is_refused(read, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/diary.txt").write_text("")
@@ -454,8 +524,12 @@ def test_the_moving_line_says_what_runs_and_fits_the_terminal(read, tmp_path, mo
     assert said == ["study small: 2 arms x 2 seeds, 0 of 4 runs are done"]
     log = results.run_folder(tmp_path, first) / "metrics.jsonl"
     log.parent.mkdir(parents=True)
-    rows = [{"kind": "valid", "epoch": 1, "ppl": 1234.5}, {"kind": "train", "epoch": 2}]
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tr')
+    rows = [
+        {"kind": "valid", "epoch": 1, "ppl": 1234.5, "best": True},
+        {"kind": "train", "epoch": 2, "tokens_per_second": 9.0},
+    ]
+    foreign = '3\n{"kind": "valid"}\n'
+    log.write_text("".join(json.dumps(row) + "\n" + foreign for row in rows) + '{"kind": "tr')
     progress._began -= 100.0
     progress._shown -= 100.0
     progress.show([first], stopped=False)
