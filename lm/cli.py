@@ -212,7 +212,9 @@ def bands(groups: Sequence[Group], nll: float) -> list[str]:
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, for every arm.")
 @click.option("--arm", "arms", multiple=True, metavar="NAME", help="Only this arm now; repeat it.  [default: all]")
 @click.option("--seed", "only", multiple=True, type=int, help="Only this seed now; repeat it.  [default: all]")
-@click.option("--device", "devices", multiple=True, help="One of several, each for a run at a time; repeat it.")
+@click.option(
+    "--device", "devices", multiple=True, help="One for each run at a time; repeat it.  [default: train.device]"
+)
 def run_study(
     file: Path,
     seeds: int | None,

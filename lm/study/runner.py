@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import queue
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from lm import corpora, files
+from lm import config, corpora, files
 from lm.errors import UserError
 from lm.run import require_backend, require_device
 from lm.study import results
@@ -130,10 +131,9 @@ def _check(missing: Sequence[Job], devices: Sequence[str]) -> None:
 
 def _described(study: Study) -> str:
     """The study as the commands that it consists of."""
-    lines = [f"# {study.name}: {study.description}", f"# seeds 1 to {study.seeds}"]
-    for arm in study.arms:
-        words = arm.command("SEED", f"runs/{arm.name}/seed-SEED")
-        lines.append("python -m lm " + " ".join(f"'{word}'" if "{" in word or " " in word else word for word in words))
+    told = [*f"{study.name}: {study.description}".splitlines(), f"seeds 1 to {study.seeds}"]
+    commands = [arm.command("SEED", f"runs/{arm.name}/seed-SEED") for arm in study.arms]
+    lines = [*(f"# {line}" for line in told), *("python -m lm " + shlex.join(words) for words in commands)]
     return "\n".join(lines) + "\n"
 
 
@@ -176,7 +176,9 @@ class _Runs:
 
     def _train_and_score(self, job: Job, device: str, log: IO[str]) -> dict[str, Any]:
         where = results.run_folder(self.folder, job)
-        chosen = ["--device", device] if device else []
+        device = device or job.arm.settings.train.device
+        # an assignment, and the last one: `--device` would yield to a train.device that the study sets
+        chosen = ["--set", config.assignment("train.device", device)]
         code, _ = self._lm(job, log, log, [*job.arm.command(job.seed, where), *chosen])
         logged = results.metrics(where) if code in (0, 1) else []  # what a run that failed said matters more
         diverged = next((row["what"] for row in logged if row["kind"] == "diverged"), None)
@@ -186,9 +188,8 @@ class _Runs:
         if (where / "checkpoints" / "best.pt").exists():
             protocols = ["--protocol", "exact", "--protocol", "chunk-mean"]
             splits, bands = ["--split", "valid", "--split", "test"], ["--by-frequency", "--by-position"]
-            code, printed = self._lm(
-                job, subprocess.PIPE, log, ["eval", str(where), *splits, *protocols, *bands, "--json", *chosen]
-            )
+            given = [*splits, *protocols, *bands, "--json", "--device", device]
+            code, printed = self._lm(job, subprocess.PIPE, log, ["eval", str(where), *given])
             if code:
                 raise UserError(f"{job} could not be scored: {_last_line(log.name)} (see {log.name})")
             scores = json.loads(printed)

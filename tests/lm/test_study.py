@@ -3,6 +3,7 @@ import io
 import itertools
 import json
 import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -442,6 +443,37 @@ def test_what_a_failed_run_said_is_told_whatever_it_logged(read, tmp_path, monke
     monkeypatch.setattr(runner._Runs, "_lm", fail)
     with pytest.raises(UserError, match="good seed 1 failed with exit code 2: the text must be there"):
         runner._Runs(tmp_path, 1, (), 1).work(job)
+
+
+@pytest.mark.parametrize(("devices", "used"), [(("cpu",), "cpu"), ((), "cuda:7")])
+def test_the_device_that_is_asked_for_is_used(read, tmp_path, monkeypatch, devices, used):
+    """The study's file names one: `--device` is before it, and without `--device` it holds in scoring too."""
+    job, commands = read(SMALL.replace("[train]", '[train]\ndevice = "cuda:7"'), seeds=1).jobs()[0], []
+
+    def record(self, job, out, log, arguments):
+        commands.append([*arguments])
+        best = results.run_folder(tmp_path, job) / "checkpoints/best.pt"
+        best.parent.mkdir(parents=True, exist_ok=True)
+        best.touch()
+        return 0, json.dumps([SCORE | {"ppl": 10.0}])
+
+    monkeypatch.setattr(runner._Runs, "_lm", record)
+    runner._Runs(tmp_path, 1, devices, 1).work(job)
+    train, score = commands
+    given = [after for word, after in itertools.pairwise(train) if word == "--set"]
+    settings = config.build(config.override(config.preset("default"), given))
+    assert (settings.train.device, "--device" in train) == (used, False)
+    assert score[score.index("--device") + 1] == used
+
+
+def test_the_commands_can_be_given_to_a_shell(read):
+    description = 'description = """It\'s $HOME\nrm -rf /"""\n'
+    plan = read(description + SMALL, data="it's; here")
+    lines = runner._described(plan).splitlines()
+    assert lines[:3] == ["# small: It's $HOME", "# rm -rf /", "# seeds 1 to 2"]
+    for line, arm in zip(lines[3:], plan.arms, strict=True):
+        assert shlex.split(line) == ["python", "-m", "lm", *arm.command("SEED", f"runs/{arm.name}/seed-SEED")]
+        assert line.endswith(f" --seed SEED --run runs/{arm.name}/seed-SEED")
 
 
 def test_a_folder_of_something_else_is_refused(read, tmp_path):
