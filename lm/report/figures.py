@@ -1,5 +1,6 @@
 """The figures of a report. Colours follow the norm. A function returns None where nothing was measured."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ _STYLE: Any = {
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
+    "text.parse_math": False,  # a name is shown as it is, its `$` too
     "svg.fonttype": "none",  # text as text: a tenth of the bytes, in the reader's own font
     "svg.hashsalt": "rnnorm",  # the same figure is the same file
 }
@@ -73,12 +75,24 @@ def all_of(source: Source) -> dict[str, tuple["Figure", str]]:
     for name, what in _BANDS.items():
         caption = f"Exact perplexity by {what}; median over seeds."
         found[name.replace("_", "-")] = bands(source, name), caption
-    for arm in source.selected:
-        found[f"streams-{_file(arm)}"] = streams(source, arm), f"{arm['arm']}: {_STREAMS}"
+    names = file_names([arm["arm"] for arm in source.selected])
+    for arm, file in zip(source.selected, names, strict=True):
+        found[f"streams-{file}"] = streams(source, arm), f"{arm['arm']}: {_STREAMS}"
     for cell in cells:
         found[f"gates-{cell}"] = gates(source, cell), f"{_CELLS[cell]}: {_GATES}"
     found["speed"] = speed(source), "Training speed, tokens per second, median over runs, as they ran."
     return {name: (figure, caption) for name, (figure, caption) in found.items() if figure is not None}
+
+
+def file_names(names: Sequence[str]) -> list[str]:
+    """Returns for each name one that any file may have: other characters are dashes, and a number tells apart what
+    becomes the same."""
+    found: list[str] = []
+    for name in names:
+        plain = "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in name)
+        numbered = itertools.chain([plain], (f"{plain}-{number}" for number in itertools.count(2)))
+        found.append(next(each for each in numbered if each not in found))
+    return found
 
 
 def curves(source: Source, cell: str) -> "Figure | None":
@@ -99,7 +113,7 @@ def curves(source: Source, cell: str) -> "Figure | None":
         low, middle, high = ([quantile(by_epoch[epoch], share) for epoch in epochs] for share in (0.25, 0.5, 0.75))
         reached += middle
         if epochs or arm["diverged"]:
-            label = arm["arm"] + (f" ({arm['diverged']} of {arm['runs']} diverged)" if arm["diverged"] else "")
+            label = _label(arm) + (f" ({arm['diverged']} of {arm['runs']} diverged)" if arm["diverged"] else "")
             look: Any = {"color": _color(arm), "ls": _line(arm, arms), "marker": ".", "ms": 4, "lw": 1.5}
             axes.plot(epochs, middle, **look, label=label)
             axes.fill_between(epochs, low, high, color=_color(arm), alpha=0.18, lw=0)
@@ -177,7 +191,7 @@ def bands(source: Source, name: str) -> "Figure | None":
         look: Any = {"color": _color(arm), "marker": ".", "lw": 1.2, "ls": _line(arm, source.selected, ("norm",))}
         for special in (False, True):
             at = [(places[band], ppl) for band, ppl in medians.items() if band.startswith("<") == special]
-            label = "_" if special or not at else arm["arm"]
+            label = "_" if special or not at else _label(arm)
             axes.plot([x for x, _ in at], [y for _, y in at], **look | ({"ls": ""} if special else {}), label=label)
     shown = [band.removesuffix(" times").removeprefix("place ") for band in order]
     axes.set_xticks(range(len(order)), shown, rotation=35, ha="right", rotation_mode="anchor")
@@ -326,5 +340,7 @@ def _line(arm: Mapping[str, Any], among: Sequence[Mapping[str, Any]], alike: Seq
     return _LINES[same.index(arm["arm"]) % len(_LINES)]
 
 
-def _file(arm: Mapping[str, Any]) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_.=" else "-" for letter in arm["arm"])
+def _label(arm: Mapping[str, Any]) -> str:
+    """The arm's name, as a legend shows it: one that begins with `_` would be left out."""
+    name: str = arm["arm"]
+    return f" {name}" if name.startswith("_") else name

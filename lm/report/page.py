@@ -48,17 +48,17 @@ def write(sources: Sequence[Source], out: Path) -> Path:
     Everything of several sources lies in folders of their names, but the page.
     """
     sections = []
-    for source in sources:
-        place = out / source.summary["study"] if len(sources) > 1 else out
+    for source, name in zip(sources, figures.file_names([source.name for source in sources]), strict=True):
+        place = out / name if len(sources) > 1 else out
         with figures.styled():
             made = figures.all_of(source)
-            images = [_image(_save(figure, place, name), caption) for name, (figure, caption) in made.items()]
+            images = [_image(_save(figure, place, file), caption) for file, (figure, caption) in made.items()]
         sections.append(_section(source, images))
         files.write_whole(place / "table.md", markdown(source).encode())
         if source.folder is not None and source.folder.resolve() != place.resolve():
-            for name in _TABLES:
-                shutil.copyfile(source.folder / name, place / name)
-    title = " and ".join(source.summary["study"] for source in sources)
+            for table in _TABLES:
+                shutil.copyfile(source.folder / table, place / table)
+    title = " and ".join(source.name for source in sources)
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -81,7 +81,7 @@ def _save(figure: "Figure", place: Path, name: str) -> bytes:
 
 def _section(source: Source, images: Sequence[str]) -> str:
     summary = source.summary
-    parts = [f"<h1>{html.escape(summary['study'])}</h1>"]
+    parts = [f"<h1>{html.escape(source.name)}</h1>"]
     if summary["description"]:
         parts.append(f"<p>{html.escape(summary['description'])}</p>")
     missing = summary["runs_planned"] - summary["runs"]

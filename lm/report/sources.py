@@ -1,7 +1,7 @@
 """What a report is made from: the results of a study, or of run folders by themselves."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,12 @@ class Source:
     """A study, or some runs, with all that a page says of them.
 
     Attributes:
+        name: of the study, and its folder's where a report shows several of that name.
         folder: of a study; None for runs.
         summary: as `lm.study.summarize` returns it.
     """
 
+    name: str
     folder: Path | None
     summary: Mapping[str, Any]
     entries: tuple[Entry, ...]
@@ -65,7 +67,8 @@ def load(folders: Sequence[Path]) -> list[Source]:
     """Reads study folders, each by itself, and run folders, all together.
 
     Raises:
-        UserError: a folder that is neither, or a study none of whose runs is over.
+        UserError: a folder that is neither, or that comes twice; a study none of whose runs is over, or one that is
+            damaged.
     """
     studies = [_study(folder) for folder in folders if (folder / SUMMARY).is_file()]
     runs = [folder for folder in folders if not (folder / SUMMARY).is_file()]
@@ -75,7 +78,17 @@ def load(folders: Sequence[Path]) -> list[Source]:
                 f"a report is of run folders and of studies with a run that is over; {folder} is neither; "
                 "check the path"
             )
-    return studies + ([_runs(runs)] if runs else [])
+    return _apart(studies + ([_runs(runs)] if runs else []))
+
+
+def _apart(sources: list[Source]) -> list[Source]:
+    """The sources with names of their own: a name that comes twice is told with the study's folder."""
+    names = [source.name for source in sources]
+    for name in {name for name in names if names.count(name) > 1}:
+        folders = [source.folder for source in sources if source.name == name and source.folder is not None]
+        told = {folder: f"{name} in {end}" for folder, end in zip(folders, _names(folders), strict=True)}
+        sources = [replace(source, name=told[source.folder]) if source.folder in told else source for source in sources]
+    return sources
 
 
 def _study(folder: Path) -> Source:
@@ -88,7 +101,7 @@ def _study(folder: Path) -> Source:
         for result in found
         for row in [result["row"]]
     ]
-    return Source(folder, summary, tuple(entries))
+    return Source(summary["study"], folder, summary, tuple(entries))
 
 
 def _runs(folders: Sequence[Path]) -> Source:
@@ -106,7 +119,7 @@ def _runs(folders: Sequence[Path]) -> Source:
     summary = summarize(Study("runs", "", tuple(arms), 1), [dict(entry.result) for entry in entries])
     again = [["train", "--preset", arm.preset, "--run", "ANOTHER"] for arm in arms]
     summary["arms"] = [{**arm, "command": command} for arm, command in zip(summary["arms"], again, strict=True)]
-    return Source(None, summary, tuple(entries))
+    return Source(summary["study"], None, summary, tuple(entries))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -116,7 +129,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise UserError(f"a report shows each run once; {', '.join(map(str, folders))} came; name each of them once")
+    raise UserError(
+        f"a report shows each run and study once; {', '.join(map(str, folders))} came; name each of them once"
+    )
 
 
 def _internals(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

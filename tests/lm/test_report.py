@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -230,12 +231,63 @@ def test_runs_by_themselves(folder, tmp_path, monkeypatch):
     assert "| one | 50.00 | 0 | 1 | 1,000 |" in table
     assert "train --preset one/config.toml --run ANOTHER" in text
     assert "python -m lm study paper.toml --seeds 3 --data FOLDER" in text
-    with pytest.raises(UserError, match="a report shows each run once"):
+    with pytest.raises(UserError, match="a report shows each run and study once"):
         report.load([tmp_path / "one", tmp_path / "one"])
     (tmp_path / "x").mkdir()
     shutil.copytree("one", "x/one")
     names = [arm["arm"] for arm in report.load([tmp_path / "one", tmp_path / "x/one"])[0].summary["arms"]]
     assert names == [f"{tmp_path.name}/one", "x/one"]
+
+
+def test_runs_whose_names_are_alike_or_odd(tmp_path):
+    """Figures of their own for names that make the same file name; every name in the legends, as it is."""
+    names = ["a b", "a+b", "_x", "r$_$", "$x^$"]
+    for name in names:
+        write_run(tmp_path / name)
+    (source,) = report.load([tmp_path / name for name in names])
+    with figures.styled():
+        made = figures.all_of(source)
+        curves = page._save(made["curves-lstm"][0], tmp_path, "curves").decode()
+        page._save(made["speed"][0], tmp_path, "speed")
+    streams = [name for name in made if name.startswith("streams-")]
+    assert streams == ["streams-a-b", "streams-a-b-2", "streams-_x", "streams-r-_-", "streams--x--"]
+    shown = [text.get_text().strip() for text in made["curves-lstm"][0].legends[0].get_texts()]
+    assert shown == names
+    assert all(f"{name}</text>" in curves for name in names)
+
+
+def test_file_names_are_their_own():
+    assert figures.file_names(["a b", "a-b-2", "a+b", "a/b", "lr=0.5_x"]) == [
+        "a-b",
+        "a-b-2",
+        "a-b-3",
+        "a-b-4",
+        "lr=0.5_x",
+    ]
+
+
+def test_studies_of_one_name_lie_apart(folder, tmp_path, monkeypatch):
+    """Two of them, and one that has the name of what runs are shown under."""
+    monkeypatch.chdir(tmp_path)
+    for place, name in (("u/S1", "S1"), ("v/S1", "S1"), ("w", "runs")):
+        shutil.copytree(folder, place)
+        summary = json.loads((folder / "summary.json").read_text())
+        told = {"study": name, "description": f"of {place}"}
+        (tmp_path / place / "summary.json").write_text(json.dumps(summary | told))
+    write_run(tmp_path / "one")
+    monkeypatch.setattr(figures, "all_of", lambda _: {})
+    assert main(["report", "u/S1", "v/S1", "w", "one", "--out", "out"]) == 0
+    text = (tmp_path / "out/index.html").read_text()
+    names = ["S1 in u/S1", "S1 in v/S1", "runs in w", "runs"]
+    assert re.findall("<h1>(.*)</h1>", text) == names
+    assert f"<title>{' and '.join(names)}: report</title>" in text
+    assert "python -m lm study S1.toml --seeds 3" in text
+    for place, ours in (("u/S1", "S1-in-u-S1"), ("v/S1", "S1-in-v-S1"), ("w", "runs-in-w")):
+        assert (tmp_path / "out" / ours / "summary.json").read_text() == (tmp_path / place / "summary.json").read_text()
+        assert (tmp_path / "out" / ours / "table.md").exists()
+    assert "| one |" in (tmp_path / "out/runs/table.md").read_text()
+    with pytest.raises(UserError, match="a report shows each run and study once; u/S1, u/S1 came"):
+        report.load([Path("u/S1"), Path("u/S1")])
 
 
 def test_lines_that_are_torn_are_passed_over(tmp_path):
