@@ -65,21 +65,8 @@ def run(
         raise UserError(
             f"a study's folder must be empty or a study's own; {folder} is neither; choose another with --run"
         )
-    names = {name for arm in study.arms for name in (arm.name, arm.base)}
-    if unknown := [name for name in arms if name not in names]:
-        known = ", ".join(arm.name for arm in study.arms)
-        raise UserError(f"an arm must be one of {known}; {', '.join(unknown)} came; correct --arm")
-    if unknown_seeds := [str(seed) for seed in seeds if not 1 <= seed <= study.seeds]:
-        raise UserError(
-            f"a seed must be one of 1 to {study.seeds}; {', '.join(unknown_seeds)} came; correct --seed, or ask for "
-            "more --seeds"
-        )
+    wanted = _wanted(study, arms, seeds)
     whole, done = results.held(study, folder)
-    wanted = [
-        job
-        for job in study.jobs()
-        if (not arms or {job.arm.name, job.arm.base} & {*arms}) and (not seeds or job.seed in seeds)
-    ]
     missing = [job for job in wanted if job not in done]
     _check(missing, devices)
     files.write_whole(folder / _PLAN, _described(whole).encode())
@@ -110,6 +97,24 @@ def run(
             f"{next(iter(failed.values()))}; put it right and give the same command again"
         )
     return _write(study, folder), runs.stopped
+
+
+def _wanted(study: Study, arms: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """The jobs of these arms and seeds; none: of all."""
+    names = {name for arm in study.arms for name in (arm.name, arm.base)}
+    if unknown := [name for name in arms if name not in names]:
+        known = ", ".join(arm.name for arm in study.arms)
+        raise UserError(f"an arm must be one of {known}; {', '.join(unknown)} came; correct --arm")
+    if unknown_seeds := [str(seed) for seed in seeds if not 1 <= seed <= study.seeds]:
+        raise UserError(
+            f"a seed must be one of 1 to {study.seeds}; {', '.join(unknown_seeds)} came; correct --seed, or ask for "
+            "more --seeds"
+        )
+    return [
+        job
+        for job in study.jobs()
+        if (not arms or {job.arm.name, job.arm.base} & {*arms}) and (not seeds or job.seed in seeds)
+    ]
 
 
 def _write(study: Study, folder: Path) -> dict[str, Any]:
