@@ -2,6 +2,7 @@
 without running any code."""
 
 import io
+import math
 import sys
 import time
 import warnings
@@ -211,6 +212,7 @@ class Checkpoints:
         snapshot: returns the whole state of the run.
         weights: returns what evaluating needs, of the weights that the model holds now.
         every_steps, every_minutes: save `last` so often within an epoch too.
+        best: nats per token of what `best.pt` holds already; infinity where it holds nothing.
     """
 
     def __init__(
@@ -220,17 +222,18 @@ class Checkpoints:
         weights: Callable[[], Mapping[str, Any]],
         every_steps: int | None,
         every_minutes: float | None = None,
+        best: float = math.inf,
     ) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         self.snapshot, self.weights = snapshot, weights
-        self.every_steps, self.every_minutes = every_steps, every_minutes
+        self.every_steps, self.every_minutes, self.best = every_steps, every_minutes, best
         self._saved_at: float | None = None  # None: no save by this process yet
 
     def __call__(self, event: Event) -> None:
         match event:
             case Validated(best=True):
-                save(self.folder / "best.pt", self.weights())
+                self.save_best(event.score.nll / event.score.tokens)
             # at the start too: a folder that cannot be written is found before any work is done
             case Started() | EpochEnded() | Interrupted():
                 self.save_last()
@@ -243,6 +246,16 @@ class Checkpoints:
             return True
         since = time.monotonic() - (self._saved_at or 0)
         return self.every_minutes is not None and since >= 60 * self.every_minutes
+
+    def save_best(self, nats: float) -> None:
+        """Saves the weights that the model holds now, validated at so many nats per token, unless better ones are kept.
+
+        The file itself tells its nats: the run's progress cannot, as weights that `max_steps` left inside an epoch are
+        validated once more than in a run that never stopped there, and the schedules must not see that.
+        """
+        if nats < self.best:
+            save(self.folder / "best.pt", {**self.weights(), "nats": nats})
+            self.best = nats
 
     def save_last(self) -> None:
         """Saves the whole state of the run as it is now."""

@@ -482,15 +482,28 @@ def _checkpoints(trainer: Trainer, settings: Config, folder: Path, text: _Text) 
         weights,
         settings.checkpoint.every_steps,
         settings.checkpoint.every_minutes,
+        _kept_nats(folder / "checkpoints" / "best.pt", trainer),
     )
+
+
+def _kept_nats(best: Path, trainer: Trainer) -> float:
+    """Nats per token of the best weights that are kept; infinity where there are none, or none that fit the model."""
+    try:
+        saved = checkpoint.load(best)
+    except UserError:
+        return math.inf
+    nats = saved.get("nats", trainer.progress.best)  # files of an older version do not tell
+    fits = {k: getattr(v, "shape", None) for k, v in saved["model"].items()} == {
+        k: v.shape for k, v in trainer.model.state_dict().items()
+    }
+    return nats if fits and type(nats) is float and nats >= 0 else math.inf
 
 
 def _final(trainer: Trainer, settings: Config, folder: Path, text: _Text, saves: Checkpoints) -> Score:
     """The exact score of the best weights on the validation text; they are then in the model."""
     with optim.averaged(trainer.optimizer):
-        now = _validate_rest(trainer)
-        if now is not None and now.nll / now.tokens < trainer.progress.best:
-            checkpoint.save(saves.folder / "best.pt", saves.weights())
+        if (now := _validate_rest(trainer)) is not None:
+            saves.save_best(now.nll / now.tokens)
     best = saves.folder / "best.pt"
     _restore(trainer.model, checkpoint.load(best), folder)
     return evaluate(

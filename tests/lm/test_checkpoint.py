@@ -277,6 +277,14 @@ def test_which_event_saves_what(tmp_path):
             assert checkpoint.load(file)["from"] == kind
 
 
+def test_better_weights_are_never_replaced_by_worse(tmp_path):
+    listener(tmp_path).save_best(2.0)
+    keeper = Checkpoints(tmp_path, dict, lambda: {**PAYLOAD, "from": "later"}, None, best=2.0)
+    for nats, left in ((2.5, 2.0), (2.0, 2.0), (1.5, 1.5)):
+        keeper.save_best(nats)
+        assert checkpoint.load(tmp_path / "best.pt")["nats"] == left
+
+
 def test_without_every_steps_no_step_is_saved(tmp_path):
     listener(tmp_path)(stepped(4))
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@ import json
 import re
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,6 +161,64 @@ def test_max_steps_stops_and_more_steps_go_on(train, tmp_path):
     assert first.score is not None
     train()
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.fixture
+def validations(monkeypatch):
+    """`validations(nats, …)`: what the validations to come find per token, whatever the weights are."""
+    evaluate = run.evaluate
+
+    def script(*nats):
+        left = iter(nats)
+
+        def scripted(*given, **named):
+            score = evaluate(*given, **named)
+            return replace(score, nll=next(left) * score.tokens) if named.get("protocol") == "columns" else score
+
+        monkeypatch.setattr(run, "evaluate", scripted)
+
+    return script
+
+
+def test_the_best_weights_are_kept_over_a_stop_inside_an_epoch_and_an_extension(train, tmp_path, validations):
+    best = tmp_path / "run/checkpoints/best.pt"
+    validations(2.0, 3.0)
+    train("train.schedule=plateau", folder="whole")
+    validations(1.5)
+    first = train("train.schedule=plateau", "train.max_steps=3")
+    kept = best.read_bytes()
+    validations(1.75)
+    assert train("train.schedule=plateau", "train.max_steps=4").score == first.score
+    validations(2.0, 3.0)
+    outcome = train("train.schedule=plateau")
+    assert outcome.score == first.score
+    assert best.read_bytes() == kept
+    assert (checkpoint.load(best)["progress"]["step"], checkpoint.load(best)["nats"]) == (3, 1.5)
+    last = [checkpoint.load(tmp_path / folder / "checkpoints/last.pt") for folder in ("run", "whole")]
+    assert_equal(*last, "last")  # the schedule and all else go on as if the run had not stopped
+    assert measured(tmp_path / "run")[:-1] == measured(tmp_path / "whole")[:-1]
+    validations(1.25, 1.0)
+    assert train("train.schedule=plateau", "train.epochs=4").step == checkpoint.load(best)["progress"]["step"]
+
+
+@pytest.mark.parametrize("how", ["another model", "no number", "an older version's", "damaged"])
+def test_a_best_checkpoint_that_is_of_no_use_gives_way(train, tmp_path, validations, how):
+    best = tmp_path / "run/checkpoints/best.pt"
+    validations(1.5)
+    train("train.max_steps=3")
+    saved = {key: value for key, value in checkpoint.load(best).items() if key not in ("format", "version")}
+    if how == "another model":
+        saved["model"] = {**saved["model"], "decoder.bias": torch.zeros(3)}
+    elif how == "no number":
+        saved["nats"] = float("nan")
+    else:
+        del saved["nats"]
+    checkpoint.save(best, saved)
+    if how == "damaged":
+        best.write_bytes(best.read_bytes()[:-9])
+    validations(2.0)
+    train("train.max_steps=4")
+    assert checkpoint.load(best)["progress"]["step"] == 4
 
 
 def test_a_finished_run_only_scores_again(train, tmp_path):
