@@ -41,7 +41,8 @@ class Score:
     Attributes:
         protocol: `exact`: the whole text as one column from the zero state, every token scored once.
             `columns`: as exact, in B columns side by side, which start from the zero state; for speed.
-            `chunk-mean`: 10 trimmed columns in chunks of 32, mean of exp(chunk loss) weighted by length.
+            `chunk-mean`: 10 trimmed columns in chunks of 32, mean of exp(chunk loss) weighted by length;
+            per word, a chunk's loss is its nats per token times the whole text's tokens per word.
         ppl: per word (words and ends of lines); for a word tokenizer that is per token.
         ppl_per_token: per piece of the tokenizer.
         nll: nats in all, over `tokens` tokens.
@@ -117,7 +118,7 @@ def evaluate(
     if protocol not in PROTOCOLS:
         raise UserError(f"a protocol must be one of {', '.join(PROTOCOLS)}; {protocol!r} came; choose one")
     if protocol == "chunk-mean":
-        score = _chunk_mean(_nll(model, _trimmed(stream.ids), chunk))
+        score = _chunk_mean(_nll(model, _trimmed(stream.ids), chunk), len(stream.ids) / (stream.words + stream.eos))
     else:
         cut = columns(stream.ids, 1 if protocol == "exact" else batch_size, tokenizer.eos)
         nll, scored = _shared_nll(model, cut, chunk, team).numpy(), _active(cut)
@@ -263,10 +264,13 @@ def _trimmed(ids: np.ndarray) -> Columns:
     return Columns(table[:-1], table[1:], _CHUNK_MEAN_COLUMNS)
 
 
-def _chunk_mean(nll: Tensor) -> Score:
+def _chunk_mean(nll: Tensor, pieces_per_word: float) -> Score:
     chunks = nll.split(_CHUNK_MEAN_STEPS)
-    ppl = sum(len(chunk) * perplexity(float(chunk.sum()), chunk.numel()) for chunk in chunks) / len(nll)
-    return Score("chunk-mean", ppl, ppl, float(nll.sum()), nll.numel())
+
+    def mean(scale: float) -> float:
+        return sum(len(chunk) * perplexity(float(chunk.sum()) * scale, chunk.numel()) for chunk in chunks) / len(nll)
+
+    return Score("chunk-mean", mean(pieces_per_word), mean(1.0), float(nll.sum()), nll.numel())
 
 
 def perplexity(nats: float, count: int) -> float:

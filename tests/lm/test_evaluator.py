@@ -104,6 +104,23 @@ def test_pieces_are_reported_per_word(lines, model):
     assert score.bits_per_byte == pytest.approx(score.nll / math.log(2) / data.bytes)
 
 
+@pytest.mark.parametrize(("kind", "size"), [("char", None), ("bpe", 275), ("unigram", 276), ("word", None)])
+def test_chunk_mean_is_per_word_too(lines, model, kind, size):
+    pieces = tokenizers.train(kind, lines(100), size)
+    data = stream.encode(lines(60, 1), pieces)
+    net = model(vocabulary=pieces.size).double()
+    score = evaluate(net, data, pieces, protocol="chunk-mean")
+    rows = len(data.ids) // 10
+    table = torch.from_numpy(data.ids[: rows * 10]).view(10, rows).T
+    with evaluating(net):
+        nll = net.token_nll(net(table[:-1])[0], table[1:])
+    per_word = len(data.ids) / (data.words + data.eos)
+    for found, scale in ((score.ppl, per_word), (score.ppl_per_token, 1.0)):
+        expected = sum(len(chunk) * math.exp(chunk.mean() * scale) for chunk in nll.split(32)) / (rows - 1)
+        assert found == pytest.approx(expected, rel=1e-9)
+    assert score.ppl == score.ppl_per_token if kind == "word" else score.ppl > score.ppl_per_token
+
+
 def test_nothing_moves(net, text, tokenizer):
     net.train()
     net.layers.eval()  # a mixed mode must come back too
