@@ -456,13 +456,15 @@ def _fit(trainer: Trainer, settings: Config, folder: Path, text: _Text) -> Outco
 
 
 def _kept(folder: Path) -> str:
-    """Names the last good checkpoint."""
-    for path in (folder / "checkpoints" / name for name in ("last.pt", "previous.pt")):
+    """Names the last good checkpoint: one whose weights are numbers, which a run that diverged may not have saved."""
+    for path in (folder / "checkpoints" / name for name in ("last.pt", "previous.pt", "best.pt")):
         try:
-            return f"the last good checkpoint is {path} (step {checkpoint.load(path)['progress']['step']})"
+            saved = checkpoint.load(path)
         except UserError:
             continue
-    return "no checkpoint is left"
+        if all(isinstance(value, Tensor) and value.isfinite().all() for value in saved["model"].values()):
+            return f"the last good checkpoint is {path} (step {saved['progress']['step']})"
+    return "no good checkpoint is left"
 
 
 def _checkpoints(trainer: Trainer, settings: Config, folder: Path, text: _Text) -> Checkpoints:
@@ -522,7 +524,7 @@ def _validate_rest(trainer: Trainer) -> Score | None:
         return None
     now = trainer.validate()
     if not math.isfinite(now.nll):
-        raise DivergedError("the validation is not finite")
+        trainer.diverge("validation")
     return now
 
 

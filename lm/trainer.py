@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -133,6 +133,14 @@ class Trainer:
             self._end_epoch(time.perf_counter() - began)
         return reason
 
+    def diverge(self, what: str) -> NoReturn:
+        """Ends a run in which something is not finite, and tells the listeners first."""
+        self._emit(Diverged(*self._place(), what=what))
+        raise DivergedError(
+            f"the {what} is not finite after {self.progress.step} steps (epoch {self.progress.epoch + 1}, "
+            f"learning rate {self._rate(self.progress.position):g})"
+        )
+
     def _windows(self) -> list[tuple[int, int]]:
         config, progress = self.config, self.progress
         windows = stream.plan(config.window, len(self.data.targets), config.seed, progress.epoch)
@@ -168,7 +176,7 @@ class Trainer:
         norm = self._clip()
         nats, norm_value = self.team.sum(own), norm.item()
         if not (math.isfinite(nats) and math.isfinite(norm_value)):
-            self._diverge("loss" if not math.isfinite(nats) else "gradient's norm")
+            self.diverge("loss" if not math.isfinite(nats) else "gradient's norm")
         self.optimizer.step()
         self.state = state
         self.progress = replace(
@@ -214,7 +222,7 @@ class Trainer:
             score = self.validate()
             nats = score.nll / score.tokens
             if not math.isfinite(nats):
-                self._diverge("validation")
+                self.diverge("validation")
             self._emit(Validated(*self._place(), score=score, best=nats < done.best))
         self.progress = _next_epoch(self.config, done, nats)
         self.state = None
@@ -240,13 +248,6 @@ class Trainer:
         if self.config.autocast == "none":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-    def _diverge(self, what: str) -> None:
-        self._emit(Diverged(*self._place(), what=what))
-        raise DivergedError(
-            f"the {what} is not finite after {self.progress.step} steps (epoch {self.progress.epoch + 1}, "
-            f"learning rate {self._rate(self.progress.position):g})"
-        )
 
     def _place(self) -> tuple[int, int]:
         return self.progress.epoch + 1, self.progress.step

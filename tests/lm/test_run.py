@@ -497,6 +497,29 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(train, tmp_path, monkeypa
     assert not [row for row in measured(tmp_path / "run") if row["kind"] == "diverged"]
 
 
+def test_divergence_after_the_last_step_inside_an_epoch(train, tmp_path, monkeypatch):
+    train("train.max_steps=2")
+    fit = run.Trainer.fit
+
+    def poisoned(self):
+        self.listeners.insert(0, lambda e: self.model.decoder.bias.data.fill_(float("nan")) if e.step == 4 else None)
+        return fit(self)
+
+    monkeypatch.setattr(run.Trainer, "fit", poisoned)
+    told = r"the validation is not finite after 4 steps \(epoch 1, .*good checkpoint is \S+/previous\.pt \(step 2\)"
+    with pytest.raises(DivergedError, match=told):
+        train("train.max_steps=4")
+    assert measured(tmp_path / "run")[-1].items() >= {"kind": "diverged", "step": 4, "what": "validation"}.items()
+    place = tmp_path / "run/checkpoints"
+    (place / "previous.pt").unlink()
+    with pytest.raises(DivergedError, match=r"the last good checkpoint is \S+/best\.pt \(step 2\)"):
+        train("train.max_steps=4")
+    for name in ("previous.pt", "best.pt"):
+        (place / name).unlink()
+    with pytest.raises(DivergedError, match="no good checkpoint is left"):
+        train("train.max_steps=4")
+
+
 def test_another_corpus_is_scored_with_the_same_vocabulary(train, tmp_path, lines):
     train("train.max_steps=2")
     other = tmp_path / "other"
