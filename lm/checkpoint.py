@@ -20,6 +20,7 @@ from lm.events import EpochEnded, Event, Interrupted, Started, Stepped, Validate
 
 FORMAT = "rnnorm.lm.checkpoint"
 VERSION = 2  # 1 had no checksum
+MOST_STEPS = 2**53  # a float holds each number up to here
 _KEYS = {
     "config": dict,
     "tokenizer": dict,
@@ -183,7 +184,8 @@ def _check(found: Any, path: Path) -> None:
         )
     if wrong := sorted(key for key, kind in _KEYS.items() if not isinstance(found.get(key), kind)):
         raise UserError(f"a checkpoint must hold {', '.join(wrong)}; {path} does not; take another")
-    if type(found["progress"].get("step")) is not int:
+    step = found["progress"].get("step")
+    if type(step) is not int or not 0 <= step <= MOST_STEPS:
         raise UserError(f"a checkpoint must hold the number of its step; {path} does not; take another")
 
 

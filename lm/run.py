@@ -28,11 +28,11 @@ from lm.internals import Internals
 from lm.lock import NAME as LOCK
 from lm.lock import Lock
 from lm.model import LanguageModel
-from lm.progress import Progress
+from lm.progress import Progress as Display
 from lm.stream import Stream
 from lm.tokenizers import Tokenizer
 from lm.tracking import JsonLines, TensorBoard
-from lm.trainer import DivergedError, Trainer
+from lm.trainer import DivergedError, Progress, Trainer
 
 Say = Callable[[str], None]
 
@@ -100,6 +100,8 @@ def train(
             text that changed. Nothing is written then.
         DivergedError: see `Trainer.fit`; the last good checkpoint stays.
     """
+    if overwrite:
+        folder = Path(os.path.realpath(folder))  # of a link, what it leads to is moved, and the link stays
     with distributed.joined() as team, Lock() as lock:
 
         def opened() -> tuple[Config, Path | None, dict[str, Any] | None, _Text]:
@@ -160,8 +162,12 @@ def load(folder: Path, *, which: str = "best", backend: str = "auto", device: st
     _same_vocabulary(folder, tokenizer)
     model = _model(settings, tokenizer, place)
     _restore(model, saved, folder)
-    step = saved["progress"]["step"]
-    return Trained(settings, tokenizer, model, saved["train_counts"], saved["data_sha256"], step)
+    with _fitting(folder, "progress and counts"):
+        step = Progress(**saved["progress"]).step
+        counts = saved["train_counts"]
+        if counts.shape != (tokenizer.size,) or counts.dtype != torch.int64:
+            raise ValueError(f"the counts of the training text must be {tokenizer.size} whole numbers")
+    return Trained(settings, tokenizer, model, counts, saved["data_sha256"], step)
 
 
 def _saved(place: Path, which: str, say: Say) -> dict[str, Any]:
@@ -190,7 +196,7 @@ def score(
         groups: by frequency and by position too, where the protocol is `exact`.
     """
     settings = trained.config
-    corpus = corpora.load(data or settings.data.source, Path(settings.data.dir))
+    corpus = corpora.load(settings.data.source if data is None else data, Path(settings.data.dir))
     return evaluate(
         trained.model,
         stream.encode(corpus.splits[split], trained.tokenizer),
@@ -217,7 +223,7 @@ def require_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # `meta` has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as fault:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as fault:  # ImportError: hpu
         why = str(fault).strip().splitlines()[0]
         raise UserError(f"a device must be one that torch can use here; {name!r} came ({why}); use cpu") from None
     return device
@@ -230,10 +236,14 @@ def _claim(folder: Path, resume: str, overwrite: bool, lock: Lock) -> Path | Non
         return None
     if not (folder / "config.toml").is_file():
         raise UserError(f"a run folder must be empty or a run's own; {folder} is neither; choose another with --run")
+    if overwrite and Path.cwd().is_relative_to(folder):
+        raise UserError(
+            f"a run that is moved aside must not hold the working folder; {folder} does; change to another folder first"
+        )
     lock.take(folder)
     if overwrite:
         number = 1
-        while (aside := folder.with_name(f"{folder.resolve().name}.old{number}")).exists():
+        while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
             number += 1
         return aside
     if resume == "never":
@@ -317,6 +327,11 @@ def _text(settings: Config, saved: Mapping[str, Any] | None) -> _Text:
     else:
         tokenizer = tokenizers.train(data.tokenizer, corpus.splits["train"], data.vocab_size)
     ids, valid = (stream.encode(corpus.splits[split], tokenizer) for split in ("train", "valid"))
+    if len(valid.ids) < 2:
+        raise UserError(
+            f"the valid text of {data.source} must hold at least 2 tokens, its ends of lines counted; 1 came; "
+            "give more text"
+        )
     counts = torch.bincount(torch.from_numpy(ids.ids), minlength=tokenizer.size)
     return _Text(corpus.name, tokenizer, ids, valid, counts, sha256)
 
@@ -434,7 +449,7 @@ def _fit(trainer: Trainer, settings: Config, folder: Path, text: _Text) -> Outco
         text.pieces_per_word,
         internals,
     )
-    progress = Progress(text.pieces_per_word)
+    progress = Display(text.pieces_per_word)
     saves = _checkpoints(trainer, settings, folder, text)
     trainer.listeners += [json_lines, tensorboard, progress, saves]
     try:

@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lm import optim, stream
+from lm.checkpoint import MOST_STEPS
 from lm.config import TrainConfig
 from lm.distributed import Team
 from lm.evaluator import Score
@@ -44,9 +45,12 @@ class Progress:
     falls: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if type(getattr(self, field.name)) is not field.type:  # a checkpoint may hold anything
-                raise TypeError(f"progress.{field.name} is {getattr(self, field.name)!r} and must be {field.type}")
+        for field in fields(self):  # a checkpoint may hold anything
+            value, most = getattr(self, field.name), math.inf if field.type is float else MOST_STEPS
+            if type(value) is not field.type:
+                raise TypeError(f"progress.{field.name} is {value!r} and must be {field.type}")
+            if not 0 <= value <= most:
+                raise ValueError(f"progress.{field.name} is {value!r:.50} and must be from 0 to {most}")
 
 
 class DivergedError(Exception):
@@ -112,6 +116,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; load the model's own state first."""
         self.progress = Progress(**state["progress"])
+        self._check()
         optim.load(self.optimizer, state["optimizer"])
         self.state = state_of([tensor.to(self.device) for tensor in state["state"]])
 
@@ -140,6 +145,15 @@ class Trainer:
             f"the {what} is not finite after {self.progress.step} steps (epoch {self.progress.epoch + 1}, "
             f"learning rate {self._rate(self.progress.position):g})"
         )
+
+    def _check(self) -> None:
+        """Raises ValueError unless a run of this configuration can stand where this one does."""
+        progress = self.progress
+        if progress.step < progress.epoch + (progress.position > 0):
+            raise ValueError(f"{progress.step} steps are too few for epoch {progress.epoch + 1}")
+        starts = [start for start, _ in self._windows()]
+        if progress.position not in starts:
+            raise ValueError(f"position {progress.position} is not between two windows of epoch {progress.epoch + 1}")
 
     def _windows(self) -> list[tuple[int, int]]:
         config, progress = self.config, self.progress

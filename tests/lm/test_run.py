@@ -3,6 +3,7 @@ import re
 import signal
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,6 +272,27 @@ def test_overwrite_moves_the_old_run_aside(train, tmp_path):
     assert run.load(tmp_path / "run").config.train.seed == 3
 
 
+def test_overwriting_through_a_link_moves_what_it_leads_to(train, tmp_path):
+    train("train.max_steps=1", folder="real")
+    before = files_of(tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    train("train.max_steps=1", "train.seed=2", folder="link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert files_of(tmp_path / "real.old1") == before
+    assert run.load(tmp_path / "real").config.train.seed == run.load(tmp_path / "link").config.train.seed == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "real", "real.old1", "link"}
+
+
+@pytest.mark.parametrize("inside", [".", "checkpoints"])
+def test_the_working_folder_is_not_moved_aside(train, settings, tmp_path, monkeypatch, inside):
+    train("train.max_steps=1")
+    before = files_of(tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run" / inside)
+    with pytest.raises(UserError, match=r"must not hold the working folder; \S+/run does; change to another folder"):
+        run.train(settings(), Path(".") if inside == "." else tmp_path / "run", overwrite=True)
+    assert files_of(tmp_path / "run") == before
+
+
 def test_never_resuming_needs_an_empty_folder(train, tmp_path):
     (tmp_path / "run").mkdir()
     train("train.max_steps=1", resume="never")
@@ -398,6 +420,16 @@ def stuffed(path, **changes):
         ({"progress": lambda p: {**p, "more": 1}}, "must hold the training state .*more"),
         ({"progress": lambda p: {"step": 1}}, None),
         ({"progress": lambda p: {**p, "epoch": "1"}}, "must hold the training state .*epoch"),
+        ({"progress": lambda p: {**p, "epoch": -1}}, "progress.epoch is -1 and must be from 0 to"),
+        ({"progress": lambda p: {**p, "epoch": 3}}, "2 steps are too few for epoch 4"),
+        ({"progress": lambda p: {**p, "position": -7}}, "progress.position is -7 and must be from 0 to"),
+        ({"progress": lambda p: {**p, "position": p["position"] + 1}}, "is not between two windows of epoch 1"),
+        ({"progress": lambda p: {**p, "position": 10**6}}, "position 1000000 is not between two windows of epoch 1"),
+        ({"progress": lambda p: {**p, "step": -1}}, "must hold the number of its step"),
+        ({"progress": lambda p: {**p, "step": 10**5000}}, "must hold the number of its step"),
+        ({"progress": lambda p: {**p, "step": 0}}, "0 steps are too few for epoch 1"),
+        ({"progress": lambda p: {**p, "tokens": 10**18}}, "progress.tokens is 1000000000000000000 and must"),
+        ({"progress": lambda p: {**p, "best": float("nan")}}, "progress.best is nan and must be from 0 to inf"),
         ({"data_sha256": lambda d: {}}, "goes on with the text it began with"),
     ],
 )
@@ -411,6 +443,24 @@ def test_a_whole_checkpoint_with_values_that_do_not_fit(train, tmp_path, changes
     with pytest.raises(UserError, match=message):
         train("train.max_steps=3", "train.optimizer=adam", "train.lr=0.01")
     assert files_of(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_counts": lambda c: c[1:]}, "must hold the progress and counts .*must be 12 whole numbers"),
+        ({"train_counts": lambda c: torch.cat([c, c])}, "must be 12 whole numbers"),
+        ({"train_counts": lambda c: c.float() / 0}, "must be 12 whole numbers"),
+        ({"progress": lambda p: {**p, "position": -1}}, "progress.position is -1 and must be from 0 to"),
+        ({"progress": lambda p: {**p, "epoch": -1}}, "progress.epoch is -1"),
+        ({"progress": lambda p: {**p, "step": -1}}, "must hold the number of its step"),
+    ],
+)
+def test_a_whole_checkpoint_that_cannot_be_evaluated(train, tmp_path, changes, message):
+    train("train.max_steps=2")
+    stuffed(tmp_path / "run/checkpoints/best.pt", **changes)
+    with pytest.raises(UserError, match=message):
+        run.load(tmp_path / "run")
 
 
 def test_two_runs_in_one_folder(train, settings, tmp_path):
@@ -464,6 +514,8 @@ def test_a_folder_that_is_no_run(tmp_path):
         ("train.device=cuda:99", "a device must be one that torch can use here; 'cuda:99' came"),
         ("train.device=meta", "a device must be one that torch can use here; 'meta' came"),
         ("train.device=abacus", "a device must be one that torch can use here; 'abacus' came"),
+        ("train.device=hpu", "a device must be one that torch can use here; 'hpu' came"),
+        ("train.device=privateuseone", "a device must be one that torch can use here; 'privateuseone' came"),
         ("data.source=nowhere", "'nowhere' came"),
         ("model.hidden_size=900000000", "a model must fit into memory; its weights take"),
         ("train.batch_size=1000", "lower the batch size"),
@@ -534,6 +586,24 @@ def test_the_unigram_model_is_of_the_training_text(train, tmp_path, corpus):
     train("train.max_steps=2")
     score = run.score(run.load(tmp_path / "run"), "test")
     assert 2 < score.unigram_ppl < 13
+
+
+def test_an_empty_name_is_not_the_runs_own_corpus(train, tmp_path):
+    train("train.max_steps=1")
+    with pytest.raises(UserError, match="or a folder of text; '' came"):
+        run.score(run.load(tmp_path / "run"), "test", data="")
+
+
+def test_a_text_of_one_token(train, tmp_path, corpus):
+    (corpus / "test.txt").write_text("\n")
+    train("train.max_steps=1")
+    for protocol, message in (("exact", "1 tokens came"), ("chunk-mean", "needs 20 tokens or more; 1 came")):
+        with pytest.raises(UserError, match=message):
+            run.score(run.load(tmp_path / "run"), "test", protocol=protocol)
+    (corpus / "valid.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"the valid text of \S+ must hold at least 2 tokens, .*; 1 came"):
+        train("train.max_steps=1", folder="other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("kind", ["char", "unigram"])
