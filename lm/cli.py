@@ -14,6 +14,7 @@ from lm import checkpoint, config, corpora, distributed, report, run, study, tok
 from lm.config import Config
 from lm.errors import UserError
 from lm.evaluator import Group, Score, record
+from lm.sample import LONGEST
 from lm.sample import sample as draw_sample
 from lm.trainer import DivergedError
 
@@ -124,9 +125,9 @@ def compose(
     tables = config.override(tables, [])
     for name, value in given.items():
         section, key = name.split(".")
-        tables.setdefault(section, {})[key] = value
+        config.put(tables, section, key, value)
     if data is not None:
-        tables.setdefault("data", {})["source"] = data
+        config.put(tables, "data", "source", data)
     settings = config.build(config.override(tables, assignments))
     return settings.model_copy(update={"data": config.absolute(settings.data)})
 
@@ -258,11 +259,11 @@ def write_report(folders: tuple[Path, ...], out: Path | None) -> None:
 @cli.command()
 @_run_argument
 @click.option("--prompt", default="", help="Text to go on from.")
-@click.option("--length", type=int, default=100, help="Tokens to draw.")
+@click.option("--length", type=int, default=100, help=f"Tokens to draw, {LONGEST:,} at most.")
 @click.option("--temperature", type=float, default=1.0, help="Below 1 is safer, 0 is greedy.")
 @click.option("--top-k", type=int, help="Draw among so many likeliest tokens.")
 @click.option("--top-p", type=float, help="Draw among the likeliest tokens that hold this probability.")
-@click.option("--seed", type=int, default=0, help="Of the draws.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the draws.")
 @_which
 @_backend
 @_device

@@ -249,7 +249,7 @@ def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
     """Returns the tables with each `section.key=value` put in; a value is read as TOML, else as bare text.
 
     Raises:
-        UserError: an assignment of another form.
+        UserError: an assignment of another form; a section that is no table.
     """
     changed = {name: dict(table) if isinstance(table, Mapping) else table for name, table in tables.items()}
     for assignment in assignments:
@@ -257,8 +257,20 @@ def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         section, dot, key = path.strip().partition(".")
         if not (equals and dot and section and key):
             raise UserError(f"--set must be section.key=value, such as train.lr=0.5; {assignment!r} came")
-        changed.setdefault(section, {})[key] = _value(text.strip())
+        put(changed, section, key, _value(text.strip()))
     return changed
+
+
+def put(tables: dict[str, Any], section: str, key: str, value: Any) -> None:
+    """Sets one value in tables that a file may have given.
+
+    Raises:
+        UserError: what stands under the section's name is no table.
+    """
+    table = tables.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise UserError(f"{section} must be a table of settings; {_short(table)} came; write [{section}]")
+    table[key] = value
 
 
 def assignment(name: str, value: Any) -> str:
@@ -279,11 +291,20 @@ def absolute(data: DataConfig) -> DataConfig:
     if "\0" in f"{data.dir}{data.source}{data.tokenizer_file}":
         raise UserError("data.dir, data.source and data.tokenizer_file must not hold the character NUL; take it out")
     changed: dict[str, str] = {"dir": str(Path(data.dir).resolve())}
-    if data.source not in CORPORA and Path(data.source).is_dir():
+    if data.source and data.source not in CORPORA and Path(data.source).is_dir():  # an empty path is the working folder
         changed["source"] = str(Path(data.source).resolve())
     if data.tokenizer_file is not None:
         changed["tokenizer_file"] = str(Path(data.tokenizer_file).resolve())
-    return data.model_copy(update=changed)
+    data = data.model_copy(update=changed)
+    for path in (data.dir, data.source, data.tokenizer_file or ""):
+        try:
+            path.encode()
+        except UnicodeEncodeError:  # bytes of a path that are not UTF-8 arrive as halves of surrogate pairs
+            raise UserError(
+                "data.dir, data.source and data.tokenizer_file must be UTF-8, as config.toml is; "
+                f"{_short(path)} came; rename the file or folder"
+            ) from None
+    return data
 
 
 def flatten(config: Config) -> dict[str, Any]:

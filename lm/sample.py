@@ -8,6 +8,8 @@ from lm.evaluator import evaluating
 from lm.model import LanguageModel
 from lm.tokenizers import Tokenizer
 
+LONGEST = 1_000_000  # the whole text is decoded at once, from memory
+
 
 def sample(
     model: LanguageModel,
@@ -30,9 +32,10 @@ def sample(
         seed: of the draws; the same seed gives the same text, and no global random number is drawn.
 
     Raises:
-        UserError: a temperature below 0, a top_k or length below 1, a top_p outside (0, 1].
+        UserError: a temperature below 0, a top_k below 1, a length below 1 or above `LONGEST`, a top_p outside (0, 1],
+            a prompt that is not text.
     """
-    _check(length, temperature, top_k, top_p)
+    _check(prompt, length, temperature, top_k, top_p)
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     prefix = _encode(prompt, tokenizer)
@@ -47,9 +50,17 @@ def sample(
             hidden, state = model(torch.tensor([[token]], device=device), state)
 
 
-def _check(length: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check(prompt: str, length: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as fault:  # a byte of the command line that is not UTF-8 arrives as half a surrogate pair
+        raise UserError(
+            f"a prompt must be UTF-8 text; character {fault.start + 1} of {prompt[:60]!a} is none; write it again"
+        ) from None
     if length < 1:
         raise UserError(f"a length must be at least 1; {length} came")
+    if length > LONGEST:
+        raise UserError(f"a length must be at most {LONGEST:,}; {length} came; draw several texts by several seeds")
     if not 0 <= temperature < float("inf"):
         raise UserError(f"a temperature must be at least 0; {temperature} came; 1 is the model's own, 0 is greedy")
     if top_k is not None and top_k < 1:

@@ -208,6 +208,7 @@ def test_help_names_every_option_and_key(process, call):
     [
         (("train", "--preset", "papr"), "a preset must be one of default, "),
         (("train", "--data", "nowhere"), "'nowhere' came"),
+        (("train", "--data", ""), "'' came"),
         (("train", "--set", "train.lrr=1"), "train.lrr must be a known key of [train]"),
         (("train", "--set", "train.lr=fast"), "train.lr must be a valid number; 'fast' came"),
         (("train", "--set", "train.lr"), "--set must be section.key=value"),
@@ -229,6 +230,13 @@ def test_help_names_every_option_and_key(process, call):
 def test_bad_input_is_one_line_and_writes_nothing(call, tmp_path, arguments, message):
     assert message in fault(call, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["train = 3", "[[train]]", "data = 'x'\n[[train]]"])
+@pytest.mark.parametrize("options", [("--seed", 1), ("--set", "train.lr=1"), ("--data", "text", "--seed", 1)])
+def test_a_section_that_is_no_table(call, tmp_path, content, options):
+    (tmp_path / "mine.toml").write_text(content)
+    assert "must be a table of settings; " in fault(call, "train", "--preset", "mine.toml", *options)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +265,11 @@ def test_bad_input_on_a_run(call, trained):
         (("sample", trained, "--temperature", "-1"), "temperature must be at least 0"),
         (("sample", trained, "--top-p", "2"), "top-p must be above 0 and at most 1"),
         (("sample", trained, "--length", "0"), "length must be at least 1"),
+        (("sample", trained, "--length", 10**9), "length must be at most 1,000,000"),
+        (("sample", trained, "--seed", "-1"), "-1 is not in the range 0<=x<=9223372036854775807"),
+        (("sample", trained, "--seed", 2**63), "is not in the range"),
+        (("sample", trained, "--prompt", "\udcff"), "a prompt must be UTF-8 text"),
+        (("eval", trained, "--data", ""), "'' came"),
         (("train", "--run", trained, "--set", "train.lr=2"), "train.lr is 0.5 there and 2.0 here"),
         (("train", "--run", trained, "--resume", "never"), "needs an empty folder"),
         (("train", "--run", trained, "--preset", "gru-online"), "holds another: "),

@@ -147,6 +147,12 @@ def test_a_wrong_assignment(assignment):
         config.override({}, [assignment])
 
 
+@pytest.mark.parametrize("table", [3, "x", [{"lr": 1.0}], None])
+def test_a_value_is_put_into_a_table_only(table):
+    with pytest.raises(UserError, match=r"train must be a table of settings; .* came; write \[train\]"):
+        config.override({"train": table}, ["train.lr=1"])
+
+
 def test_an_unknown_preset_names_the_known_ones(tmp_path):
     with pytest.raises(UserError, match=r"must be one of default, .*zaremba-small.*'papr' came"):
         config.preset("papr")
@@ -182,6 +188,17 @@ def test_values_that_python_cannot_read(tmp_path, text):
 def test_counts_have_an_end(key):
     with pytest.raises(UserError, match=f"{key} must be less than or equal to 1000000000; 10000000000 came"):
         config.build(config.override({}, [f"{key}=10000000000"]))
+
+
+def test_an_empty_source_is_not_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.absolute(config.build({"data": {"source": ""}}).data).source == ""
+    assert config.absolute(config.build({"data": {"source": "."}}).data).source == str(tmp_path)
+
+
+def test_paths_are_text():
+    with pytest.raises(UserError, match=r"must be UTF-8, as config\.toml is; 'a\\udcffb' came"):
+        config.absolute(config.build({"data": {"source": "a\udcffb"}}).data)
 
 
 def test_paths_hold_no_nul():

@@ -77,6 +77,8 @@ def test_a_prompt_of_many_lines_is_kept(model, tokenizer):
         ({"top_p": 0.0}, "top-p must be above 0 and at most 1; 0.0 came"),
         ({"top_p": 1.5}, "top-p must be above 0 and at most 1; 1.5 came"),
         ({"length": 0}, "length must be at least 1; 0 came"),
+        ({"length": 10**9}, "length must be at most 1,000,000; 1000000000 came; draw several texts"),
+        ({"prompt": "the c\udcfft"}, r"a prompt must be UTF-8 text; character 6 of 'the c\\udcfft' is none"),
     ],
 )
 def test_wrong_arguments(model, tokenizer, arguments, message):
