@@ -125,10 +125,9 @@ class Recurrent(RecurrentModule):
             raise ValueError("lengths= must be left out with a PackedSequence, which carries its own")
         data, sizes = packed.data, packed.batch_sizes
         N = int(sizes[0])
-        rows = (
-            (torch.arange(N, device=sizes.device)[None, :] < sizes[:, None]).flatten().nonzero()[:, 0].to(data.device)
-        )
-        found = (sizes[:, None] > torch.arange(N, device=sizes.device)[None, :]).sum(0)
+        active = torch.arange(N, device=sizes.device)[None, :] < sizes[:, None]  # [T, N]
+        rows = active.flatten().nonzero()[:, 0].to(data.device)
+        found = active.sum(0)
         padded = data.new_zeros(sizes.size(0) * N, data.size(1)).index_copy(0, rows, data)
         x = padded.view(sizes.size(0), N, data.size(1))
         x, state = self._prepared(x, hx, single=False)
@@ -176,12 +175,8 @@ class Recurrent(RecurrentModule):
         """Dropout between layers; of packed samples it draws only theirs, as torch does: equal seeds drop equally."""
         if lengths is None:
             return F.dropout(x, self.dropout)
-        real = (
-            (torch.arange(x.size(0), device=lengths.device)[:, None] < lengths[None, :])
-            .flatten()
-            .nonzero()[:, 0]
-            .to(x.device)
-        )
+        active = torch.arange(x.size(0), device=lengths.device)[:, None] < lengths[None, :]
+        real = active.flatten().nonzero()[:, 0].to(x.device)
         rows = x.flatten(0, 1)
         return torch.zeros_like(rows).index_copy(0, real, F.dropout(rows[real], self.dropout)).view_as(x)
 

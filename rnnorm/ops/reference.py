@@ -84,20 +84,11 @@ def normalizer(
             return pre
         part = slice(first * H, first * H + pre.size(1))
         if streams is not None:
-            mean, var = streams[0][part], streams[1][part]
             if spec.training:
-                args = (
-                    mean,
-                    var,
-                    streams[2][part],
-                    streams[3][part],
-                    spec.alpha_fwd,
-                    spec.alpha_bwd,
-                    spec.eps,
-                    spec.control_floor,
-                )
-                y = OnlineStep.apply(pre[:, :, None], *args)[:, :, 0]
+                constants = (spec.alpha_fwd, spec.alpha_bwd, spec.eps, spec.control_floor)
+                y = OnlineStep.apply(pre[:, :, None], *(s[part] for s in streams), *constants)[:, :, 0]
             else:
+                mean, var = (s[part] for s in streams[:2])
                 # A copy: autograd keeps it, and later training calls move the statistics.
                 y = (pre - mean.clone()) / (var.clone() + spec.eps).sqrt()
         else:
