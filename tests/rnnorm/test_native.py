@@ -1,5 +1,8 @@
 """The C++ backend where parity does not reach: slices that do not divide, threads, both products, extreme values."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -222,3 +225,62 @@ def test_operands_that_are_missing_past_the_modules_are_refused(name):
     operands = layer._operands("_l0", torch.randn(4, 2, 2), torch.zeros(2, 3), torch.zeros(2, 3), None)
     with pytest.raises(ValueError, match="is missing, or another that goes with it"):
         native.Native().forward(operands._replace(**{name: None}), layer._spec())
+
+
+# Large enough for its memory to come from the pool.
+def _large_window(kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's output, its input, and the gradient that goes with it; no two share anything."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = getattr(rnnorm, kind)(40, 72, norm="layer", backend="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.5)
+    x = torch.randn(31, 17, 40, generator=generator).requires_grad_()
+    return layer(x)[0], x, torch.randn(31, 17, 72, generator=generator)
+
+
+def _large_gradient(kind: str, seed: int) -> tuple[Tensor, Tensor]:
+    y, x, grad = _large_window(kind, seed)
+    y.backward(grad)
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_memory_is_not_given_to_two_graphs(kind):
+    seeds = range(4)
+    expected = [_large_gradient(kind, seed) for seed in seeds]
+    alive = [_large_window(kind, seed) for seed in seeds]
+    for seed in (2, 0, 3, 1):
+        y, x, grad = alive[seed]
+        y.backward(grad)
+        assert torch.equal(y, expected[seed][0])
+        assert torch.equal(x.grad, expected[seed][1])
+
+
+def test_memory_is_not_given_to_two_threads(monkeypatch):
+    monkeypatch.setattr(native, "threads", 1)
+    seeds = list(range(24))
+    expected = [_large_gradient("LSTM", seed) for seed in seeds]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: _large_gradient("LSTM", seed), seeds))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+def _sanitized() -> bool:
+    return "-fsanitize" in os.environ.get("RNNORM_CXXFLAGS", "")
+
+
+@pytest.mark.skipif(_sanitized(), reason="the sanitizers' build has no pool: it would hide what runs over an end")
+def test_memory_goes_from_call_to_call():
+    operands = rnnorm.LSTM(40, 72)._operands("_l0", torch.randn(31, 17, 40), *torch.zeros(2, 17, 72), None)
+    spec = rnnorm.LSTM(40, 72)._spec()._replace(backend="cpu", save=True)
+
+    def places() -> set[int]:
+        with torch.no_grad():
+            return {t.data_ptr() for t in native.Native().forward(operands, spec).saved if t.nbytes >= 2**17}
+
+    found = places()
+    assert len(found) == 4  # h, c, y, rstd
+    assert places() == found

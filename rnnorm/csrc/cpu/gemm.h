@@ -10,10 +10,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "pool.h"
 
 namespace rnnorm {
 
@@ -144,14 +145,14 @@ bool transpose_tile(const T* in, int64_t ld, T* out, int64_t out_ld) {
 template <typename T>
 class Panels {
  public:
-  Panels(int64_t K, int64_t columns) : K_(K), slices_(columns), data_(new T[K * columns]) {}
+  Panels(int64_t K, int64_t columns) : K_(K), slices_(columns), data_(K * columns) {}
 
   // Columns [first, first + count) become the transpose of `count` rows of `source` (row stride `ld`).
   void pack_rows(int64_t first, int64_t count, const T* source, int64_t ld) {
     constexpr int64_t tile = 16;
     for (int64_t slice = 0; slice < slices_.count(); ++slice) {
       const int64_t start = slices_.begin(slice), w = slices_.width(slice);
-      T* out = data_.get() + start * K_ - start;
+      T* out = data_.data() + start * K_ - start;
       const int64_t c_begin = std::max(first, start), c_end = std::min(first + count, start + w);
       for (int64_t c0 = c_begin; c0 < c_end; c0 += tile)
         for (int64_t k0 = 0; k0 < K_; k0 += tile) {
@@ -167,7 +168,7 @@ class Panels {
   void pack_columns(const T* source, int64_t ld) {
     for (int64_t slice = 0; slice < slices_.count(); ++slice) {
       const int64_t start = slices_.begin(slice), w = slices_.width(slice);
-      copy_rows(source + start, ld, K_, w, data_.get() + start * K_);
+      copy_rows(source + start, ld, K_, w, data_.data() + start * K_);
     }
   }
 
@@ -178,14 +179,14 @@ class Panels {
       for (int64_t m = 0; m < M; m += block_rows)
         for (int64_t k = 0; k < std::max<int64_t>(K_, 1); k += block_depth)
           gemm(std::min(block_rows, M - m), w, std::min(block_depth, K_ - k), A + m * lda + k, lda,
-               data_.get() + start * K_ + k * w, w, C + m * ldc + start, ldc, add || k > 0);
+               data_.data() + start * K_ + k * w, w, C + m * ldc + start, ldc, add || k > 0);
     }
   }
 
  private:
   int64_t K_;
   Slices slices_;
-  std::unique_ptr<T[]> data_;
+  Array<T> data_;
 };
 
 // `out` [columns, rows] = transpose of `in` [rows, columns] (row stride `ld`).

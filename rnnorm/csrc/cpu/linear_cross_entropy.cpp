@@ -18,6 +18,7 @@
 
 #include "gemm.h"
 #include "math.h"
+#include "pool.h"
 #include "team.h"
 
 namespace rnnorm {
@@ -70,7 +71,7 @@ class Decoder {
   Decoder(const Problem<T>& problem, int64_t width, int id, int threads, Board<T>* boards)
       : problem_(problem), width_(width), id_(id), threads_(threads), boards_(boards), slice_(part_of(problem.V, id, threads)),
         tiles_((slice_.size() + tallest_tile - 1) / tallest_tile), units_((slice_.size() + vector - 1) / vector) {
-    const auto empty = [](int64_t count) { return at::empty({count}, c10::CppTypeToScalarType<T>::value); };
+    const auto empty = [](int64_t count) { return pooled({count}, c10::CppTypeToScalarType<T>::value); };
     columns_ = empty(problem.E * width);
     if (problem.grad_weight != nullptr) scaled_ = empty(problem.E * width);
     logits_ = empty(tallest_tile * width);

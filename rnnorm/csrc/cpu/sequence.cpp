@@ -11,12 +11,12 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <memory>
 
 #include "../cell.h"
 #include "gemm.h"
 #include "math.h"
 #include "norm.h"
+#include "pool.h"
 #include "team.h"
 #include "walk.h"
 
@@ -69,7 +69,7 @@ struct Call {
     check();
     samples = tensors[X];
     if (!walk.dense) {
-      samples = empty({walk.S, I});
+      samples = scratch({walk.S, I});
       gather(get(X), I, walk.position, samples.data_ptr<T>());
     }
   }
@@ -131,6 +131,7 @@ struct Call {
 
   T* get(Operand which) const { return pointer<T>(tensors[which]); }
   Tensor empty(at::IntArrayRef shape) const { return at::empty(shape, tensors[X].options()); }
+  Tensor scratch(at::IntArrayRef shape) const { return pooled(shape, c10::CppTypeToScalarType<T>::value); }
   Tensor zeros(at::IntArrayRef shape) const { return at::zeros(shape, tensors[X].options()); }
 
   static void gather(const T* rows, int64_t width, const std::vector<int64_t>& index, T* out) {
@@ -186,15 +187,15 @@ struct Call {
     const bool online = options.kind == Kind::online, lstm = options.cell == Cell::lstm;
     const bool cell = options.cell_norm;
     std::vector<Tensor> kept(KEPT);
-    kept[HIDDEN] = empty({S, P});
-    kept[CELL_STATE] = lstm ? empty({S, H}) : empty({0});
-    kept[NEW_PART] = options.cell == Cell::gru ? empty({S, H}) : empty({0});
-    kept[Y] = empty({S, C});
-    kept[RSTD] = normed ? empty({S, online ? C : G}) : empty({0});
-    kept[SCALE] = normed && scaled ? empty({S, G}) : empty({0});
-    kept[CELL_Y] = cell ? empty({S, H}) : empty({0});
-    kept[CELL_RSTD] = cell ? empty({S, online ? H : 1}) : empty({0});
-    kept[CELL_SCALE] = cell && scaled ? empty({S, 1}) : empty({0});
+    kept[HIDDEN] = scratch({S, P});
+    kept[CELL_STATE] = lstm ? scratch({S, H}) : scratch({0});
+    kept[NEW_PART] = options.cell == Cell::gru ? scratch({S, H}) : scratch({0});
+    kept[Y] = scratch({S, C});
+    kept[RSTD] = normed ? scratch({S, online ? C : G}) : scratch({0});
+    kept[SCALE] = normed && scaled ? scratch({S, G}) : scratch({0});
+    kept[CELL_Y] = cell ? scratch({S, H}) : scratch({0});
+    kept[CELL_RSTD] = cell ? scratch({S, online ? H : 1}) : scratch({0});
+    kept[CELL_SCALE] = cell && scaled ? scratch({S, 1}) : scratch({0});
     kept[PARTITION] = zeros({1});  // the number of threads whose blocks Y, RSTD and the cell's are made of
     return kept;
   }
@@ -215,8 +216,8 @@ struct Forward {
         norm(call.norm(false, kept)), cell_norm(call.norm(true, kept)) {
     const int64_t S = call.walk.S;
     hidden = options.save ? kept[HIDDEN] : call.empty({S, call.P});
-    cell_state = options.save ? kept[CELL_STATE] : call.empty({options.cell == Cell::lstm ? S : 0, call.H});
-    if (call.get(WEIGHT_HR) != nullptr) projected = call.empty({S, call.H});
+    cell_state = options.save ? kept[CELL_STATE] : call.scratch({options.cell == Cell::lstm ? S : 0, call.H});
+    if (call.get(WEIGHT_HR) != nullptr) projected = call.scratch({S, call.H});
     for (Operand which : {MEAN, VAR, CELL_MEAN, CELL_VAR}) {
       const Tensor& statistic = call.tensors[which];
       statistics.push_back(statistic.defined() && call.options.training ? statistic.clone() : statistic);
@@ -297,7 +298,7 @@ struct Forward {
    public:
     InputPart(const Forward& forward, Range units)
         : forward_(forward), W_(forward.call.G * units.size()), panels_(forward.call.I, W_), bias_(W_),
-          capacity_(std::min(std::max<int64_t>(256, forward.call.walk.N), forward.call.walk.S)), part_(new T[capacity_ * W_]) {
+          capacity_(std::min(std::max<int64_t>(256, forward.call.walk.N), forward.call.walk.S)), part_(capacity_ * W_) {
       const Call<T>& call = forward.call;
       const T *b = call.get(BIAS_IH), *b_hidden = call.get(BIAS_HH);
       const int64_t u = units.size();
@@ -319,9 +320,9 @@ struct Forward {
         first_ = forward_.call.options.reverse ? std::max<int64_t>(0, step.first + step.count - capacity_) : step.first;
         end_ = std::min(first_ + capacity_, S);
         panels_.multiply(forward_.gemm, end_ - first_, forward_.call.samples.template data_ptr<T>() + first_ * I, I,
-                         part_.get(), W_, false);
+                         part_.data(), W_, false);
       }
-      return part_.get() + (step.first - first_) * W_;
+      return part_.data() + (step.first - first_) * W_;
     }
 
     // [W], added where the products have met.
@@ -333,7 +334,7 @@ struct Forward {
     Panels<T> panels_;
     std::vector<T> bias_;
     int64_t capacity_, first_ = 0, end_ = 0;
-    std::unique_ptr<T[]> part_;
+    Array<T> part_;
   };
 
   // h of the step's rows before it, [count, P] contiguous.
@@ -490,17 +491,17 @@ struct Backward {
     const std::vector<Tensor> given = Call<T>::unpacked(grads);
     grad_y = given[0];
     if (grad_y.defined() && !walk.dense) {
-      grad_y = call.empty({S, P});
+      grad_y = call.scratch({S, P});
       call.gather(given[0].data_ptr<T>(), P, walk.position, grad_y.template data_ptr<T>());
     }
     grad_h = given[1].defined() ? given[1].clone() : call.zeros({walk.N, P});
     const bool lstm = options.cell == Cell::lstm;
     grad_c = lstm ? (given[2].defined() ? given[2].clone() : call.zeros({walk.N, H})) : call.empty({0});
-    grad_input_part = call.empty({S, C});
-    grad_hidden_part = options.cell == Cell::gru ? call.empty({S, C}) : grad_input_part;
+    grad_input_part = call.scratch({S, C});
+    grad_hidden_part = options.cell == Cell::gru ? call.scratch({S, C}) : grad_input_part;
     if (call.get(WEIGHT_HR) != nullptr) {
-      grad_hidden = call.empty({S, P});
-      projected = call.empty({S, H});
+      grad_hidden = call.scratch({S, P});
+      projected = call.scratch({S, H});
     }
     grad_affine = call.zeros({2, C});
     grad_cell_affine = call.zeros({2, H});
@@ -784,7 +785,7 @@ struct Backward {
     const Range share = part_of(call.walk.S, id, threads);
     const T *parts = grad_input_part.data_ptr<T>(), *weight = call.get(WEIGHT_IH);
     const int64_t I = call.I, C = call.C;
-    std::vector<T> packed(block_depth * Slices::widest);
+    const Array<T> packed(block_depth * Slices::widest);
     for (int64_t k = 0; k < C; k += block_depth) {
       const int64_t depth = std::min(block_depth, C - k);
       for (int64_t slice = 0; slice < slices.count(); ++slice) {
@@ -808,11 +809,11 @@ struct Backward {
     const int64_t S = call.walk.S, columns = left.size(1);
     const Range share = part_of(columns, id, threads);
     const int64_t blocks = (S + block_depth - 1) / block_depth, tall = (S + blocks - 1) / blocks;
-    std::unique_ptr<T[]> turned(new T[share.size() * tall]);
-    std::vector<T> packed(tall * Slices::widest);
+    const Array<T> turned(share.size() * tall);
+    const Array<T> packed(tall * Slices::widest);
     for (int64_t s = 0; s < S; s += tall) {
       const int64_t depth = std::min(tall, S - s);
-      transpose(left.data_ptr<T>() + s * columns + share.begin, columns, depth, share.size(), turned.get());
+      transpose(left.data_ptr<T>() + s * columns + share.begin, columns, depth, share.size(), turned.data());
       for (const Product& product : products) {
         const int64_t K = product.K;
         const Slices slices(K);
@@ -820,7 +821,7 @@ struct Backward {
           const int64_t k = slices.begin(slice), width = slices.width(slice);
           copy_rows(product.right.data() + s, k, depth, width, packed.data());
           for (int64_t c = 0; c < share.size(); c += block_rows)
-            gemm(std::min(block_rows, share.size() - c), width, depth, turned.get() + c * depth, depth, packed.data(),
+            gemm(std::min(block_rows, share.size() - c), width, depth, turned.data() + c * depth, depth, packed.data(),
                  width, product.gradient.template data_ptr<T>() + (share.begin + c) * K + k, K, s > 0);
         }
       }

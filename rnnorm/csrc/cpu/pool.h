@@ -1,0 +1,90 @@
+// Memory that calls leave to the calls after them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/Storage.h>
+
+#include <atomic>
+#include <bit>
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+namespace rnnorm {
+
+// malloc gives big blocks back to the system, and when the next call asks for as much, each page of it is a fault and a
+// clearing again: up to a sixth of a training call. Here blocks stay, some of each power of two; one that nobody but the
+// pool holds is free. What is never touched of a block takes no memory.
+class Pool {
+ public:
+  static at::Storage take(size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    return fresh(bytes);  // a block that is longer than what was asked for would hide what runs over its end
+#endif
+    if (bytes < least || bytes > most) return fresh(bytes);
+    static Pool& pool = *new Pool;  // tensors may outlive what is destroyed at exit
+    return pool.find(std::bit_ceil(bytes));
+  }
+
+ private:
+  static constexpr size_t least = size_t{128} << 10, most = size_t{256} << 20;  // below, malloc keeps what it has
+
+  static at::Storage fresh(size_t bytes) {
+    return at::Storage(at::Storage::use_byte_size_t(), bytes, c10::GetCPUAllocator(), /*resizable=*/false);
+  }
+
+  at::Storage find(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const at::Storage& block : blocks_)
+      if (block.nbytes() == bytes && idle(block)) return block;
+    // Room is made of sizes that were asked for once and are not now.
+    for (size_t k = 0; k < blocks_.size() && held_ + bytes > most;) {
+      if (idle(blocks_[k])) {
+        held_ -= blocks_[k].nbytes();
+        blocks_.erase(blocks_.begin() + k);
+      } else {
+        ++k;
+      }
+    }
+    at::Storage block = fresh(bytes);
+    if (held_ + bytes <= most) {
+      held_ += bytes;
+      blocks_.push_back(block);
+    }
+    return block;
+  }
+
+  static bool idle(const at::Storage& block) {
+    if (block.use_count() != 1) return false;
+    std::atomic_thread_fence(std::memory_order_acquire);  // after all that its last holder did
+    return true;
+  }
+
+  std::mutex mutex_;
+  std::vector<at::Storage> blocks_;
+  size_t held_ = 0;
+};
+
+// An uninitialized tensor of the pool's memory: for what stays inside of calls, or between a forward and its backward.
+inline at::Tensor pooled(at::IntArrayRef shape, at::ScalarType dtype) {
+  int64_t count = 1;
+  for (const int64_t size : shape) count *= size;
+  at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
+      Pool::take(count * c10::elementSize(dtype)), c10::DispatchKeySet(c10::DispatchKey::CPU), c10::scalarTypeToTypeMeta(dtype));
+  tensor.unsafeGetTensorImpl()->set_sizes_contiguous(shape);
+  return tensor;
+}
+
+// An uninitialized array of the pool's memory.
+template <typename T>
+class Array {
+ public:
+  explicit Array(int64_t count) : storage_(Pool::take(count * sizeof(T))) {}
+  T* data() const { return static_cast<T*>(storage_.mutable_data()); }
+
+ private:
+  at::Storage storage_;
+};
+
+}  // namespace rnnorm
