@@ -253,7 +253,7 @@ def write_report(folders: tuple[Path, ...], out: Path | None) -> None:
     speed, tables, commands, versions and checksums.
     """
     page = report.write(report.load(folders), out or folders[0] / "report")
-    click.echo(f"{page}: open it in a browser; figures are in {page.parent / 'figures'}")
+    click.echo(f"{page}: open it in a browser; figures and tables lie beside it")
 
 
 @cli.command()

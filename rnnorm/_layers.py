@@ -124,6 +124,8 @@ class Recurrent(RecurrentModule):
         if lengths is not None:
             raise ValueError("lengths= must be left out with a PackedSequence, which carries its own")
         data, sizes = packed.data, packed.batch_sizes
+        if data.dim() != 2:
+            raise ValueError(f"the data of a PackedSequence must have 2 dimensions; got shape {tuple(data.shape)}")
         N = int(sizes[0])
         active = torch.arange(N, device=sizes.device)[None, :] < sizes[:, None]  # [T, N]
         rows = active.flatten().nonzero()[:, 0].to(data.device)

@@ -122,6 +122,7 @@ _CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "lengths must be integers; got torch.bool",
     ),
     (lambda: _lstm()(_PACKED, lengths=[5, 3]), ValueError, "lengths= must be left out with a PackedSequence"),
+    (lambda: _lstm()(_PACKED._replace(data=_X)), ValueError, r"must have 2 dimensions; got shape \(5, 2, 3\)"),
     (lambda: _lstm()(_PACKED, _state(1, 3, 4)), ValueError, r"= \(1, 2, 4\); got \(1, 3, 4\)"),
     (lambda: rnnorm.LSTMCell(3, 4)(_X), ValueError, r"input must have shape \(N, I\) or \(I,\); got \(5, 2, 3\)"),
     (lambda: rnnorm.LSTMCell(3, 4)(_X[0, :, :2]), ValueError, "input's last dimension must be input_size = 3; got 2"),
