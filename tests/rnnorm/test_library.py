@@ -1,12 +1,15 @@
 """The operators under torch's own checks, `torch.compile`, `torch.export`, and what a backward may not be asked for."""
 
+import contextlib
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import cases
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import rnnorm
@@ -254,3 +257,63 @@ def test_nothing_is_saved_for_a_backward_that_cannot_come() -> None:
     operands = layer._operands("_l0", torch.randn(5, 2, 3), torch.zeros(2, 4), torch.zeros(2, 4), None)
     spec = layer._spec()._replace(backend="scripted")
     assert torch.ops.rnnorm.sequence(*operands, *spec)[-1] == []
+
+
+class _Watch(TorchDispatchMode):
+    """Inside, notes the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", cases.CANDIDATES)
+def test_operators_are_what_a_mode_sees_and_change_nothing(backend: str) -> None:
+    cases.skip_unless_runs(backend)
+    records = []
+    for watch in (_Watch(), None):
+        torch.manual_seed(3)
+        layer = rnnorm.LSTM(3, 4, norm=_ONLINE, backend=backend)
+        x = torch.randn(5, 2, 3, requires_grad=True)
+        with watch or contextlib.nullcontext():
+            y, _ = layer(x)
+            y.square().sum().backward()
+        if watch is not None:
+            ours = [name for name in watch.seen if name.startswith("rnnorm.")]
+            assert ours == ["rnnorm.sequence.default", "rnnorm.sequence_backward.default"]
+        records.append([y.detach(), x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+    for found, expected in zip(*records, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("before_dispatch", [False, True])
+def test_operators_are_what_a_tracer_sees(before_dispatch: bool) -> None:
+    layer = rnnorm.GRU(3, 4).eval()
+    with torch.no_grad():
+        traced = make_fx(lambda x: layer(x)[0], pre_dispatch=before_dispatch)(torch.randn(5, 2, 3))
+        x = torch.randn(5, 2, 3)
+        assert torch.equal(traced(x), layer(x)[0])
+    assert "rnnorm.sequence.default" in [str(node.target) for node in traced.graph.nodes]
+
+
+def test_operators_are_what_a_subclass_sees() -> None:
+    class Named(Tensor):
+        seen: ClassVar[list[str]] = []
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cls.seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs)
+
+    with torch.no_grad():
+        rnnorm.RNN(3, 4)(torch.randn(5, 2, 3).as_subclass(Named))
+    assert any("rnnorm.sequence" in name for name in Named.seen)
+
+
+def test_shapes_without_memory() -> None:
+    y, h = rnnorm.GRU(3, 4, device="meta")(torch.zeros(5, 2, 3, device="meta"))
+    assert (y.device.type, y.shape, h.shape) == ("meta", (5, 2, 4), (1, 2, 4))
