@@ -8,7 +8,7 @@ buffers. The backward operators move u and v in place.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +43,12 @@ def refuse_recomputation() -> None:
         raise RuntimeError(RECOMPUTATION)
 
 
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Statistics stay in their own dtype whatever autocast does to products."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
 def _unpack(args: Sequence[Any]) -> tuple[Operands, Spec]:
     split = len(Operands._fields)
     return Operands(*args[:split]), Spec(*args[split:])
@@ -60,8 +66,7 @@ def sequence(*args: Any) -> Results:
 def _forward(operands: Operands, spec: Spec) -> Results:
     if spec.controlled:
         refuse_recomputation()
-    # Statistics stay in their own dtype whatever autocast does to products.
-    with torch.autocast(operands.x.device.type, enabled=False):
+    with _without_autocast(operands.x.device.type):
         results = choose(spec.backend, operands.x.device, operands.x.dtype, spec).forward(operands, spec)
     if operands.lengths is not None:
         rows, used = operands.x.size(0) * operands.x.size(1), int(operands.lengths.sum())
@@ -97,7 +102,12 @@ def sequence_backward(
     need_weights: bool,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    return _backward((grad_y, grad_h, grad_c), saved, need_input, need_weights, *_unpack(args))
+    operands, spec = _unpack(args)
+    grads = _backward((grad_y, grad_h, grad_c), saved, need_input, need_weights, operands, spec)
+    return tuple(
+        grad if grad is not None and _wanted(name, need_input, need_weights) else operands.x.new_empty(0)
+        for name, grad in zip(DIFFERENTIABLE, grads, strict=True)
+    )
 
 
 def _backward(
@@ -107,14 +117,10 @@ def _backward(
     need_weights: bool,
     operands: Operands,
     spec: Spec,
-) -> tuple[Tensor, ...]:
+) -> list[Tensor | None]:
     control = [getattr(operands, name) for name in MOVED_IN_BACKWARD] if spec.controlled else []
-    with torch.autocast(operands.x.device.type, enabled=False), _kept_finite(control):
-        found = by_name(spec.backend).backward(grads, operands, saved, spec, need_input, need_weights)
-    return tuple(
-        grad if grad is not None and _wanted(name, need_input, need_weights) else operands.x.new_empty(0)
-        for name, grad in zip(DIFFERENTIABLE, found, strict=True)
-    )
+    with _without_autocast(operands.x.device.type), _kept_finite(control):
+        return by_name(spec.backend).backward(grads, operands, saved, spec, need_input, need_weights)
 
 
 @contextmanager
@@ -123,10 +129,13 @@ def _kept_finite(control: Sequence[Tensor | None]) -> Iterator[None]:
     for it, as a GradScaler does that looks for its scale; one that stayed in u and v would spoil all that come."""
     before = [(moved, moved.clone()) for moved in control if moved is not None]
     yield
-    total = torch.stack([moved.sum() for moved, _ in before]).sum() if before else torch.zeros(())
-    # On a CPU it costs next to nothing to look at a value; elsewhere it would mean to wait for the device.
-    if total.is_cpu and math.isfinite(total):
+    if all(moved.is_cpu for moved, _ in before):
+        # Here it costs next to nothing to look at a value; elsewhere it would mean to wait for the device.
+        if not math.isfinite(sum(moved.sum().item() for moved, _ in before)):
+            for moved, kept in before:
+                moved.copy_(kept)
         return
+    total = torch.stack([moved.sum() for moved, _ in before]).sum()
     for moved, kept in before:
         moved.copy_(torch.where(total.isfinite(), moved, kept))
 
@@ -265,7 +274,7 @@ def online_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`y`, reciprocal deviations, new mean and var for samples `x` [N, C, D] in order; u, v are for the backward."""
     refuse_recomputation()
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         y, rstd, mean, var = stream.online_norm(x.to(mean.dtype), mean, var, alpha_fwd, eps)
         return y.contiguous(), rstd, mean, var
 
@@ -280,7 +289,7 @@ def _(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, *constants: float):
 def online_norm_backward(
     grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha_bwd: float, control_floor: float
 ) -> Tensor:
-    with torch.autocast(grad.device.type, enabled=False), _kept_finite((u, v)):
+    with _without_autocast(grad.device.type), _kept_finite((u, v)):
         return stream.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, alpha_bwd, control_floor).contiguous()
 
 
