@@ -129,15 +129,13 @@ def _kept_finite(control: Sequence[Tensor | None]) -> Iterator[None]:
     for it, as a GradScaler does that looks for its scale; one that stayed in u and v would spoil all that come."""
     before = [(moved, moved.clone()) for moved in control if moved is not None]
     yield
-    if all(moved.is_cpu for moved, _ in before):
-        # Here it costs next to nothing to look at a value; elsewhere it would mean to wait for the device.
-        if not math.isfinite(sum(moved.sum().item() for moved, _ in before)):
-            for moved, kept in before:
-                moved.copy_(kept)
+    sums = [moved.sum() for moved, _ in before]
+    # On a CPU it costs next to nothing to look at a value; elsewhere it would mean to wait for the device.
+    if all(total.is_cpu and math.isfinite(total) for total in sums):
         return
-    total = torch.stack([moved.sum() for moved, _ in before]).sum()
+    finite = torch.stack(sums).isfinite().all()
     for moved, kept in before:
-        moved.copy_(torch.where(total.isfinite(), moved, kept))
+        moved.copy_(torch.where(finite, moved, kept))
 
 
 def _wanted(name: str, need_input: bool, need_weights: bool) -> bool:
@@ -221,9 +219,10 @@ class _Eager(torch.autograd.Function):
     """The same for eager calls: the operator's general formula costs 0.5 ms of bookkeeping over so many arguments."""
 
     @staticmethod
-    def forward(ctx: Any, spec: Spec, *operands: Any) -> tuple[Tensor, ...]:
-        results = _call(Operands(*operands), spec)
-        _keep(ctx, Operands(*operands), spec, results.saved)
+    def forward(ctx: Any, spec: Spec, *args: Any) -> tuple[Tensor, ...]:
+        operands = Operands(*args)
+        results = _call(operands, spec)
+        _keep(ctx, operands, spec, results.saved)
         ctx.mark_non_differentiable(*results[3:-1])
         return results[:-1]
 
@@ -254,6 +253,7 @@ def run_sequence(operands: Operands, spec: Spec) -> Results:
 
 
 def _call(operands: Operands, spec: Spec) -> Results:
+    """The operator, or what it does."""
     if _alone(operands):
         with torch.no_grad():
             return _forward(operands, spec)

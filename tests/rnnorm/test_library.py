@@ -300,6 +300,15 @@ def test_operators_are_what_a_tracer_sees(before_dispatch: bool) -> None:
     assert "rnnorm.sequence.default" in [str(node.target) for node in traced.graph.nodes]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_operators_are_what_torch_jit_trace_sees() -> None:
+    layer = rnnorm.GRU(3, 4).eval().requires_grad_(False)
+    traced = torch.jit.trace(layer, (torch.randn(5, 2, 3),))
+    x = torch.randn(7, 4, 3)
+    assert torch.equal(traced(x)[0], layer(x)[0])
+    assert "rnnorm::sequence" in str(traced.inlined_graph)
+
+
 def test_operators_are_what_a_subclass_sees() -> None:
     class Named(Tensor):
         seen: ClassVar[list[str]] = []

@@ -246,7 +246,7 @@ def _large_gradient(kind: str, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_memory_is_not_given_to_two_graphs(kind):
+def test_two_graphs_never_share_a_block(kind):
     seeds = range(4)
     expected = [_large_gradient(kind, seed) for seed in seeds]
     alive = [_large_window(kind, seed) for seed in seeds]
@@ -257,7 +257,7 @@ def test_memory_is_not_given_to_two_graphs(kind):
         assert torch.equal(x.grad, expected[seed][1])
 
 
-def test_memory_is_not_given_to_two_threads(monkeypatch):
+def test_two_threads_never_share_a_block(monkeypatch):
     monkeypatch.setattr(native, "threads", 1)
     seeds = list(range(24))
     expected = [_large_gradient("LSTM", seed) for seed in seeds]
@@ -273,7 +273,7 @@ def _sanitized() -> bool:
 
 
 @pytest.mark.skipif(_sanitized(), reason="the sanitizers' build has no pool: it would hide what runs over an end")
-def test_memory_goes_from_call_to_call():
+def test_blocks_go_from_call_to_call():
     operands = rnnorm.LSTM(40, 72)._operands("_l0", torch.randn(31, 17, 40), *torch.zeros(2, 17, 72), None)
     spec = rnnorm.LSTM(40, 72)._spec()._replace(backend="cpu", save=True)
 

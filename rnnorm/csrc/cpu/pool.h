@@ -14,7 +14,7 @@
 namespace rnnorm {
 
 // malloc gives big blocks back to the system, and when the next call asks for as much, each page of it is a fault and a
-// clearing again: up to a sixth of a training call. Here blocks stay, some of each power of two; one that nobody but the
+// clearing again: an eighth of a GRU's training call. Here blocks stay, some of each power of two; one that nobody but the
 // pool holds is free. What is never touched of a block takes no memory.
 class Pool {
  public:
