@@ -132,8 +132,8 @@ class RecurrentModule(StreamModule):
                 nn.init.uniform_(parameter, -bound, bound)
         self.reset_streams()
 
-    def _spec(self, reverse: bool = False) -> ops.Spec:
-        return ops.Spec(
+    def _spec(self, reverse: bool = False) -> ops.CallSpec:
+        return ops.CallSpec(
             cell=self.cell,
             norm=self.norm.kind,
             guard=self.norm.guard,
@@ -144,8 +144,7 @@ class RecurrentModule(StreamModule):
             cell_norm=self.cell_norm,
             training=self.training,
             reverse=reverse,
-            save=False,
-            backend=self.backend,
+            wanted=self.backend,
         )
 
     def _first_states(self, x: Tensor, hx: State | None, lead: tuple[int, ...], meaning: str) -> list[Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rnnorm._cells import CELLS
 from rnnorm._module import STREAMS, RecurrentModule
-from rnnorm.ops.call import Spec
+from rnnorm.ops.call import CallSpec
 from rnnorm.ops.reference import normalizer
 
 # Makes of a step a module that maps the input's parts [T, N, G*H] and a first state [N, S] to the state after each
@@ -31,7 +31,7 @@ class PlainStep(_Copies):
     The state is `h` [N, P] and, where the cell has one, `c` [N, H], side by side.
     """
 
-    def __init__(self, layer: RecurrentModule, suffix: str, spec: Spec) -> None:
+    def __init__(self, layer: RecurrentModule, suffix: str, spec: CallSpec) -> None:
         super().__init__()
         self.spec, self.units, self.width = spec, layer.hidden_size, layer.proj_size or layer.hidden_size
         self._copy(layer, suffix, "weight_hh", "bias_hh", "weight_hr")

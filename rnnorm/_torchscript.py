@@ -2,7 +2,7 @@
 
 A substitute is the same layer under a subclass: it shares parameters, buffers and their names, behaves the same in
 eager mode (`torch.jit.script` leaves substitutes inside the eager parent), and has a `forward` that TorchScript reads.
-Differences when scripted: no `PackedSequence` (use `lengths`, a tensor); the backend is fixed when scripting;
+Differences when scripted: no `PackedSequence` (use `lengths`, a tensor);
 autocast does not reach the layer, so half-precision input is widened to the weights' dtype.
 """
 
@@ -29,7 +29,7 @@ class _Options(NamedTuple):
     alpha_bwd: float
     control_floor: float
     cell_norm: bool
-    backend: str
+    wanted: str
 
 
 def _suited(name: str, value: Tensor, weight: Tensor) -> Tensor:
@@ -77,13 +77,7 @@ class _Scriptable(RecurrentModule):
         streams: dict[str, Tensor] = {}
         for name, buffer in self.named_buffers():
             streams[name] = buffer
-        save = torch.is_grad_enabled() and (
-            x.requires_grad
-            or h.requires_grad
-            or (c is not None and c.requires_grad)
-            or any([weight.requires_grad for weight in w.values()])  # noqa: C419
-        )
-        y, last_h, last_c, mean, var, cell_mean, cell_var, _saved = torch.ops.rnnorm.sequence(
+        y, last_h, last_c, mean, var, cell_mean, cell_var = torch.ops.rnnorm.sequence(
             *(x, h, c, w["weight_ih"], w["weight_hh"], w.get("bias_ih"), w.get("bias_hh"), w.get("weight_hr")),
             *(w.get("norm_weight"), w.get("norm_bias"), w.get("cell_norm_weight"), w.get("cell_norm_bias")),
             *(streams.get("norm_mean" + suffix), streams.get("norm_var" + suffix)),
@@ -91,7 +85,7 @@ class _Scriptable(RecurrentModule):
             *(streams.get("cell_norm_mean" + suffix), streams.get("cell_norm_var" + suffix)),
             *(streams.get("cell_norm_u" + suffix), streams.get("cell_norm_v" + suffix), lengths),
             *(o.cell, o.norm, o.guard, o.eps, o.alpha_fwd, o.alpha_bwd, o.control_floor, o.cell_norm),
-            *(self.training, reverse, save, o.backend),
+            *(self.training, reverse, o.wanted),
         )
         if self.training and o.norm == "online":
             streams["norm_mean" + suffix].copy_(mean.detach())
@@ -267,7 +261,7 @@ def scriptable(module: RecurrentModule) -> Any:
     ]
     first = weights[0]["weight_ih"]
     spec = module._spec()
-    backend = choose(spec.backend, first.device, first.dtype, spec)
+    backend = choose(spec.wanted, first.device, first.dtype, spec)
     if backend.differentiable:
         raise BackendUnavailable(
             f"backend {backend.name!r} cannot run under TorchScript: it is no operator; choose another backend"
@@ -276,5 +270,5 @@ def scriptable(module: RecurrentModule) -> Any:
     new.__dict__ = dict(module.__dict__)
     new.state_names = list(CELLS[module.cell].states)
     new.suffixes, new.weights = suffixes, weights
-    new.options = _Options(**{name: getattr(spec._replace(backend=backend.name), name) for name in _Options._fields})
+    new.options = _Options(**{name: getattr(spec, name) for name in _Options._fields})
     return new

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rnnorm.ops import cross_entropy
+from rnnorm import ops
 
 
 def linear_cross_entropy(
@@ -35,7 +35,7 @@ def linear_cross_entropy(
         RuntimeError: in backward with create_graph=True.
     """
     weights = None if mask is None else mask.to(hidden.dtype)
-    total = _call(hidden, weight, bias, targets, weights, torch.is_grad_enabled())[0]
+    total = _call(hidden, weight, bias, targets, weights)[0]
     count = targets.numel() if mask is None else int(torch.count_nonzero(mask))
     return total, count
 
@@ -45,17 +45,15 @@ def token_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tens
 
     The same arguments, arithmetic and errors as `linear_cross_entropy`.
     """
-    return _call(hidden, weight, bias, targets, None, False)[1]
+    with torch.no_grad():
+        return _call(hidden, weight, bias, targets, None)[1]
 
 
 def _call(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None, gradients: bool
-) -> tuple[Tensor, ...]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
     _check(hidden, weight, bias, targets, weights)
-    dtype = _product_dtype(hidden)
-    form = cross_entropy.form(hidden, dtype)
-    needs = (gradients and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
-    return torch.ops.rnnorm.linear_cross_entropy(hidden, weight, bias, targets, weights, form, dtype, *needs)
+    return ops.linear_cross_entropy(hidden, weight, bias, targets, weights, _product_dtype(hidden))
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None) -> None:

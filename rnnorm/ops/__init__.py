@@ -2,31 +2,31 @@
 
 import torch
 
-from rnnorm.ops import library
-from rnnorm.ops.call import DIFFERENTIABLE, Operands, Results, Spec
-from rnnorm.ops.registry import BackendUnavailable, backends, by_name, chosen, names
+from rnnorm.ops import library, sequence
+from rnnorm.ops.call import CallSpec, Operands, Results
+from rnnorm.ops.linear_cross_entropy import linear_cross_entropy
+from rnnorm.ops.online_norm import online_norm
+from rnnorm.ops.registry import BackendUnavailable, backends, by_name, choose, names
 
 __all__ = [
     "BackendUnavailable",
+    "CallSpec",
     "Operands",
     "Results",
-    "Spec",
     "backends",
+    "linear_cross_entropy",
     "names",
+    "online_norm",
     "run",
 ]
 
 
-def run(operands: Operands, spec: Spec) -> Results:
-    """Run a sequence on the backend that `spec.backend` names (`"auto"`: the best one that can)."""
-    backend = by_name(chosen(spec.backend, operands.x.device, operands.x.dtype, spec))
-    if backend.differentiable:
-        if spec.controlled:
-            library.refuse_recomputation()
-        with torch.autocast(operands.x.device.type, enabled=False):
-            return backend.forward(operands, spec)
-    save = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in operands[: len(DIFFERENTIABLE)]
-    )
-    spec = spec._replace(backend=backend.name, save=save)
-    return library.run_sequence(operands, spec)
+def run(operands: Operands, spec: CallSpec) -> Results:
+    """Run a sequence on the backend that `spec.wanted` names (`"auto"`: the best one that can)."""
+    if spec.wanted == "auto" or not by_name(spec.wanted).differentiable:
+        return sequence.run(operands, spec)
+    if spec.controlled:
+        library.refuse_recomputation()
+    backend = choose(spec.wanted, operands.x.device, operands.x.dtype, spec)
+    with torch.autocast(operands.x.device.type, enabled=False):
+        return backend.forward(operands, spec, save=False)[0]

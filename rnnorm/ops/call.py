@@ -1,6 +1,6 @@
 """One call of a recurrent layer and direction over a whole sequence: what goes in, what comes out.
 
-The field order is the argument order of the operators `rnnorm::sequence` and `rnnorm::sequence_backward`.
+The field order is the argument order of the operator `rnnorm::sequence` and those behind it.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ DIFFERENTIABLE = Operands._fields[: Operands._fields.index("norm_mean")]
 MOVED_IN_BACKWARD = ("norm_u", "norm_v", "cell_norm_u", "cell_norm_v")
 
 
-class Spec(NamedTuple):
+class CallSpec(NamedTuple):
     """Everything about one call that is not a tensor."""
 
     cell: str
@@ -55,8 +55,7 @@ class Spec(NamedTuple):
     cell_norm: bool
     training: bool  # online: move the statistics, and use the control process in the backward
     reverse: bool
-    save: bool  # keep what the backward needs
-    backend: str
+    wanted: str  # the backend: `"auto"` or a name
 
     @property
     def gates(self) -> int:
@@ -78,7 +77,6 @@ class Results(NamedTuple):
     norm_var: Tensor
     cell_norm_mean: Tensor  # [H]
     cell_norm_var: Tensor
-    saved: list[Tensor]  # what the backend's backward needs
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -86,7 +84,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def results_like(operands: Operands, spec: Spec, saved: list[Tensor]) -> Results:
+def results_like(operands: Operands, spec: CallSpec) -> Results:
     """Uninitialized results of the right shapes; the streams' new statistics only where they move."""
     x, h, c = operands.x, operands.h, operands.c
 
@@ -101,5 +99,4 @@ def results_like(operands: Operands, spec: Spec, saved: list[Tensor]) -> Results
         moved(operands.norm_var),
         moved(operands.cell_norm_mean),
         moved(operands.cell_norm_var),
-        saved,
     )

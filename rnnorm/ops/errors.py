@@ -18,8 +18,9 @@ FUSED_DOUBLE_BACKWARD = (
     "backward without create_graph=True, or make the layer with backend='reference'"
 )
 TRANSFORM = (
-    "transforms of torch.func (grad, vjp, jacrev, vmap ...) and forward-mode derivatives (jvp) do not reach through "
-    "rnnorm's fused operators; use autograd's backward, or make a recurrent layer with backend='reference'"
+    "transforms of torch.func (grad, vjp, jacrev, vmap ...), batches of gradients (is_grads_batched) and forward-mode "
+    "derivatives (jvp) do not reach through rnnorm's operators; call autograd's backward for one gradient at a time, "
+    "or make a recurrent layer without online normalization in training mode with backend='reference'"
 )
 RECOMPUTATION = (
     "an online-normalized layer in training mode cannot be recomputed during backward (activation checkpointing): its "

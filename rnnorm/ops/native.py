@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rnnorm.norms import CLAMP_LIMIT, SCALE_EPS
-from rnnorm.ops.call import DIFFERENTIABLE, Operands, Results, Spec, statistics_dtype
+from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, Results, statistics_dtype
 
 # False sends every product through BLAS: the path of processors without the micro-kernel, for tests.
 use_micro_kernel = True
@@ -14,15 +14,16 @@ use_micro_kernel = True
 threads = 0
 
 
-def _constants(spec: Spec) -> list[float]:
+def _constants(spec: CallSpec) -> list[float]:
     return [spec.eps, spec.alpha_fwd, spec.alpha_bwd, SCALE_EPS, CLAMP_LIMIT, spec.control_floor]
 
 
 class Native:
     name = "cpu"
     differentiable = False
+    losses = (torch.float32, torch.float64)
 
-    def why_not(self, device: torch.device, dtype: torch.dtype, spec: Spec | None) -> str | None:
+    def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device}"
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -32,7 +33,7 @@ class Native:
 
         return build.load()
 
-    def saved_like(self, operands: Operands, spec: Spec) -> list[Tensor]:
+    def saved_like(self, operands: Operands, spec: CallSpec) -> list[Tensor]:
         x, G = operands.x, spec.gates
         S, C, P = x.size(0) * x.size(1), operands.weight_ih.size(0), operands.h.size(1)
         H = C // G
@@ -53,20 +54,20 @@ class Native:
         kept = [x.new_empty((S, width) if width else (0,), dtype=dtype) for width in widths.values()]
         return [*kept, x.new_empty(1, dtype=dtype)]  # the last: a count of threads
 
-    def forward(self, operands: Operands, spec: Spec) -> Results:
+    def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
         found = torch.ops.rnnorm_cpu.forward(
             operands,
             *(spec.cell, spec.norm, spec.guard, _constants(spec)),
-            *(spec.cell_norm, spec.training, spec.reverse, spec.save, use_micro_kernel, threads),
+            *(spec.cell_norm, spec.training, spec.reverse, save, use_micro_kernel, threads),
         )
-        return Results._make((*found[:7], found[7:]))
+        return Results._make(found[:7]), found[7:]
 
     def backward(
         self,
         grads: tuple[Tensor | None, Tensor | None, Tensor | None],
         operands: Operands,
         saved: Sequence[Tensor],
-        spec: Spec,
+        spec: CallSpec,
         need_input: bool,
         need_weights: bool,
     ) -> list[Tensor | None]:
@@ -81,3 +82,21 @@ class Native:
             grad if operand is not None and (grad.numel() or not operand.numel()) else None
             for grad, operand in zip(found, operands[: len(DIFFERENTIABLE)], strict=True)
         ]
+
+    def linear_cross_entropy(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor | None,
+        dtype: torch.dtype,
+        needs: Sequence[bool],
+    ) -> Sequence[Tensor]:
+        def ready(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(dtype).contiguous()
+
+        return torch.ops.rnnorm_cpu.linear_cross_entropy(
+            *(ready(hidden), ready(weight), ready(bias), targets.contiguous(), ready(weights)),
+            *(*needs, use_micro_kernel, threads),
+        )

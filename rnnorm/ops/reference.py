@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rnnorm._cells import CELLS
 from rnnorm.norms import CLAMP_LIMIT, SCALE_EPS
-from rnnorm.ops.call import Operands, Results, Spec, statistics_dtype
-from rnnorm.ops.errors import DOUBLE_BACKWARD, SECOND_BACKWARD
+from rnnorm.ops import library
+from rnnorm.ops.call import CallSpec, Operands, Results, statistics_dtype
 
 
 class OnlineStep(torch.autograd.Function):
@@ -42,11 +42,7 @@ class OnlineStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise RuntimeError(DOUBLE_BACKWARD)
-        if ctx.spent and ctx.alpha_bwd < 1:
-            raise RuntimeError(SECOND_BACKWARD)
-        ctx.spent = True
+        library.begin_backward(ctx, (grad,), controlled=True, repeatable=ctx.alpha_bwd == 1)
         y, s = ctx.saved_tensors
         u, v = ctx.control
         rest = 1 - ctx.alpha_bwd
@@ -71,7 +67,7 @@ def _guard(z: Tensor, guard: str) -> Tensor:
 
 
 def normalizer(
-    spec: Spec,
+    spec: CallSpec,
     H: int,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -108,7 +104,7 @@ def _streams(operands: Operands, prefix: str) -> tuple[Tensor, Tensor, Tensor, T
     return None if mean is None else (mean.clone(), var.clone(), u, v)
 
 
-def run(operands: Operands, spec: Spec, watch: Callable[[Tensor], None] = lambda _: None) -> Results:
+def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = lambda _: None) -> Results:
     """A whole sequence, step by step and, in the streams, sample by sample.
 
     `watch` sees what each nonlinearity is given, [n, k*H] for the k gates that are normalized together.
@@ -150,22 +146,22 @@ def run(operands: Operands, spec: Spec, watch: Callable[[Tensor], None] = lambda
         empty if c is None else c.to(dtype),
         *((gate_streams[0], gate_streams[1]) if gate_streams and moved else (empty, empty)),
         *((cell_streams[0], cell_streams[1]) if cell_streams and moved else (empty, empty)),
-        [],
     )
 
 
 class Reference:
     name = "reference"
     differentiable = True
+    losses = ()
 
-    def why_not(self, device: torch.device, dtype: torch.dtype, spec: Spec | None) -> str | None:
+    def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
         return None if dtype.is_floating_point else f"it computes in floating point, not in {dtype}"
 
-    def saved_like(self, operands: Operands, spec: Spec) -> list[Tensor]:
+    def saved_like(self, operands: Operands, spec: CallSpec) -> list[Tensor]:
         return []
 
-    def forward(self, operands: Operands, spec: Spec) -> Results:
-        return run(operands, spec)
+    def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
+        return run(operands, spec), []
 
     def backward(self, *args: object) -> list[Tensor | None]:
         raise AssertionError("autograd differentiates the reference backend")

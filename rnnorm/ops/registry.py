@@ -3,12 +3,12 @@
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rnnorm.ops.call import Operands, Results, Spec
+from rnnorm.ops.call import CallSpec, Operands, Results
 from rnnorm.ops.errors import Failure
 from rnnorm.ops.native import Native
 from rnnorm.ops.reference import Reference
@@ -20,25 +20,33 @@ class BackendUnavailable(RuntimeError):  # noqa: N818
 
 
 class Backend(Protocol):
-    """What a row of the registry offers. `differentiable` backends run under autograd, without operators."""
+    """What a row of the registry offers. `differentiable` backends run under autograd, without operators.
+
+    One that has `losses` has `linear_cross_entropy` too, with the arguments of `rnnorm.ops.chunked`'s.
+    """
 
     name: str
     differentiable: bool
 
-    def why_not(self, device: torch.device, dtype: torch.dtype, spec: Spec | None) -> str | None:
+    @property
+    def losses(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of products in which it computes `linear_cross_entropy`."""
+
+    def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
         """None if it can run such a call, else the reason. Without a spec: whether it can run here at all."""
 
-    def saved_like(self, operands: Operands, spec: Spec) -> list[Tensor]:
+    def saved_like(self, operands: Operands, spec: CallSpec) -> list[Tensor]:
         """Uninitialized tensors of the shapes that `forward` saves."""
 
-    def forward(self, operands: Operands, spec: Spec) -> Results: ...
+    def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
+        """The results, and what `backward` needs if `save`."""
 
     def backward(
         self,
         grads: tuple[Tensor | None, Tensor | None, Tensor | None],
         operands: Operands,
         saved: Sequence[Tensor],
-        spec: Spec,
+        spec: CallSpec,
         need_input: bool,
         need_weights: bool,
     ) -> list[Tensor | None]:
@@ -64,7 +72,7 @@ def _warn_once(name: str, reason: str) -> None:
     warnings.warn(f"rnnorm goes on without its faster backend {name!r}: {reason}", RuntimeWarning, stacklevel=2)
 
 
-def choose(wanted: str, device: torch.device, dtype: torch.dtype, spec: Spec | None) -> Backend:
+def choose(wanted: str, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> Backend:
     """The backend of that name, or for `"auto"` the first that can run the call."""
     if wanted == "auto":
         for backend in BACKENDS:
@@ -82,13 +90,12 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, spec: Spec | N
     return backend
 
 
-def chosen(wanted: str, device: torch.device, dtype: torch.dtype, spec: Spec) -> str:
-    """The chosen backend's name; a constant for `torch.compile`, which need not look into how it is found."""
-    return choose(wanted, device, dtype, spec).name
-
-
-# What torch.compiler.assume_constant_result does, but it imports the whole compiler: seconds, and a folder made.
-chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def choose_loss(device: torch.device, dtype: torch.dtype) -> Any:
+    """The first backend that can compute `linear_cross_entropy` in this dtype."""
+    for backend in BACKENDS:
+        if dtype in backend.losses and backend.why_not(device, dtype, None) is None:
+            return backend
+    raise ValueError(f"hidden must have a floating-point dtype; got {dtype}; convert it with .to(dtype)")
 
 
 def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:

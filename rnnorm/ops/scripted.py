@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rnnorm.norms import CLAMP_LIMIT, SCALE_EPS
-from rnnorm.ops.call import DIFFERENTIABLE, Operands, Results, Spec, results_like, statistics_dtype
+from rnnorm.ops import chunked
+from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, Results, results_like, statistics_dtype
 from rnnorm.ops.stream import backward_weights, controlled, forward_weights, scanned, statistics
 
 
@@ -381,7 +382,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.jit.script(function)
 
 
-def _walk(o: Operands, spec: Spec, save: bool) -> tuple[Steps, Tensor | None]:
+def _walk(o: Operands, spec: CallSpec, save: bool) -> tuple[Steps, Tensor | None]:
     """The steps in processing order, and which rows of the padded [T*N] samples are real (None: all)."""
     T, N, _ = o.x.shape
     if o.lengths is None or bool((o.lengths == T).all()):
@@ -401,7 +402,7 @@ def _real_rows(tensor: Tensor, real: Tensor | None) -> Tensor:
     return rows if real is None else rows.index_select(0, real)
 
 
-def _norm(o: Operands, spec: Spec, prefix: str, on: bool, backward: bool) -> Norm:
+def _norm(o: Operands, spec: CallSpec, prefix: str, on: bool, backward: bool) -> Norm:
     """The normalization with that prefix, on copies of its streams."""
     wide, N = statistics_dtype(o.x.dtype), o.x.size(1)
     empty = torch.empty(0, dtype=wide, device=o.x.device)
@@ -442,7 +443,7 @@ def _by_part(cell: str, values: tuple[Any, Any], narrow: Callable[[Any, int, int
     return [narrow(values[0], 0, 2), narrow(values[0], 2, 3)] if cell == "gru" else list(values)
 
 
-def _norms(o: Operands, spec: Spec, backward: bool) -> tuple[Norm, Norm]:
+def _norms(o: Operands, spec: CallSpec, backward: bool) -> tuple[Norm, Norm]:
     return _norm(o, spec, "norm", spec.norm != "none", backward), _norm(o, spec, "cell_norm", spec.cell_norm, backward)
 
 
@@ -458,12 +459,12 @@ def _narrow_kept(kept: Kept, first: int, last: int) -> Kept:
     return Kept(*(_columns(values, first, last, 3) for values in kept))
 
 
-def _slabs(o: Operands, spec: Spec) -> list[Tensor]:
+def _slabs(o: Operands, spec: CallSpec, save: bool) -> list[Tensor]:
     """Room for the trace and what both norms keep, in the statistics dtype; of one step where nothing is saved."""
     S, N, C, P, G = o.x.size(0) * o.x.size(1), o.x.size(1), o.weight_ih.size(0), o.h.size(1), spec.gates
     H = C // G
 
-    def slab(width: int, rows: int = S if spec.save else N) -> Tensor:
+    def slab(width: int, rows: int = S if save else N) -> Tensor:
         return o.x.new_empty((rows, width) if width else (0,), dtype=statistics_dtype(o.x.dtype))
 
     def kept(gates: int, on: bool) -> list[Tensor]:
@@ -476,13 +477,13 @@ def _slabs(o: Operands, spec: Spec) -> list[Tensor]:
     return [*trace, *kept(G, spec.norm != "none"), *kept(1, spec.cell_norm)]
 
 
-def _recurrence(o: Operands, spec: Spec) -> Recurrence:
+def _recurrence(o: Operands, spec: CallSpec) -> Recurrence:
     C, wide = o.weight_hh.size(0), statistics_dtype(o.x.dtype)
     bias = o.x.new_zeros(C, dtype=wide) if o.bias_hh is None else o.bias_hh.to(wide)
     return Recurrence(o.weight_hh, bias, o.weight_hr, spec.cell == "rnn_relu")
 
 
-def _input_part(samples: Tensor, o: Operands, spec: Spec, out: Tensor) -> None:
+def _input_part(samples: Tensor, o: Operands, spec: CallSpec, out: Tensor) -> None:
     """`samples @ W + b` [S, G*H] into `out`, and the recurrent bias where that is not inside a gate's product."""
     if samples.dtype == out.dtype:
         torch.mm(samples, o.weight_ih.t(), out=out)
@@ -504,19 +505,21 @@ def _padded(rows: Tensor, real: Tensor | None, T: int, N: int) -> Tensor:
 class Scripted:
     name = "scripted"
     differentiable = False
+    losses = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    linear_cross_entropy = staticmethod(chunked.linear_cross_entropy)
 
-    def why_not(self, device: torch.device, dtype: torch.dtype, spec: Spec | None) -> str | None:
+    def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
         return None if dtype.is_floating_point else f"it computes in floating point, not in {dtype}"
 
-    def saved_like(self, operands: Operands, spec: Spec) -> list[Tensor]:
-        return _slabs(operands, spec)
+    def saved_like(self, operands: Operands, spec: CallSpec) -> list[Tensor]:
+        return _slabs(operands, spec, save=True)
 
-    def forward(self, operands: Operands, spec: Spec) -> Results:
+    def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
         o, wide = operands, statistics_dtype(operands.x.dtype)
         T, N, _ = o.x.shape
-        steps, real = _walk(o, spec, spec.save)
-        saved = _slabs(o, spec)
-        results = results_like(o, spec, saved if spec.save else [])
+        steps, real = _walk(o, spec, save)
+        saved = _slabs(o, spec, save)
+        results = results_like(o, spec)
         norms = _norms(o, spec, backward=False)
         samples = _real_rows(o.x, real)
         S = samples.size(0)
@@ -541,14 +544,14 @@ class Scripted:
             results.norm_var.copy_(norms[0].var)
             results.cell_norm_mean.copy_(norms[1].mean)
             results.cell_norm_var.copy_(norms[1].var)
-        return results
+        return results, saved if save else []
 
     def backward(
         self,
         grads: tuple[Tensor | None, Tensor | None, Tensor | None],
         operands: Operands,
         saved: Sequence[Tensor],
-        spec: Spec,
+        spec: CallSpec,
         need_input: bool,
         need_weights: bool,
     ) -> list[Tensor | None]:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rnnorm
 from rnnorm import norms
-from rnnorm.ops import Operands, Spec, registry
+from rnnorm.ops import CallSpec, Operands, registry
 from rnnorm.ops.call import DIFFERENTIABLE
 
 _ONLINE = norms.Online(0.9, 0.8)
@@ -26,7 +26,7 @@ _SOME = [
 ]
 
 
-def _call(name: str, backend: str, grad: bool) -> tuple[Operands, Spec]:
+def _call(name: str, backend: str, grad: bool) -> tuple[Operands, CallSpec]:
     """One direction of a case, as the layer hands it to the operator."""
     case = cases.BY_ID[name]
     layer = case.build(backend, torch.float64).requires_grad_(grad)
@@ -35,7 +35,7 @@ def _call(name: str, backend: str, grad: bool) -> tuple[Operands, Spec]:
     c = torch.randn(case.N, case.H, dtype=torch.float64, requires_grad=grad) if case.layer == "LSTM" else None
     lengths = None if case.lengths is None else torch.tensor(case.lengths)
     operands = layer._operands("_l0", x, h, c, lengths)
-    return operands, layer._spec()._replace(backend=backend, save=True)
+    return operands, layer._spec()._replace(wanted=backend)
 
 
 @pytest.mark.parametrize("name", _SOME)
@@ -52,7 +52,7 @@ def test_opcheck_of_sequence(backend: str, name: str) -> None:
 def test_opcheck_of_sequence_backward(backend: str, name: str) -> None:
     cases.skip_unless_runs(backend)
     operands, spec = _call(name, backend, grad=False)
-    results = torch.ops.rnnorm.sequence(*operands, *spec)
+    results = torch.ops.rnnorm.sequence_saving(*operands, *spec)
     grads = [torch.randn_like(value) for value in results[:3]]
     if operands.c is None:
         grads[2] = None
@@ -81,7 +81,7 @@ def test_opcheck_of_online_norm(shape: tuple[int, ...]) -> None:
 
 def test_operators_arguments_are_the_fields_of_the_call() -> None:
     forward = [a.name for a in torch.ops.rnnorm.sequence.default._schema.arguments]
-    assert forward == [*Operands._fields, *Spec._fields]
+    assert forward == [*Operands._fields, *CallSpec._fields]
     schema = torch.ops.rnnorm.sequence_backward.default._schema
     assert [a.name for a in schema.arguments][6:] == forward
     moved = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
@@ -254,9 +254,6 @@ def test_nothing_is_saved_for_a_backward_that_cannot_come() -> None:
             layer(torch.randn(5, 2, 3))
         layer.requires_grad_(False)(torch.randn(5, 2, 3))
     assert not saved
-    operands = layer._operands("_l0", torch.randn(5, 2, 3), torch.zeros(2, 4), torch.zeros(2, 4), None)
-    spec = layer._spec()._replace(backend="scripted")
-    assert torch.ops.rnnorm.sequence(*operands, *spec)[-1] == []
 
 
 class _Watch(TorchDispatchMode):
@@ -284,7 +281,7 @@ def test_operators_are_what_a_mode_sees_and_change_nothing(backend: str) -> None
             y.square().sum().backward()
         if watch is not None:
             ours = [name for name in watch.seen if name.startswith("rnnorm.")]
-            assert ours == ["rnnorm.sequence.default", "rnnorm.sequence_backward.default"]
+            assert ours == ["rnnorm.sequence_saving.default", "rnnorm.sequence_backward.default"]
         records.append([y.detach(), x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
     for found, expected in zip(*records, strict=True):
         assert torch.equal(found, expected)

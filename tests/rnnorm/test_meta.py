@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnnorm.ops import Operands, Results, Spec, registry
+from rnnorm.ops import CallSpec, Operands, Results, registry
 from rnnorm.ops.call import DIFFERENTIABLE
 
 _TOLERANCE = cases.TOLERANCE[torch.float64]
@@ -27,45 +27,53 @@ class _Broken:
 
     def __init__(self, sound: Any, forward: Callable[..., Results] | None, backward: Callable[..., Any] | None) -> None:
         self.name = sound.name
+        self.losses = sound.losses
         self.why_not = sound.why_not
         self.saved_like = sound.saved_like
         self._sound, self._forward, self._backward = sound, forward, backward
 
-    def forward(self, operands: Operands, spec: Spec) -> Results:
+    def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
         if self._forward is None:
-            return self._sound.forward(operands, spec)
-        return self._forward(self._sound.forward, operands, spec)
+            return self._sound.forward(operands, spec, save)
+        saved: list[Tensor] = []
 
-    def backward(self, grads: Any, operands: Operands, saved: Any, spec: Spec, *needs: bool) -> list[Tensor | None]:
+        def call(operands: Operands, spec: CallSpec) -> Results:
+            results, kept = self._sound.forward(operands, spec, save)
+            saved.extend([] if saved else kept)  # of the first call
+            return results
+
+        return self._forward(call, operands, spec), saved
+
+    def backward(self, grads: Any, operands: Operands, saved: Any, spec: CallSpec, *needs: bool) -> list[Tensor | None]:
         if self._backward is None:
             return self._sound.backward(grads, operands, saved, spec, *needs)
         return self._backward(self._sound.backward, grads, operands, saved, spec, *needs)
 
 
-def _reversed_samples(call: Any, o: Operands, spec: Spec) -> Results:
+def _reversed_samples(call: Any, o: Operands, spec: CallSpec) -> Results:
     c = None if o.c is None else o.c.flip(0)
     found = call(o._replace(x=o.x.flip(1).contiguous(), h=o.h.flip(0), c=c), spec)
     return found._replace(y=found.y.flip(1), h=found.h.flip(0), c=found.c.flip(0))
 
 
-def _padding_counted(call: Any, o: Operands, spec: Spec) -> Results:
+def _padding_counted(call: Any, o: Operands, spec: CallSpec) -> Results:
     return call(o._replace(lengths=None), spec)
 
 
-def _variance_without_factor(call: Any, o: Operands, spec: Spec) -> Results:
+def _variance_without_factor(call: Any, o: Operands, spec: CallSpec) -> Results:
     found = call(o, spec)
     return found._replace(norm_var=found.norm_var / spec.alpha_fwd)
 
 
-def _mean_of_last_step_lost(call: Any, o: Operands, spec: Spec) -> Results:
+def _mean_of_last_step_lost(call: Any, o: Operands, spec: CallSpec) -> Results:
     return call(o, spec)._replace(norm_mean=call(o._replace(x=o.x[:-1]), spec).norm_mean)
 
 
-def _direction_ignored(call: Any, o: Operands, spec: Spec) -> Results:
+def _direction_ignored(call: Any, o: Operands, spec: CallSpec) -> Results:
     return call(o, spec._replace(reverse=False))
 
 
-def _state_not_zero_padded(call: Any, o: Operands, spec: Spec) -> Results:
+def _state_not_zero_padded(call: Any, o: Operands, spec: CallSpec) -> Results:
     found = call(o, spec)
     return found._replace(y=found.y + 1e-7 * (found.y == 0))
 
@@ -78,11 +86,11 @@ def _v_dropped(call: Any, grads: Any, o: Operands, *rest: Any) -> Any:
     return call(grads, o._replace(norm_v=torch.zeros_like(o.norm_v)), *rest)
 
 
-def _control_off(call: Any, grads: Any, o: Operands, saved: Any, spec: Spec, *needs: bool) -> Any:
+def _control_off(call: Any, grads: Any, o: Operands, saved: Any, spec: CallSpec, *needs: bool) -> Any:
     return call(grads, o, saved, spec._replace(alpha_bwd=1.0), *needs)
 
 
-def _guard_not_differentiated(call: Any, grads: Any, o: Operands, saved: Any, spec: Spec, *needs: bool) -> Any:
+def _guard_not_differentiated(call: Any, grads: Any, o: Operands, saved: Any, spec: CallSpec, *needs: bool) -> Any:
     return call(grads, o, saved, spec._replace(guard="none"), *needs)
 
 

@@ -197,14 +197,14 @@ def test_lengths_past_the_modules_are_still_checked(length):
     x, h = torch.randn(4, 1, 2), torch.zeros(1, 3)
     operands = layer._operands("_l0", x, h, h, torch.tensor([length]))
     with pytest.raises(ValueError, match=r"lengths must lie in 1\.\.T"):
-        native.Native().forward(operands, layer._spec())
+        native.Native().forward(operands, layer._spec(), True)
 
 
 def test_shapes_past_the_modules_are_still_checked():
     layer = rnnorm.LSTM(2, 3, backend="cpu")
     operands = layer._operands("_l0", torch.randn(4, 1, 2), torch.zeros(2, 3), torch.zeros(1, 3), None)
     with pytest.raises(ValueError, match="operand 1 must have shape"):
-        native.Native().forward(operands, layer._spec())
+        native.Native().forward(operands, layer._spec(), True)
 
 
 def test_long_horizons_keep_their_digits():
@@ -224,7 +224,7 @@ def test_operands_that_are_missing_past_the_modules_are_refused(name):
     layer = rnnorm.LSTM(2, 3, norm="online", cell_norm=True, backend="cpu")
     operands = layer._operands("_l0", torch.randn(4, 2, 2), torch.zeros(2, 3), torch.zeros(2, 3), None)
     with pytest.raises(ValueError, match="is missing, or another that goes with it"):
-        native.Native().forward(operands._replace(**{name: None}), layer._spec())
+        native.Native().forward(operands._replace(**{name: None}), layer._spec(), True)
 
 
 # Large enough for its memory to come from the pool.
@@ -275,11 +275,11 @@ def _sanitized() -> bool:
 @pytest.mark.skipif(_sanitized(), reason="the sanitizers' build has no pool: it would hide what runs over an end")
 def test_blocks_go_from_call_to_call():
     operands = rnnorm.LSTM(40, 72)._operands("_l0", torch.randn(31, 17, 40), *torch.zeros(2, 17, 72), None)
-    spec = rnnorm.LSTM(40, 72)._spec()._replace(backend="cpu", save=True)
+    spec = rnnorm.LSTM(40, 72)._spec()
 
     def places() -> set[int]:
         with torch.no_grad():
-            return {t.data_ptr() for t in native.Native().forward(operands, spec).saved if t.nbytes >= 2**17}
+            return {t.data_ptr() for t in native.Native().forward(operands, spec, True)[1] if t.nbytes >= 2**17}
 
     found = places()
     assert len(found) == 4  # h, c, y, rstd

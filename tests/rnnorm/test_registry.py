@@ -42,9 +42,9 @@ def test_a_named_backend_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch, n
     calls: list[str] = []
 
     def counted(own: Callable[..., Any], label: str) -> Callable[..., Any]:
-        def forward(self: Any, operands: Any, spec: Any) -> Any:
+        def forward(self: Any, operands: Any, spec: Any, save: bool) -> Any:
             calls.append(label)
-            return own(self, operands, spec)
+            return own(self, operands, spec, save)
 
         return forward
 

@@ -1,0 +1,92 @@
+"""The operator `rnnorm::online_norm`: one stream of samples per channel."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnorm.ops import library, stream, torch_internals
+
+
+def _forward(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    u: Tensor,
+    v: Tensor,
+    alpha_fwd: float,
+    alpha_bwd: float,
+    eps: float,
+    control_floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    library.refuse_recomputation()
+    with library.without_autocast(x.device.type):
+        y, rstd, mean, var = stream.online_norm(x.to(mean.dtype), mean, var, alpha_fwd, eps)
+        return y.contiguous(), rstd, mean, var
+
+
+def _fake(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, *constants: float) -> tuple[Tensor, ...]:
+    y = torch.empty(x.shape, dtype=mean.dtype, device=x.device)
+    return y, y.new_empty(x.shape[:2]), torch.empty_like(mean), torch.empty_like(var)
+
+
+def _backward(
+    grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha_bwd: float, control_floor: float
+) -> Tensor:
+    with library.without_autocast(grad.device.type), library.kept_finite((u, v)):
+        return stream.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, alpha_bwd, control_floor).contiguous()
+
+
+def _backward_fake(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, *constants: float) -> Tensor:
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
+
+
+_CONSTANTS = "float alpha_fwd, float alpha_bwd, float eps, float control_floor"
+
+
+class _OnlineNorm(torch.autograd.Function):
+    """A call that is recorded for the control process."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        with torch_internals.below_autograd():
+            y, rstd, mean, var = online_norm(x, *args)
+        _mean, _var, *ctx.control, _alpha_fwd, ctx.alpha_bwd, _eps, ctx.control_floor = args
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(y, rstd)
+        ctx.spent = False
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(rstd, mean, var)
+        return y, rstd, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+        library.begin_backward(ctx, (grad,), controlled=True, repeatable=ctx.alpha_bwd == 1)
+        y, rstd = ctx.saved_tensors
+        if grad is None:
+            grad = torch.zeros_like(y)
+        dx = online_norm_backward(grad, y, rstd, *ctx.control, ctx.alpha_bwd, ctx.control_floor)
+        return dx.to(ctx.dtype), *([None] * 8)
+
+
+def _recorded(x: Tensor, *args: Any) -> Any:
+    library.refuse_transforms([x])
+    if library.needs_gradient([x]):
+        return _OnlineNorm.apply(x, *args)
+    with torch_internals.below_autograd():
+        return online_norm(x, *args)
+
+
+online_norm = library.operator(
+    "online_norm",
+    f"(Tensor x, Tensor mean, Tensor var, Tensor u, Tensor v, {_CONSTANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+    _recorded,
+)
+online_norm_backward = library.operator(
+    "online_norm_backward",
+    "(Tensor grad, Tensor y, Tensor rstd, Tensor(a!) u, Tensor(b!) v, float alpha_bwd, float control_floor) -> Tensor",
+    _backward,
+    _backward_fake,
+)

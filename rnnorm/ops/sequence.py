@@ -1,0 +1,208 @@
+"""The operator `rnnorm::sequence`: a recurrent layer and direction over a whole sequence.
+
+The forward operators are functional: new statistics are returned, and the module copies them into its buffers. The
+backward operator moves u and v in place. The operators behind the public one name the backend that runs; the public one
+holds what the user asked for, `"auto"` or a name, and chooses when it runs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnorm.ops import library, torch_internals
+from rnnorm.ops.call import DIFFERENTIABLE, MOVED_IN_BACKWARD, CallSpec, Operands, Results, results_like
+from rnnorm.ops.registry import Backend, by_name, choose
+
+_SCALARS = {str: "str", float: "float", bool: "bool"}
+_REQUIRED = ("x", "h", "weight_ih", "weight_hh")
+
+
+def _operands_schema(mutable: Sequence[str] = ()) -> str:
+    def kind(name: str) -> str:
+        alias = f"({chr(97 + mutable.index(name))}!)" if name in mutable else ""
+        return f"Tensor{alias}{'' if name in _REQUIRED else '?'} {name}"
+
+    return ", ".join(kind(name) for name in Operands._fields)
+
+
+_SPEC_SCHEMA = ", ".join(f"{_SCALARS[kind]} {name}" for name, kind in CallSpec.__annotations__.items())
+_RESULTS_SCHEMA = ", ".join(["Tensor"] * len(Results._fields))
+
+
+def _unpack(args: Sequence[Any]) -> tuple[Operands, CallSpec]:
+    split = len(Operands._fields)
+    return Operands(*args[:split]), CallSpec(*args[split:])
+
+
+def _chosen(operands: Operands, spec: CallSpec) -> Backend:
+    return choose(spec.wanted, operands.x.device, operands.x.dtype, spec)
+
+
+def _forward(backend: Backend, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
+    if spec.controlled:
+        library.refuse_recomputation()
+    with torch.no_grad(), library.without_autocast(operands.x.device.type):
+        results, saved = backend.forward(operands, spec, save)
+    if operands.lengths is not None and saved:
+        rows, used = operands.x.size(0) * operands.x.size(1), int(operands.lengths.sum())
+        for kept in saved:
+            # Padding leaves rows over, and no result may depend on what memory held.
+            if kept.size(0) == rows:
+                kept[used:].zero_()
+    return results, saved
+
+
+def _plain(*args: Any) -> Results:
+    operands, spec = _unpack(args)
+    return _forward(_chosen(operands, spec), operands, spec, save=False)[0]
+
+
+def _plain_fake(*args: Any) -> Results:
+    operands, spec = _unpack(args)
+    _chosen(operands, spec)  # a named backend that cannot run raises already while a graph is made
+    return results_like(operands, spec)
+
+
+def _recorded(*args: Any) -> Any:
+    operands, spec = _unpack(args)
+    library.refuse_transforms(operands)
+    if library.needs_gradient(operands[: len(DIFFERENTIABLE)]):
+        return _Sequence.apply(spec, *operands)
+    with torch_internals.below_autograd():
+        return sequence(*args)
+
+
+sequence = library.operator(
+    "sequence", f"({_operands_schema()}, {_SPEC_SCHEMA}) -> ({_RESULTS_SCHEMA})", _plain, _plain_fake, _recorded
+)
+
+
+def _saving(*args: Any) -> tuple[Any, ...]:
+    operands, spec = _unpack(args)
+    results, saved = _forward(by_name(spec.wanted), operands, spec, save=True)
+    return *results, saved
+
+
+def _saving_fake(*args: Any) -> tuple[Any, ...]:
+    operands, spec = _unpack(args)
+    return *results_like(operands, spec), by_name(spec.wanted).saved_like(operands, spec)
+
+
+sequence_saving = library.operator(
+    "sequence_saving",
+    f"({_operands_schema()}, {_SPEC_SCHEMA}) -> ({_RESULTS_SCHEMA}, Tensor[])",
+    _saving,
+    _saving_fake,
+)
+
+
+def _backward(
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    saved: Sequence[Tensor],
+    need_input: bool,
+    need_weights: bool,
+    operands: Operands,
+    spec: CallSpec,
+) -> list[Tensor | None]:
+    control = [getattr(operands, name) for name in MOVED_IN_BACKWARD] if spec.controlled else []
+    with library.without_autocast(operands.x.device.type), library.kept_finite(control):
+        return by_name(spec.wanted).backward(grads, operands, saved, spec, need_input, need_weights)
+
+
+def _wanted(name: str, need_input: bool, need_weights: bool) -> bool:
+    if name in ("h", "c"):
+        return True
+    return need_input if name == "x" else need_weights
+
+
+def _backward_kernel(
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    saved: Sequence[Tensor],
+    need_input: bool,
+    need_weights: bool,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    operands, spec = _unpack(args)
+    grads = _backward((grad_y, grad_h, grad_c), saved, need_input, need_weights, operands, spec)
+    return tuple(
+        grad if grad is not None and _wanted(name, need_input, need_weights) else operands.x.new_empty(0)
+        for name, grad in zip(DIFFERENTIABLE, grads, strict=True)
+    )
+
+
+def _backward_fake(
+    grad_y: Any, grad_h: Any, grad_c: Any, saved: Any, need_input: bool, need_weights: bool, *args: Any
+) -> tuple[Tensor, ...]:
+    operands, _ = _unpack(args)
+    return tuple(
+        torch.empty_like(operand, memory_format=torch.contiguous_format)
+        if operand is not None and _wanted(name, need_input, need_weights)
+        else operands.x.new_empty(0)
+        for name, operand in zip(DIFFERENTIABLE, operands, strict=False)
+    )
+
+
+sequence_backward = library.operator(
+    "sequence_backward",
+    f"(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor[] saved, bool need_input, bool need_weights, "
+    # One by one: operators that move their arguments and return a list cannot be made functional for torch.compile.
+    f"{_operands_schema(MOVED_IN_BACKWARD)}, {_SPEC_SCHEMA}) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
+    _backward_kernel,
+    _backward_fake,
+)
+
+
+class _Sequence(torch.autograd.Function):
+    """A call that is recorded for a backward pass, on the backend that is chosen now."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: CallSpec, *args: Any) -> tuple[Tensor, ...]:
+        operands = Operands(*args)
+        backend = _chosen(operands, spec)
+        spec = spec._replace(wanted=backend.name)
+        if library.is_unobserved(operands):
+            results, saved = _forward(backend, operands, spec, save=True)
+        else:
+            *results, saved = sequence_saving(*operands, *spec)
+        ctx.save_for_backward(*operands[: len(DIFFERENTIABLE)], operands.lengths, *saved)
+        # u and v are moved on purpose between forward and backward: autograd's version check must not see them.
+        ctx.streams = operands[len(DIFFERENTIABLE) : -1]
+        ctx.spec = spec
+        ctx.spent = False
+        # Nobody asks for gradients of the statistics: zeros for them would cost memory.
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results[3:])
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        spec: CallSpec = ctx.spec
+        library.begin_backward(ctx, grads, spec.controlled, not spec.controlled or spec.alpha_bwd == 1)
+        count = len(DIFFERENTIABLE)
+        kept = ctx.saved_tensors  # read once: non-reentrant checkpointing unpacks by the reading
+        differentiable, lengths, saved = kept[:count], kept[count], kept[count + 1 :]
+        operands = Operands._make((*differentiable, *ctx.streams, lengths))
+        needed = dict(zip(DIFFERENTIABLE, ctx.needs_input_grad[1:], strict=False))
+        need_weights = any(needed[name] for name in DIFFERENTIABLE if name not in ("x", "h", "c"))
+        given = grads[0], grads[1], grads[2] if operands.c is not None else None
+        found: Sequence[Tensor | None]
+        if library.is_unobserved((*operands, *given)):
+            found = _backward(given, saved, needed["x"], need_weights, operands, spec)
+        else:
+            found = sequence_backward(*given, saved, needed["x"], need_weights, *operands, *spec)
+        gradients = [grad if needed[name] else None for name, grad in zip(DIFFERENTIABLE, found, strict=True)]
+        return (None, *gradients, *([None] * (len(Operands._fields) - count)))
+
+
+def run(operands: Operands, spec: CallSpec) -> Results:
+    """`rnnorm::sequence`, by the shortest way."""
+    library.refuse_transforms(operands)
+    if not library.is_unobserved(operands):
+        return Results(*sequence(*operands, *spec))
+    if library.needs_gradient(operands[: len(DIFFERENTIABLE)]):
+        return Results(*_Sequence.apply(spec, *operands))
+    return _forward(_chosen(operands, spec), operands, spec, save=False)[0]
