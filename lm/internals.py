@@ -40,16 +40,23 @@ def look(model: LanguageModel, inputs: Tensor) -> dict[str, Any]:
     `streams`: by names such as `norm_mean_l0`, the minimum, 10 %, 50 % and 90 % quantiles and maximum over
     channels. `gates`: by names such as `f_l0`, `counts` of values in 20 equal bins of `low` … `high`, and
     `saturated`, the share within 5 % of the range from an end. A gate without bounds (relu) is left out.
+    `recurrent`: by names such as `weight_hh_l0`, the Frobenius norm of the recurrent weights of each layer.
     """
     at = torch.tensor(QUANTILES, dtype=torch.float64)
     streams = {
         name: [_short(value) for value in buffer.cpu().double().quantile(at)]
         for name, buffer in model.layers.named_buffers()
     }
+    weights = {name: value for name, value in model.layers.named_parameters() if name.startswith("weight_hh_")}
+    recurrent = {name: _short(torch.linalg.vector_norm(value.double())) for name, value in weights.items()}
     if getattr(model.layers, "nonlinearity", "tanh") == "relu":
-        return {"streams": streams, "gates": {}}
+        return {"streams": streams, "gates": {}, "recurrent": recurrent}
     values = rnnorm.gates(model.layers, model.embedding(inputs))
-    return {"streams": streams, "gates": {name: _gate(name, value) for name, value in values.items()}}
+    return {
+        "streams": streams,
+        "gates": {name: _gate(name, value) for name, value in values.items()},
+        "recurrent": recurrent,
+    }
 
 
 def _gate(name: str, values: Tensor) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from lm.sample import sample
 from lm.tokenizers import Tokenizer
 
 SAMPLE_LENGTH = 100
+START = 20  # steps of a run that are all logged: what they do to the weights can decide how it ends
+_KEPT = ("start", "train", "overflow", "valid", "internals", "epoch")  # by a log that is continued
+LARGEST_EXPONENT = 709.0  # `math.exp` of a loss above it (of 709.78, to be exact) raises OverflowError
 _POWERS = [1e-12 * 1.1**power for power in range(775)]  # to 1e20: SummaryWriter's own bins
 _BINS = [*(-edge for edge in reversed(_POWERS)), 0.0, *_POWERS]
 
@@ -28,8 +31,9 @@ _BINS = [*(-edge for edge in reversed(_POWERS)), 0.0, *_POWERS]
 class JsonLines:
     """Appends one JSON object a line: `kind`, `step`, `epoch`, and what was measured.
 
-    The kinds are `train` (each `log_every` steps), `valid`, `internals` (with each validation), `epoch`,
-    `diverged` and `final`.
+    The kinds are `start` (each of the first `START` steps), `train` (each `log_every` steps), `overflow` (the first
+    step whose loss is above `LARGEST_EXPONENT`), `valid`, `internals` (with each validation), `epoch`, `diverged` and
+    `final`.
 
     Arguments:
         path: the file; what it holds of steps after `step`, or of the kind `final`, is dropped first.
@@ -49,12 +53,11 @@ class JsonLines:
         self.path, self.log_every, self.pieces_per_word = path, log_every, pieces_per_word
         self.internals = internals
         kept = [line for line in _lines(path) if _is_before(line, step)]
+        self._overflowed = any(json.loads(line)["kind"] == "overflow" for line in kept)
         files.write_whole(path, "".join(f"{line}\n" for line in kept).encode())
 
     def __call__(self, event: Event) -> None:
-        fields = self._fields(event)
-        if fields is not None:
-            kind, values = fields
+        for kind, values in self._rows(event):
             self._append(event, kind, values)
         if isinstance(event, Validated) and self.internals is not None:
             self._append(event, "internals", self.internals.at(event.step))
@@ -64,23 +67,27 @@ class JsonLines:
         with files.writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(row)) + "\n")
 
-    def _fields(self, event: Event) -> tuple[str, dict[str, Any]] | None:
+    def _rows(self, event: Event) -> Iterator[tuple[str, dict[str, Any]]]:
         match event:
-            case Stepped() if event.step % self.log_every == 0:
-                return "train", _of_step(event, self.pieces_per_word)
+            case Stepped():
+                if event.step <= START:
+                    yield "start", {"position": event.position, "loss": event.nll, "grad_norm": event.grad_norm}
+                if event.nll > LARGEST_EXPONENT and not self._overflowed:
+                    self._overflowed = True
+                    yield "overflow", {"loss": event.nll}
+                if event.step % self.log_every == 0:
+                    yield "train", _of_step(event, self.pieces_per_word)
             case Validated():
-                return "valid", {"best": event.best, **record(event.score)}
+                yield "valid", {"best": event.best, **record(event.score)}
             case EpochEnded():
-                return "epoch", {
-                    **_of_epoch(event, self.pieces_per_word),
-                    "tokens": event.tokens,
-                    "seconds": event.seconds,
-                }
+                yield (
+                    "epoch",
+                    {**_of_epoch(event, self.pieces_per_word), "tokens": event.tokens, "seconds": event.seconds},
+                )
             case Diverged():
-                return "diverged", {"what": event.what}
+                yield "diverged", {"what": event.what}
             case Scored():
-                return "final", {"split": event.split, **record(event.score)}
-        return None
+                yield "final", {"split": event.split, **record(event.score)}
 
 
 def _lines(path: Path) -> list[str]:
@@ -91,7 +98,7 @@ def _is_before(line: str, step: int) -> bool:
     """Whether a line belongs to what a run at this step has logged; a torn line does not."""
     try:
         row = json.loads(line)
-        return row["kind"] in ("train", "valid", "internals", "epoch") and row["step"] <= step and step > 0
+        return row["kind"] in _KEPT and row["step"] <= step and step > 0
     except (ValueError, KeyError, TypeError):
         return False
 

@@ -80,7 +80,7 @@ class Progress:
         except OSError:
             return epoch, ppl
         for row in results.logged(content):  # the first and the last line may be torn
-            epoch = row["epoch"] - (row["kind"] == "train")
+            epoch = row["epoch"] - (row["kind"] not in ("valid", "internals", "epoch", "final"))
             if row["kind"] == "valid":
                 ppl = f"valid {_number(row['ppl'])}"
         return epoch, ppl

@@ -28,6 +28,8 @@ MEASURES = ("valid_exact", "valid_chunk_mean", "test_exact", "test_chunk_mean")
 _ELSEWHERE = {"data.source", "data.dir", "train.device", "train.backend", "train.log_every"}
 # What a line of a run's log must hold to be read, beside its epoch.
 _LOGGED = {
+    "start": ("step", "position", "loss", "grad_norm"),
+    "overflow": ("step",),
     "train": ("tokens_per_second",),
     "valid": ("ppl", "best"),
     "internals": ("streams", "gates"),
@@ -37,6 +39,8 @@ _LOGGED = {
 }
 _RESULT = {"row": dict, "settings": dict, "scores": list, "epochs": list, "versions": dict}
 _ROW = ("arm", "seed", "diverged", *MEASURES)
+# How a run began; a result of an older version does not tell, which is None.
+_START = ("first_window", "start_loss", "start_grad_norm", "recurrent_norm", "overflowed_at")
 _AGAIN = "move it away and give the command of the study again"
 
 Row = dict[str, Any]
@@ -107,7 +111,7 @@ def read(path: Path) -> dict[str, Any]:
     result = read_whole(path, "a result", _RESULT)
     if lost := [name for name in _ROW if name not in result["row"]]:
         raise UserError(f"a result must have {', '.join(lost)} in its row; {path} has not; {_AGAIN}")
-    return result
+    return result | {"row": result["row"] | {name: result["row"].get(name) for name in _START}}
 
 
 def read_whole(path: Path, what: str, keys: Mapping[str, type]) -> dict[str, Any]:
@@ -160,6 +164,7 @@ def gather(job: Job, log: Sequence[Row], scores: Sequence[Mapping[str, Any]], di
         **{f"{score['split']}_{score['protocol'].replace('-', '_')}": score["ppl"] for score in scores},
         "seconds": sum(row["seconds"] for row in epochs) if epochs else None,
         "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
+        **_start(log),
     }
     return {
         "row": row,
@@ -168,6 +173,23 @@ def gather(job: Job, log: Sequence[Row], scores: Sequence[Mapping[str, Any]], di
         "scores": list(scores),
         "epochs": _epochs(job, log),
     }
+
+
+def _start(log: Sequence[Row]) -> Row:
+    """How a run began: the length of its first window, the largest loss and gradient of its first steps, and the norm
+    of its recurrent weights (of all layers together) after the first epoch; and the first step whose loss is beyond
+    what `math.exp` can take."""
+    steps = [row for row in log if row["kind"] == "start"]
+    inside = next((row for row in log if row["kind"] == "internals" and row["epoch"] == 1), {})
+    norms = [math.inf if norm is None else norm for norm in inside.get("recurrent", {}).values()]
+    found = (
+        next((row["position"] for row in steps if row["step"] == 1), None),
+        max((row["loss"] for row in steps), default=None),
+        max((row["grad_norm"] for row in steps), default=None),
+        math.hypot(*norms) if norms else None,
+        next((row["step"] for row in log if row["kind"] == "overflow"), None),
+    )
+    return finite(dict(zip(_START, found, strict=True)))
 
 
 def metrics(run: Path) -> list[Row]:
@@ -272,11 +294,24 @@ def value(row: Row, measure: str) -> float:
     return math.inf if row["diverged"] or found is None else found
 
 
+def finishes(row: Row) -> bool | None:
+    """Returns whether the program of the paper's authors would have ended with a perplexity for this run; None if
+    unknown.
+
+    It takes `math.exp` of each window's loss, which raises OverflowError where ours trains on; and it goes on with
+    values that are not numbers, which is what ours calls diverged.
+    """
+    if row["diverged"] or row["overflowed_at"] is not None:
+        return False
+    return None if row["first_window"] is None else True
+
+
 def summarize(study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns what the results so far say, as JSON can hold it: null for the infinity of a diverged run.
 
     Among arms of one base (which differ by the grid), the one of the lowest median valid perplexity
-    (`exact`) is `selected`; sign tests are between selected arms, on the test perplexity (`exact`).
+    (`exact`) is `selected`; sign tests are between selected arms, on the test perplexity (`exact`). An arm's
+    `finishing` holds the same measures over the runs that the authors' program would have finished, see `finishes`.
     """
     rows = [result["row"] for result in results]
     by_arm = {arm.name: [row for row in rows if row["arm"] == arm.name] for arm in study.arms}
@@ -288,7 +323,8 @@ def summarize(study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]
         for first, second in itertools.combinations([arm["arm"] for arm in arms if arm["arm"] in selected], 2)
     ]
     finite_arms = [
-        {**arm, "selected": arm["arm"] in selected, **{name: finite(arm[name]) for name in MEASURES}} for arm in arms
+        {**_finite_measures(arm), "selected": arm["arm"] in selected, "finishing": _finite_measures(arm["finishing"])}
+        for arm in arms
     ]
     return {
         "study": study.name,
@@ -305,7 +341,8 @@ def summarize(study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 def _arm(arm: Arm, rows: list[Row]) -> dict[str, Any]:
-    shares = {"median": 0.5, "q1": 0.25, "q3": 0.75, "min": 0.0, "max": 1.0}
+    known = [finishes(row) for row in rows]
+    finishing = [row for row, finished in zip(rows, known, strict=True) if finished]
     speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"]]
     return {
         "arm": arm.name,
@@ -316,13 +353,25 @@ def _arm(arm: Arm, rows: list[Row]) -> dict[str, Any]:
         "runs": len(rows),
         "diverged": sum(row["diverged"] for row in rows),
         "published": arm.published,
-        **{
-            name: {told: quantile([value(row, name) for row in rows], share) for told, share in shares.items()}
-            for name in MEASURES
-        },
+        **_measures(rows),
+        "finishing": {"runs": len(finishing), "unknown": known.count(None), **_measures(finishing)},
         "tokens_per_second": quantile(speeds, 0.5) if speeds else None,
         "command": _anywhere(arm.command("SEED", f"runs/{arm.name}/seed-SEED")),
     }
+
+
+def _measures(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
+    """Quartiles and extremes of each measure over runs; None where there is no run."""
+    shares = {"median": 0.5, "q1": 0.25, "q3": 0.75, "min": 0.0, "max": 1.0}
+    values = {name: [value(row, name) for row in rows] for name in MEASURES}
+    return {
+        name: {told: quantile(found, share) if found else None for told, share in shares.items()}
+        for name, found in values.items()
+    }
+
+
+def _finite_measures(arm: Mapping[str, Any]) -> dict[str, Any]:
+    return {**arm, **{name: finite(arm[name]) for name in MEASURES}}
 
 
 def _anywhere(command: Sequence[str]) -> list[str]:
@@ -360,6 +409,8 @@ def write(folder: Path, study: Study, results: Sequence[dict[str, Any]]) -> dict
         "arms": [
             {key: arm[key] for key in ("arm", "base", "selected", "runs", "diverged", "published")}
             | {"measure": name, **{told: math.inf if found is None else found for told, found in arm[name].items()}}
+            | {"finishing": arm["finishing"]["runs"], "finishing_unknown": arm["finishing"]["unknown"]}
+            | {f"finishing_{told}": found for told, found in arm["finishing"][name].items()}
             for arm in summary["arms"]
             for name in MEASURES
         ],
@@ -382,19 +433,31 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """Returns the arms as a table for a person: medians over seeds, a published one beside."""
-    heads, names = ("valid", "test", "valid chunk-mean", "published"), ("valid_exact", "test_exact", "valid_chunk_mean")
+    """Returns the arms as a table for a person: medians over seeds; where one is published to compare with, also how
+    many runs the authors' program would have finished, with the median of those, and the published one."""
+    heads, names = ["valid", "test", "valid chunk-mean"], ("valid_exact", "test_exact", "valid_chunk_mean")
+    compared = any(arm["published"] for arm in summary["arms"])
+    heads += ["finishing there", "those chunk-mean", "published"] if compared else []
     width = max([3, *(len(arm["arm"]) for arm in summary["arms"])])
     lines = [f"{'arm':{width}} {'runs':>5} {'diverged':>8}" + "".join(f" {head:>16}" for head in heads)]
     for arm in summary["arms"]:
-        shown = [*(shown_median(arm, name) for name in names), f"{arm['published'] or '-'}"]
+        shown = [shown_median(arm, name) for name in names]
+        if compared:
+            finishing = arm["finishing"]
+            shown += [shown_finishing(arm), shown_median(finishing, "valid_chunk_mean"), f"{arm['published'] or '-'}"]
         lines.append(f"{arm['arm']:{width}} {arm['runs']:5} {arm['diverged']:8}" + "".join(f" {s:>16}" for s in shown))
     return "\n".join(lines)
+
+
+def shown_finishing(arm: Mapping[str, Any]) -> str:
+    """Returns as text how many runs of an arm the authors' program would have finished, of those where it is known."""
+    known = arm["runs"] - arm["finishing"]["unknown"]
+    return f"{arm['finishing']['runs']} of {known}" if known else "unknown"
 
 
 def shown_median(arm: Mapping[str, Any], measure: str) -> str:
     """Returns an arm's median as text: `diverged` where a diverged run decides it, `-` where nobody measured."""
     median = arm[measure]["median"]
     if median is None:
-        return "diverged" if arm["diverged"] else "-"
+        return "diverged" if arm.get("diverged") else "-"
     return f"{median:,.2f}"

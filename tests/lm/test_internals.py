@@ -22,6 +22,9 @@ def test_streams_and_gates_of_every_layer(model, cell, gates):
     assert found["gates"].keys() == {f"{gate}_l{layer}" for gate in gates for layer in (0, 1)}
     for gate in found["gates"].values():
         assert (len(gate["counts"]), sum(gate["counts"])) == (BINS, 7 * 3 * 12)
+    assert found["recurrent"].keys() == {"weight_hh_l0", "weight_hh_l1"}
+    for name, norm in found["recurrent"].items():
+        assert norm == pytest.approx(before[f"layers.{name}"].square().sum().sqrt().item(), rel=1e-5)
     mean = before["layers.norm_mean_l1"]
     low, *_, high = found["streams"]["norm_mean_l1"]
     assert (low, high) == pytest.approx((mean.min().item(), mean.max().item()), rel=1e-5)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm import config, study
+from lm import config, stream, study
 from lm.cli import main
 from lm.errors import UserError
 from lm.study import results, runner
@@ -221,10 +221,10 @@ def test_quartiles_are_numpys_and_know_infinity():
     assert results.quantile([1.0, math.inf, math.inf, math.inf], 0.75) == math.inf
 
 
-def row(arm, seed, ppl, diverged=False):
+def row(arm, seed, ppl, diverged=False, **start):
     shown = {"arm": arm.name, "base": arm.base, "seed": seed, "diverged": diverged, "tokens_per_second": 10.0}
     return {
-        "row": {**shown, **dict.fromkeys(results.MEASURES, ppl)},
+        "row": {**shown, **dict.fromkeys(results.MEASURES, ppl), **dict.fromkeys(results._START), **start},
         "scores": [{"split": "test", "data_sha256": "d", "vocabulary_sha256": "v"}],
         "versions": {"torch": "2"},
     }
@@ -244,6 +244,87 @@ def test_a_summary_counts_a_diverged_run_as_the_worst(read):
     assert (summary["runs"], summary["runs_planned"]) == (4, 6)
     assert summary["data_sha256"] == {"test": ["d"]}
     assert "12.00" in study.table(summary)
+
+
+STARTS = [
+    {"kind": "start", "step": step, "epoch": 1, "position": 5 * step, "loss": 9.0 - step, "grad_norm": 0.5 * step}
+    for step in (1, 2, 3)
+]
+
+
+def test_a_result_tells_how_the_run_began(read):
+    job = read().jobs()[0]
+    inside = {"kind": "internals", "step": 40, "streams": {}, "gates": {}}
+    log = [
+        *STARTS,
+        {"kind": "overflow", "step": 17, "epoch": 1},
+        {**inside, "epoch": 1, "recurrent": {"weight_hh_l0": 3.0, "weight_hh_l1": 4.0}},
+        {**inside, "epoch": 2, "recurrent": {"weight_hh_l0": 30.0, "weight_hh_l1": 40.0}},
+    ]
+    expected = {
+        "first_window": 5,
+        "start_loss": 8.0,
+        "start_grad_norm": 1.5,
+        "recurrent_norm": 5.0,
+        "overflowed_at": 17,
+    }
+    assert expected.items() <= results.gather(job, log, [], None)["row"].items()
+    beyond = {**inside, "epoch": 1, "recurrent": {"weight_hh_l0": None, "weight_hh_l1": 4.0}}
+    assert results.gather(job, [beyond], [], None)["row"]["recurrent_norm"] is None
+    for rest in ([{**inside, "epoch": 1}], log[-1:]):  # of an older version; without its first epoch
+        assert results.gather(job, rest, [], None)["row"].items() >= dict.fromkeys(expected).items()
+
+
+def test_which_runs_the_authors_program_finishes(read):
+    arm = read().arms[0]
+    told = {"first_window": 5}
+    assert results.finishes(row(arm, 1, 9.0, **told)["row"]) is True
+    assert results.finishes(row(arm, 1, 9.0, **told, overflowed_at=17)["row"]) is False
+    assert results.finishes(row(arm, 1, 9.0, **told, diverged=True)["row"]) is False
+    assert results.finishes(row(arm, 1, 9.0)["row"]) is None
+
+
+def test_medians_are_given_both_ways(read):
+    plan = read(SMALL.replace('name = "good"', 'name = "good"\npublished = 11.0'), seeds=5)
+    good, bad = plan.arms
+    told = {"first_window": 5}
+    found = [row(good, seed, ppl, **told) for seed, ppl in ((1, 10.0), (2, 12.0), (3, 11.0))]
+    found += [row(good, 4, 50.0, **told, overflowed_at=3), row(good, 5, 60.0, **told, overflowed_at=4)]
+    found += [row(bad, 1, 20.0), row(bad, 2, 30.0)]
+    summary = study.summarize(plan, found)
+    first, second = summary["arms"]
+    assert (first["test_exact"]["median"], first["finishing"]["test_exact"]["median"]) == (12.0, 11.0)
+    assert (first["finishing"]["runs"], first["finishing"]["unknown"]) == (3, 0)
+    assert (second["finishing"]["runs"], second["finishing"]["unknown"]) == (0, 2)
+    assert second["finishing"]["test_exact"]["median"] is None
+    head, *lines = (line.split() for line in study.table(summary).splitlines())
+    assert head[-5:] == ["finishing", "there", "those", "chunk-mean", "published"]
+    assert lines[0] == ["good", "5", "0", "12.00", "12.00", "12.00", "3", "of", "5", "11.00", "11.0"]
+    assert lines[1] == ["bad", "2", "0", "25.00", "25.00", "25.00", "unknown", "-", "-"]
+
+
+def test_a_result_of_an_older_version_is_unknown_there(read, tmp_path, recorded):
+    """It lacks how the run began; a study that has it beside newer ones goes on and writes its tables."""
+    folder, plan = tmp_path / "study", read(seeds=1)
+    study.run(plan, folder, say=lambda _: None)
+    path = folder / "results/good-seed-1.json"
+    found = json.loads(path.read_text())
+    for name in results._START:
+        del found["row"][name]
+    path.write_text(json.dumps(found))
+    (folder / "results/bad-seed-1.json").unlink()
+    run = results.run_folder(folder, plan.jobs()[1])
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in STARTS))
+    summary, _ = study.run(plan, folder, say=lambda _: None)
+    assert [arm["finishing"]["unknown"] for arm in summary["arms"]] == [1, 0]
+    rows = {row["arm"]: row for row in csv.DictReader((folder / "runs.csv").read_text().splitlines())}
+    assert (rows["good"]["first_window"], rows["bad"]["first_window"]) == ("", "5")
+    arms = list(csv.DictReader((folder / "arms.csv").read_text().splitlines()))
+    assert {(row["arm"], row["finishing"], row["finishing_unknown"]) for row in arms} == {
+        ("good", "0", "1"),
+        ("bad", "1", "0"),
+    }
 
 
 def test_the_best_of_a_grid_is_selected(read):
@@ -276,6 +357,15 @@ def test_a_study_runs_once_and_a_diverged_run_is_a_result(read, corpus, tmp_path
         assert good["row"][f"{split}_{protocol.replace('-', '_')}"] == scored[split, protocol]
     log = [json.loads(line) for line in (folder / "runs/good/seed-1/metrics.jsonl").read_text().splitlines()]
     assert scored["valid", "exact"] == pytest.approx(log[-1]["ppl"], rel=1e-6)
+    first = stream.plan("uniform{2..9}", 100, seed=1, epoch=0)[0]
+    starts = [line for line in log if line["kind"] == "start"]
+    assert [line["step"] for line in starts] == list(range(1, 21))
+    assert good["row"]["first_window"] == first[1]
+    assert good["row"]["start_grad_norm"] == max(line["grad_norm"] for line in starts)
+    assert good["row"]["recurrent_norm"] == next(
+        line["recurrent"]["weight_hh_l0"] for line in log if line["kind"] == "internals"
+    )
+    assert good["row"]["overflowed_at"] is None
     best = min((line["ppl"], line["epoch"]) for line in log if line["kind"] == "valid")
     assert good["row"]["best_epoch"] == best[1]
     rows = list(csv.DictReader((folder / "runs.csv").read_text().splitlines()))
@@ -567,6 +657,10 @@ def test_the_moving_line_says_what_runs_and_fits_the_terminal(read, tmp_path, mo
     progress.show([first], stopped=False)
     # half a run in 100 s, three and a half to go
     assert terminal.getvalue().endswith("0/4 runs: good seed 1 epoch 1/2 valid 1,234.50, about 0:11:40 left")
+    for line in (STARTS[0], {"kind": "overflow", "step": 3, "epoch": 1}, {"kind": "diverged", "epoch": 1, "what": ""}):
+        log.write_text(json.dumps(line))
+        assert progress._place(first) == (0, "")
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setenv("COLUMNS", "60")
     progress._shown -= 100.0
     progress.show([first, other], stopped=True)

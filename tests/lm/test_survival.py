@@ -223,16 +223,19 @@ def test_a_folder_without_permission(nursery, command, tmp_path):
     folder.chmod(0o755)
 
 
-@pytest.mark.parametrize(("settings", "told"), [((), "metrics.jsonl"), (("train.log_every=1000",), "last.pt")])
-def test_a_folder_removed_under_the_run(command, tmp_path, monkeypatch, capsys, settings, told):
+@pytest.mark.parametrize(
+    ("settings", "at", "told"),
+    [((), 5, "metrics.jsonl"), (("train.log_every=1000",), 25, "last.pt")],  # the first 20 steps are always logged
+)
+def test_a_folder_removed_under_the_run(command, tmp_path, monkeypatch, capsys, settings, at, told):
     fit = run.Trainer.fit
 
     def losing(self):
-        self.listeners.insert(0, lambda event: shutil.rmtree(tmp_path / "run") if event.step == 5 else None)
+        self.listeners.insert(0, lambda event: shutil.rmtree(tmp_path / "run") if event.step == at else None)
         return fit(self)
 
     monkeypatch.setattr(run.Trainer, "fit", losing)
-    assert main([str(word) for word in command("checkpoint.every_steps=5", *settings, run=tmp_path / "run")]) == 2
+    assert main([str(word) for word in command(f"checkpoint.every_steps={at}", *settings, run=tmp_path / "run")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(rf"^error: .*{told} must be writable; No such file or dir.*; .*no good checkpoint is left$", error)
     assert not (tmp_path / "run").exists()

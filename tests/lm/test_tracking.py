@@ -33,9 +33,13 @@ def test_each_event_is_a_line(tmp_path):
     for event in events:
         log(event)
     found = rows(path)
+    starts = [row for row in found if row["kind"] == "start"]
+    found = [row for row in found if row["kind"] != "start"]
     assert [(row["kind"], row["step"]) for row in found] == [
         *[("train", 2), ("train", 4), ("valid", 4), ("epoch", 4), ("final", 4), ("diverged", 4)]
     ]
+    assert [row["step"] for row in starts] == [1, 2, 3, 4]
+    assert starts[0] == {"kind": "start", "step": 1, "epoch": 1, "position": 5, "loss": 2.0, "grad_norm": 1.5}
     assert found[0] == {
         "kind": "train",
         "step": 2,
@@ -48,6 +52,27 @@ def test_each_event_is_a_line(tmp_path):
     }
     assert (found[2]["ppl"], found[2]["protocol"], found[2]["best"]) == (50.0, "columns", True)
     assert (found[3]["loss"], found[3]["ppl"]) == (2.5, math.exp(5.0))
+
+
+def test_the_first_steps_and_the_first_overflow_are_logged_once(tmp_path):
+    """A run that is killed and continued anywhere has the same record."""
+    nats = dict.fromkeys(range(1, 31), 2.0) | {7: 709.0, 24: 709.1, 25: 800.0}
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    log = JsonLines(whole, 0, log_every=100)
+    for step, loss in nats.items():
+        log(stepped(step, loss))
+    assert [(row["kind"], row["step"]) for row in rows(whole)] == [
+        *[("start", step) for step in range(1, 21)],
+        ("overflow", 24),
+    ]
+    for saved in (0, 1, 7, 20, 23, 24, 25):
+        log = JsonLines(stopped, 0, log_every=100)
+        for step, loss in nats.items():
+            log(stepped(step, loss))  # all of it was logged, but only `saved` steps were saved
+        log = JsonLines(stopped, saved, log_every=100)
+        for step in range(saved + 1, 31):
+            log(stepped(step, nats[step]))
+        assert stopped.read_text() == whole.read_text()
 
 
 def test_internals_are_logged_with_each_validation(tmp_path, model):
@@ -67,7 +92,7 @@ def test_what_json_cannot_hold_is_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     JsonLines(path, 0, log_every=1)(stepped(1, nll=1e4))
     assert "Infinity" not in path.read_text()
-    assert rows(path)[0]["ppl"] is None
+    assert rows(path)[-1]["ppl"] is None
 
 
 def test_a_resumed_log_continues_without_gap_or_double(tmp_path):
