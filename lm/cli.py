@@ -300,7 +300,7 @@ def export_model(folder: Path, file: Path, to: str, which: str) -> None:
 def show_config(preset: str, assignments: tuple[str, ...], listing: bool) -> None:
     """Print settings as TOML with a description of each key; a file of them is a preset of one's own."""
     if listing:
-        click.echo("\n".join(f"{name:18} {text}" for name, text in config.presets().items()))
+        click.echo("\n".join(f"{name:24} {text}" for name, text in config.presets().items()))
     else:
         click.echo(config.to_toml(config.build(config.override(config.preset(preset), assignments))), nl=False)
 

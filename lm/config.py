@@ -205,27 +205,44 @@ def _short(value: Any) -> str:
 
 def presets() -> dict[str, str]:
     """Returns the names of the presets and what each is, in alphabetical order."""
-    files = sorted(resources.files("lm").joinpath("presets").iterdir(), key=lambda file: file.name)
-    return {
-        file.name.removesuffix(".toml"): tomllib.loads(file.read_text("utf-8"))["description"]
-        for file in files
-        if file.name.endswith(".toml")
-    }
+    files = resources.files("lm").joinpath("presets").iterdir()
+    found = {file.name.removesuffix(".toml"): file for file in files if file.name.endswith(".toml")}
+    return {name: tomllib.loads(found[name].read_text("utf-8"))["description"] for name in sorted(found)}
 
 
 def preset(name: str) -> dict[str, Any]:
     """Returns the tables of a preset: one by name, or a TOML file of one's own by path.
 
+    Its key `base` names another preset, whose tables it changes.
+
     Raises:
-        UserError: no such preset; a file that is missing or not TOML.
+        UserError: no such preset, or base; a file that is missing or not TOML.
     """
     if name.endswith(".toml"):
-        return read_toml(Path(name), "a preset")
+        return _on_base(read_toml(Path(name), "a preset"))
     known = presets()
     if name not in known:
         raise UserError(f"a preset must be one of {', '.join(known)}, or a path that ends in .toml; {name!r} came")
     text = resources.files("lm").joinpath("presets", f"{name}.toml").read_text("utf-8")
-    return _without_description(tomllib.loads(text))
+    return _on_base(_without_description(tomllib.loads(text)))
+
+
+def _on_base(tables: dict[str, Any]) -> dict[str, Any]:
+    """The tables put into those of the preset that their key `base` names."""
+    base = tables.pop("base", None)
+    if base is None:
+        return tables
+    known = presets()
+    if not (isinstance(base, str) and base in known):  # by name only: a file could name itself
+        raise UserError(f"a preset's base must be one of {', '.join(known)}; got {_short(base)}; correct it")
+    changed = preset(base)
+    for section, table in tables.items():
+        if not isinstance(table, dict):
+            changed[section] = table  # which `build` refuses
+            continue
+        for key, value in table.items():
+            put(changed, section, key, value)
+    return changed
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:

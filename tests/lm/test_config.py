@@ -1,3 +1,4 @@
+import re
 import tomllib
 
 import pytest
@@ -166,6 +167,35 @@ def test_an_unknown_preset_names_the_known_ones(tmp_path):
 def test_a_preset_of_ones_own(tmp_path):
     (tmp_path / "mine.toml").write_text('description = "mine"\n[train]\nlr = 2.0\n')
     assert config.build(config.preset(str(tmp_path / "mine.toml"))).train.lr == 2.0
+
+
+@pytest.mark.parametrize("arm", ["rnn-online", "rnn-layer", "rnn-none", "lstm-online", "lstm-layer", "lstm-none"])
+def test_a_steady_preset_is_the_papers_with_clipping_and_nothing_else(arm):
+    steady, literal = (config.build(config.preset(f"paper-{arm}{end}")) for end in ("-steady", ""))
+    assert (steady.train.clip, literal.train.clip) == (5.0, None)
+    assert steady.model_copy(update={"train": steady.train.model_copy(update={"clip": None})}) == literal
+
+
+def test_a_preset_of_ones_own_may_change_another(tmp_path):
+    (tmp_path / "mine.toml").write_text('base = "paper-rnn-online-steady"\n[train]\nlr = 2.0\n[eval]\nchunk = 3\n')
+    assert config.build(config.preset(str(tmp_path / "mine.toml"))) == config.build(
+        config.override(config.preset("paper-rnn-online"), ["train.clip=5.0", "train.lr=2.0", "eval.chunk=3"])
+    )
+
+
+@pytest.mark.parametrize("base", ['"papr"', '"mine.toml"', "3", "[]"])
+def test_a_base_is_a_preset_by_name(tmp_path, base):
+    (tmp_path / "mine.toml").write_text(f"base = {base}\n")
+    got = base.replace('"', "'")
+    with pytest.raises(UserError, match="a preset's base must be one of default, .*; got " + re.escape(got)):
+        config.preset(str(tmp_path / "mine.toml"))
+
+
+@pytest.mark.parametrize("text", ["train = 3", 'train = "x"', "[[train]]"])
+def test_a_section_on_a_base_that_is_no_table(tmp_path, text):
+    (tmp_path / "mine.toml").write_text(f'base = "paper-rnn-online"\n{text}\n')
+    with pytest.raises(UserError, match="train must be a"):
+        config.build(config.preset(str(tmp_path / "mine.toml")))
 
 
 def test_every_key_is_described():

@@ -122,6 +122,14 @@ def test_the_papers_arms_are_the_presets_to_the_letter():
         assert arm.settings.train.clip is None
 
 
+def test_the_steady_arms_are_their_presets_with_the_published_medians_beside():
+    literal, steady = (study.read(ROOT / f"scripts/studies/{name}.toml") for name in ("paper", "paper-steady"))
+    assert [(arm.name, arm.published) for arm in steady.arms] == [(arm.name, arm.published) for arm in literal.arms]
+    for arm in steady.arms:
+        assert arm.settings == config.build(config.preset(f"paper-{arm.name}-steady"))
+        assert arm.assignments == ()
+
+
 def test_the_fair_study_shares_all_but_cell_norm_and_decays():
     plan = study.read(ROOT / "scripts/studies/fair.toml")
     assert len(plan.arms) == 3 * 4 * 3
