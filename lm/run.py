@@ -510,9 +510,9 @@ def _kept_nats(best: Path, trainer: Trainer) -> float:
     except UserError:
         return math.inf
     nats = saved.get("nats", trainer.progress.best)  # files of an older version do not tell
-    fits = {k: getattr(v, "shape", None) for k, v in saved["model"].items()} == {
-        k: v.shape for k, v in trainer.model.state_dict().items()
-    }
+    # Only shapes: an older file may have other names for the same tensors.
+    found = [getattr(value, "shape", None) for value in saved["model"].values()]
+    fits = found == [value.shape for value in trainer.model.state_dict().values()]
     return nats if fits and type(nats) is float and nats >= 0 else math.inf
 
 

@@ -234,7 +234,7 @@ class LSTM(Recurrent):
     `cell_norm`, `c' = norm(c')` is used and carried. With `proj_size` P, `h' = W_hr (o * tanh(c'))`. With
     `norm="none"` it is exactly `torch.nn.LSTM`. Arguments up to `proj_size` are torch's; `norm` is a specification of
     `rnnorm.norms` or one of "online", "layer", "rms", "none"; `backend` "auto" or a name from `rnnorm.backends()`.
-    Parameters and buffers besides torch's: `norm_weight_l{k}`, `norm_bias_l{k}` [4H] and, for online, `norm_mean_l{k}`,
+    Parameters and buffers besides torch's: `norm_scale_l{k}`, `norm_shift_l{k}` [4H] and, for online, `norm_mean_l{k}`,
     `norm_var_l{k}`, `norm_u_l{k}`, `norm_v_l{k}` [4H]; with `cell_norm` the same as `cell_norm_*` [H].
     Raises `ValueError` or `TypeError` for options that make no sense.
     Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), section 4.

@@ -14,8 +14,11 @@ from rnnorm.ops.registry import by_name
 
 State = Tensor | tuple[Tensor, Tensor]
 STREAMS = {"mean": 0.0, "var": 1.0, "u": 0.0, "v": 0.0}
+# A norm's affine parameters in older state dicts, also pruned or parametrized.
+_OLD_NAME = re.compile(r"((?:parametrizations\.)?(?:cell_)?norm)_(weight|bias)(.*)")
+_NEW_NAMES = {"weight": "scale", "bias": "shift"}
 # Operands of which the fused loops need both or neither.
-_PAIRS = (("bias_ih", "bias_hh"), ("norm_weight", "norm_bias"), ("cell_norm_weight", "cell_norm_bias"))
+_PAIRS = (("bias_ih", "bias_hh"), ("norm_scale", "norm_shift"), ("cell_norm_scale", "cell_norm_shift"))
 
 
 class StreamModule(nn.Module):
@@ -71,6 +74,13 @@ class RecurrentModule(StreamModule):
     cell_norm: bool
     backend: str
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            if old := _OLD_NAME.fullmatch(key.removeprefix(prefix)):
+                start, kind, rest = old.groups()
+                state_dict[f"{prefix}{start}_{_NEW_NAMES[kind]}{rest}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _set_options(self, norm: "str | norms.Spec", cell_norm: bool, backend: str) -> None:
         self.norm = norms.resolve(norm)
         if cell_norm and self.norm.kind == "none":
@@ -90,9 +100,9 @@ class RecurrentModule(StreamModule):
         if self.proj_size:
             shapes["weight_hr"] = (self.proj_size, self.hidden_size)
         if self.norm.affine:
-            shapes |= {"norm_weight": (C,), "norm_bias": (C,)}
+            shapes |= {"norm_scale": (C,), "norm_shift": (C,)}
             if self.cell_norm:
-                shapes |= {"cell_norm_weight": (self.hidden_size,), "cell_norm_bias": (self.hidden_size,)}
+                shapes |= {"cell_norm_scale": (self.hidden_size,), "cell_norm_shift": (self.hidden_size,)}
         for name, size in shapes.items():
             self.register_parameter(name + suffix, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
         if self.norm.kind == "online":
@@ -124,9 +134,9 @@ class RecurrentModule(StreamModule):
         """Draw the weights as torch does, uniformly within 1/sqrt(H), and start norms and streams afresh."""
         bound = 1.0 / math.sqrt(self.hidden_size)
         for name, parameter in self.named_parameters(recurse=False):
-            if "norm_weight" in name:
+            if "norm_scale" in name:
                 nn.init.ones_(parameter)
-            elif "norm_bias" in name:
+            elif "norm_shift" in name:
                 nn.init.zeros_(parameter)
             else:
                 nn.init.uniform_(parameter, -bound, bound)

@@ -36,7 +36,7 @@ class PlainStep(_Copies):
         self.spec, self.units, self.width = spec, layer.hidden_size, layer.proj_size or layer.hidden_size
         self._copy(layer, suffix, "weight_hh", "bias_hh", "weight_hr")
         for prefix in ("norm", "cell_norm"):
-            self._copy(layer, suffix, *(f"{prefix}_{name}" for name in ("weight", "bias", *STREAMS)))
+            self._copy(layer, suffix, *(f"{prefix}_{name}" for name in ("scale", "shift", *STREAMS)))
 
     def forward(self, x_part: Tensor, state: Tensor) -> Tensor:
         h, c = state[:, : self.width], state[:, self.width :]
@@ -51,9 +51,9 @@ class PlainStep(_Copies):
         return (new_h if new_c is None else torch.cat((new_h, new_c), 1)).to(state.dtype)
 
     def _normalizer(self, prefix: str) -> Callable[[Tensor, int], Tensor]:
-        weight, bias, mean, *others = (getattr(self, f"{prefix}_{name}") for name in ("weight", "bias", *STREAMS))
+        scale, shift, mean, *others = (getattr(self, f"{prefix}_{name}") for name in ("scale", "shift", *STREAMS))
         var, u, v = others
-        return normalizer(self.spec, self.units, weight, bias, None if mean is None else (mean, var, u, v))
+        return normalizer(self.spec, self.units, scale, shift, None if mean is None else (mean, var, u, v))
 
 
 class Scan(nn.Module):

@@ -79,7 +79,7 @@ class _Scriptable(RecurrentModule):
             streams[name] = buffer
         y, last_h, last_c, mean, var, cell_mean, cell_var = torch.ops.rnnorm.sequence(
             *(x, h, c, w["weight_ih"], w["weight_hh"], w.get("bias_ih"), w.get("bias_hh"), w.get("weight_hr")),
-            *(w.get("norm_weight"), w.get("norm_bias"), w.get("cell_norm_weight"), w.get("cell_norm_bias")),
+            *(w.get("norm_scale"), w.get("norm_shift"), w.get("cell_norm_scale"), w.get("cell_norm_shift")),
             *(streams.get("norm_mean" + suffix), streams.get("norm_var" + suffix)),
             *(streams.get("norm_u" + suffix), streams.get("norm_v" + suffix)),
             *(streams.get("cell_norm_mean" + suffix), streams.get("cell_norm_var" + suffix)),

@@ -43,7 +43,7 @@ class Online:
     r"""Online normalization: streaming statistics in the forward pass, a control process in the backward pass.
 
     `y = (x - mean) / sqrt(var + eps)` with `mean`, `var` of the samples before `x`; then
-    `weight * y + bias` (if `affine`), then the guard: `"scale"` divides by the root mean square over the
+    `scale * y + shift` (if `affine`), then the guard: `"scale"` divides by the root mean square over the
     H units of a gate, `"clamp"` clips to [-5, 5].
 
     `alpha_fwd`, `alpha_bwd` in (0, 1] are the decay factors of the statistics and of the control process.

@@ -22,10 +22,10 @@ class Operands(NamedTuple):
     bias_ih: Tensor | None  # [C]
     bias_hh: Tensor | None  # [C]
     weight_hr: Tensor | None  # [P, H]
-    norm_weight: Tensor | None  # [C]
-    norm_bias: Tensor | None  # [C]
-    cell_norm_weight: Tensor | None  # [H]
-    cell_norm_bias: Tensor | None  # [H]
+    norm_scale: Tensor | None  # [C]
+    norm_shift: Tensor | None  # [C]
+    cell_norm_scale: Tensor | None  # [H]
+    cell_norm_shift: Tensor | None  # [H]
     # From here on nothing is differentiated.
     norm_mean: Tensor | None  # [C], statistics dtype, as the next seven
     norm_var: Tensor | None

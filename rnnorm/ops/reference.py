@@ -114,8 +114,8 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
     dtype, wide = o.x.dtype, statistics_dtype(o.x.dtype)
     H = o.weight_ih.size(0) // spec.gates
     gate_streams, cell_streams = _streams(o, "norm"), _streams(o, "cell_norm")
-    normalize_gates = normalizer(spec, H, o.norm_weight, o.norm_bias, gate_streams)
-    cell = normalizer(spec, H, o.cell_norm_weight, o.cell_norm_bias, cell_streams)
+    normalize_gates = normalizer(spec, H, o.norm_scale, o.norm_shift, gate_streams)
+    cell = normalizer(spec, H, o.cell_norm_scale, o.cell_norm_shift, cell_streams)
     normalize_cell: Callable[[Tensor], Tensor] = (lambda c: cell(c, 0)) if spec.cell_norm else (lambda c: c)
     step = CELLS[spec.cell].step
 

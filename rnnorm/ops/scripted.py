@@ -406,7 +406,7 @@ def _norm(o: Operands, spec: CallSpec, prefix: str, on: bool, backward: bool) ->
     """The normalization with that prefix, on copies of its streams."""
     wide, N = statistics_dtype(o.x.dtype), o.x.size(1)
     empty = torch.empty(0, dtype=wide, device=o.x.device)
-    parts: dict[str, Any] = {name: getattr(o, f"{prefix}_{name}") for name in ("weight", "bias")}
+    parts: dict[str, Any] = {"weight": getattr(o, f"{prefix}_scale"), "bias": getattr(o, f"{prefix}_shift")}
     parts = {name: None if value is None else value.to(wide) for name, value in parts.items()}
     for name in ("mean", "var", "u", "v"):
         stream = getattr(o, f"{prefix}_{name}")
@@ -589,7 +589,7 @@ class Scripted:
                 getattr(o, f"{prefix}_u").copy_(norm.u)
                 getattr(o, f"{prefix}_v").copy_(norm.v)
             if need_weights:
-                found[f"{prefix}_weight"], found[f"{prefix}_bias"] = norm.grad_weight, norm.grad_bias
+                found[f"{prefix}_scale"], found[f"{prefix}_shift"] = norm.grad_weight, norm.grad_bias
         if need_input:
             found["x"] = _padded(torch.mm(input_part.to(dtype), o.weight_ih), real, T, N)
         if need_weights:

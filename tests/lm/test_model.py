@@ -54,7 +54,7 @@ def test_initial_ranges(model):
     ranged = model(init_range=0.03, tied=False, norm="layer")
     own = [p for name, p in ranged.named_parameters() if "norm" not in name]
     assert all(0 < p.abs().max() <= 0.03 for p in own)
-    assert torch.equal(ranged.layers.norm_weight_l0, torch.ones(48))
+    assert torch.equal(ranged.layers.norm_scale_l0, torch.ones(48))
 
 
 def test_dropout_is_never_in_the_carried_state(model):

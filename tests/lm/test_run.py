@@ -222,6 +222,28 @@ def test_a_best_checkpoint_that_is_of_no_use_gives_way(train, tmp_path, validati
     assert checkpoint.load(best)["progress"]["step"] == 4
 
 
+def test_a_run_whose_checkpoints_have_older_names_goes_on(train, tmp_path, validations):
+    validations(1.5, 2.0, 3.0)
+    train(folder="whole")
+    validations(1.5)
+    train("train.max_steps=3")
+    for path in (tmp_path / "run/checkpoints").iterdir():
+        saved = {key: value for key, value in checkpoint.load(path).items() if key not in ("format", "version")}
+        names = {
+            name: name.replace("norm_scale", "norm_weight").replace("norm_shift", "norm_bias")
+            for name in saved["model"]
+        }
+        assert "layers.norm_bias_l0" in names.values()
+        checkpoint.save(path, {**saved, "model": {names[name]: value for name, value in saved["model"].items()}})
+    best = (tmp_path / "run/checkpoints/best.pt").read_bytes()
+    validations(2.0, 3.0)
+    train()
+    assert_equal(
+        *(checkpoint.load(tmp_path / folder / "checkpoints/last.pt")["model"] for folder in ("run", "whole")), ""
+    )
+    assert (tmp_path / "run/checkpoints/best.pt").read_bytes() == best
+
+
 def test_a_finished_run_only_scores_again(train, tmp_path):
     first = train()
     before = checkpoint.load(tmp_path / "run/checkpoints/last.pt")

@@ -187,5 +187,5 @@ def test_named_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch)
 def test_state_of_another_norm_is_not_loaded() -> None:
     with pytest.raises(RuntimeError, match=r"Missing key.*norm_mean_l0"):
         _lstm().load_state_dict(nn.LSTM(3, 4).state_dict())
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*norm_weight_l0"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*norm_scale_l0"):
         _lstm(norm="none").load_state_dict(_lstm().state_dict())

@@ -33,8 +33,8 @@ def test_names_and_shapes_are_those_on_disk() -> None:
 
 def test_parameters_and_buffers_are_named_as_promised() -> None:
     layer = rnnorm.LSTM(3, 4, cell_norm=True, bidirectional=True)
-    parameters = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "norm_weight", "norm_bias", "cell_norm_weight"]
-    parameters += ["cell_norm_bias"]
+    parameters = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "norm_scale", "norm_shift", "cell_norm_scale"]
+    parameters += ["cell_norm_shift"]
     streams = [f"{prefix}_{stream}" for prefix in ("norm", "cell_norm") for stream in ("mean", "var", "u", "v")]
     for suffix in ("_l0", "_l0_reverse"):
         assert {name + suffix for name in parameters} <= dict(layer.named_parameters()).keys()

@@ -130,8 +130,8 @@ _BACKWARD = {
             ("weight_hh", "rnn_relu-layer-plain"),
             ("bias_hh", "gru-none-plain"),
             ("weight_hr", "lstm-proj-layer-plain"),
-            ("norm_weight", "gru-rms-plain"),
-            ("cell_norm_bias", "lstm-cell_norm-layer-plain"),
+            ("norm_scale", "gru-rms-plain"),
+            ("cell_norm_shift", "lstm-cell_norm-layer-plain"),
         )
     },
 }

@@ -219,7 +219,7 @@ def test_long_horizons_keep_their_digits():
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["bias_hh", "norm_bias", "norm_var", "norm_u", "cell_norm_v", "c"])
+@pytest.mark.parametrize("name", ["bias_hh", "norm_shift", "norm_var", "norm_u", "cell_norm_v", "c"])
 def test_operands_that_are_missing_past_the_modules_are_refused(name):
     layer = rnnorm.LSTM(2, 3, norm="online", cell_norm=True, backend="cpu")
     operands = layer._operands("_l0", torch.randn(4, 2, 2), torch.zeros(2, 3), torch.zeros(2, 3), None)

@@ -85,15 +85,15 @@ class GRU:
     def _normalize(self, pre: np.ndarray, left: int) -> tuple[np.ndarray, Any]:
         span = slice(left, left + pre.shape[1])
         y, s = self._part(span.start, span.stop).forward(pre[:, :, None])
-        z = self.p["norm_weight"][span] * y[:, :, 0] + self.p["norm_bias"][span]
+        z = self.p["norm_scale"][span] * y[:, :, 0] + self.p["norm_shift"][span]
         return guarded(z, self.guard, self.H), (span, y, s, z)
 
     def _normalize_backward(self, dq: np.ndarray, kept: Any, grads: dict[str, np.ndarray]) -> np.ndarray:
         span, y, s, z = kept
         dz = guarded_backward(dq, z, self.guard, self.H)
-        grads["norm_weight"][span] += (dz * y[:, :, 0]).sum(0)
-        grads["norm_bias"][span] += dz.sum(0)
-        g = (dz * self.p["norm_weight"][span])[:, :, None]
+        grads["norm_scale"][span] += (dz * y[:, :, 0]).sum(0)
+        grads["norm_shift"][span] += dz.sum(0)
+        g = (dz * self.p["norm_scale"][span])[:, :, None]
         return self._part(span.start, span.stop).backward(g, y, s)[:, :, 0]
 
     def run(self, x: np.ndarray, h: np.ndarray, lengths: Any, reverse: bool, dy: np.ndarray, dh: np.ndarray) -> Any:

@@ -28,6 +28,11 @@ def _paths(norm: bool) -> Any:
     return found or [pytest.param(None, marks=pytest.mark.skip(reason=_WHY))]
 
 
+def _recorded(name: str) -> str:
+    """The name in the recordings, where the affine parameters are called weight and bias."""
+    return name.replace("norm_scale", "norm_weight").replace("norm_shift", "norm_bias")
+
+
 class _Recording:
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         with np.load(path) as arrays:
@@ -100,7 +105,7 @@ def test_layer(path: Path, backend: str, dtype: torch.dtype) -> None:
     )
     sizes = z.scalar("I"), z.scalar("H"), z.scalar("num_layers")
     layer = getattr(rnnorm, kind.upper())(*sizes, norm=spec, backend=backend, dtype=dtype, **own)
-    given = {name: z.tensor(name) for name, _ in layer.named_parameters()}
+    given = {_recorded(name): z.tensor(_recorded(name)) for name, _ in layer.named_parameters()}
     layer.load_state_dict({**layer.state_dict(), **given})
     state = None
     for w in range(z.scalar("windows")):
@@ -115,7 +120,7 @@ def test_layer(path: Path, backend: str, dtype: torch.dtype) -> None:
         if kind == "lstm":
             z.expect(f"c_{w}", state[1])
         for name, parameter in layer.named_parameters():
-            z.expect(f"grad_{w}_{name}", parameter.grad)
+            z.expect(f"grad_{w}_{_recorded(name)}", parameter.grad)
         for name, buffer in layer.named_buffers():
             z.expect(f"{name}_{w}", buffer)
     z.assert_all_used(("x_", "grad_y_", *given))

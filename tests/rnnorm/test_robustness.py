@@ -91,6 +91,49 @@ def test_training_goes_on_from_a_checkpoint(kind: str, assign: bool) -> None:
     torch.testing.assert_close(fresh.state_dict(), module.state_dict(), rtol=0, atol=0)
 
 
+_OLD_NAMES = {"norm_scale": "norm_weight", "norm_shift": "norm_bias"}
+
+
+def _with_old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for new, old in _OLD_NAMES.items():
+        state = {name.replace(new, old): value for name, value in state.items()}
+    return state
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "OnlineNorm"])
+def test_state_dicts_with_the_old_names_of_affine_parameters_load(kind: str, assign: bool) -> None:
+    model = nn.ModuleDict({"encoder": nn.Sequential(_make(kind), nn.Linear(3, 3))})
+    nn.utils.parametrizations.weight_norm(model["encoder"][0], "norm_scale" + "_l0" * ("Cell" not in kind), dim=None)
+    for module in (model, _make(kind)):
+        expected = {name: torch.rand_like(value) for name, value in module.state_dict().items()}
+        old = _with_old_names(expected)
+        assert not old.keys() & {name for name in expected if "scale" in name or "shift" in name}
+        kept = dict(old)
+        module.load_state_dict(old, assign=assign)
+        torch.testing.assert_close(dict(module.state_dict()), expected, rtol=0, atol=0)
+        assert old.keys() == kept.keys()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "OnlineNorm"])
+def test_initialization_loops_of_other_programs_leave_norms_alone(kind: str) -> None:
+    layer = _make(kind)
+    affine = {name: value.clone() for name, value in layer.named_parameters() if "norm" in name}
+    assert len(affine) == (4 if kind == "LSTM" else 2)
+    for name, parameter in layer.named_parameters():
+        if "weight" in name:
+            nn.init.orthogonal_(parameter)
+        elif "bias" in name:
+            nn.init.constant_(parameter, 0.5)
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(parameter, affine[name]) if name in affine else not parameter.eq(0).any()
+    # The layers draw what torch's do, and nothing for the norm.
+    torch.manual_seed(1)
+    layer.reset_parameters()
+    drawn = _make(kind).state_dict()
+    assert all(torch.equal(value, drawn[name]) for name, value in layer.named_parameters())
+
+
 def test_state_does_not_hold_the_batch_size() -> None:
     layer = _make()
     sizes = {name: value.shape for name, value in layer.state_dict().items()}
@@ -360,7 +403,7 @@ def test_meta_and_later_materialization() -> None:
 
 
 @pytest.mark.parametrize(
-    "pair", [("bias_ih", "bias_hh"), ("norm_weight", "norm_bias"), ("cell_norm_weight", "cell_norm_bias")]
+    "pair", [("bias_ih", "bias_hh"), ("norm_scale", "norm_shift"), ("cell_norm_scale", "cell_norm_shift")]
 )
 @pytest.mark.parametrize("backend", registry.names())
 def test_half_a_pair_of_parameters_is_refused(backend: str, pair: tuple[str, ...]) -> None:

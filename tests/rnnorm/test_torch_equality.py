@@ -183,7 +183,7 @@ def test_from_torch_with_a_norm_starts_it_afresh(name: str) -> None:
     theirs, _ = _pair(name)
     ours = getattr(rnnorm, LAYERS[name][0]).from_torch(theirs, norm="online")
     assert torch.equal(ours.weight_hh_l0, theirs.weight_hh_l0)
-    assert ours.norm_weight_l0.eq(1).all()
+    assert ours.norm_scale_l0.eq(1).all()
     assert ours.norm_var_l0.eq(1).all()
     with pytest.raises(ValueError, match=r"to_torch needs norm='none'.*cannot normalize; got Online"):
         ours.to_torch()

@@ -232,8 +232,8 @@ def test_computed_weights_are_refused() -> None:
             return 2 * weight
 
     layer = rnnorm.LSTM(3, 4)
-    nn.utils.parametrize.register_parametrization(layer, "norm_weight_l0", Doubled())
-    with pytest.raises(TypeError, match="needs norm_weight_l0 to be a parameter; it is computed"):
+    nn.utils.parametrize.register_parametrization(layer, "norm_scale_l0", Doubled())
+    with pytest.raises(TypeError, match="needs norm_scale_l0 to be a parameter; it is computed"):
         torch.jit.script(layer)
 
 
