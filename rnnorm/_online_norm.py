@@ -19,7 +19,8 @@ class OnlineNorm(StreamModule):
     `y = (x - mean) / sqrt(var + eps)` with the statistics of the samples before `x` (in evaluation mode the frozen
     ones), `z = weight * y + bias`, then the guard: "clamp" clips to [-5, 5], "scale" divides each sample by its root
     mean square over all channels (and positions), "none". The backward pass is the paper's control process; it can run
-    once per forward. `control_floor` is that of `norms.Online`, with the mean of `y^2` over a sample's positions.
+    once per forward. `control_floor` is that of `norms.Online`, with the mean of `y^2` over a sample's positions, and
+    streams that would not be finite stay as they were.
     Input and output (N, C) or (N, C, *), same dtype; statistics are float32 (float64 for float64).
     Parameters `weight`, `bias` and buffers `mean`, `var`, `u`, `v`, all [C].
     Raises `ValueError` for constants out of range, a wrong number of channels, dtype or device.

@@ -53,8 +53,9 @@ class Online:
     `sqrt(2 / (1 - alpha_bwd))`, as in the first steps at a large learning rate, v diverges. 1e-5 is the bound of the
     authors' batched code, of the time of their results.
 
-    A backward pass after which u or v would not be finite, as with a loss scale that is too large, leaves both as they
-    were (not so on backend `"reference"`, which is the text alone).
+    A call after which any mean or variance of a layer and direction would not be finite leaves all of them as they
+    were; its output still shows the NaN. A backward pass after which u or v would not be finite, as with a loss scale
+    that is too large, leaves both as they were (not so on backend `"reference"`, which is the text alone).
 
     Raises `ValueError` for values outside their range.
     Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), eq. 8-12.

@@ -105,10 +105,16 @@ def kept_finite(control: Sequence[Tensor | None]) -> Iterator[None]:
     for it, as a GradScaler does that looks for its scale; one that stayed in u and v would spoil all that come."""
     before = [(moved, moved.clone()) for moved in control if moved is not None]
     yield
-    sums = [moved.sum() for moved, _ in before]
+    chosen = finite_or([kept for _, kept in before], [moved for moved, _ in before])
+    for (moved, _), value in zip(before, chosen, strict=True):
+        if value is not moved:
+            moved.copy_(value)
+
+
+def finite_or(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
+    """`after`, or the values of `before` if any value of `after` is not finite; they move together or not at all."""
     # On a CPU it costs next to nothing to look at a value; elsewhere it would mean to wait for the device.
-    if all(total.is_cpu and math.isfinite(total) for total in sums):
-        return
-    finite = torch.stack(sums).isfinite().all()
-    for moved, kept in before:
-        moved.copy_(torch.where(finite, moved, kept))
+    if all(moved.is_cpu and math.isfinite(moved.sum()) for moved in after):
+        return after
+    finite = torch.stack([moved.isfinite().all() for moved in after]).all()
+    return [torch.where(finite, moved, kept) for moved, kept in zip(after, before, strict=True)]

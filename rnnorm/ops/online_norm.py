@@ -21,8 +21,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     library.refuse_recomputation()
     with library.without_autocast(x.device.type):
-        y, rstd, mean, var = stream.online_norm(x.to(mean.dtype), mean, var, alpha_fwd, eps)
-        return y.contiguous(), rstd, mean, var
+        y, rstd, *after = stream.online_norm(x.to(mean.dtype), mean, var, alpha_fwd, eps)
+        new_mean, new_var = library.finite_or([mean, var], after)
+        return y.contiguous(), rstd, new_mean, new_var
 
 
 def _fake(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, *constants: float) -> tuple[Tensor, ...]:

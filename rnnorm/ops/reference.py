@@ -5,6 +5,7 @@ hand-written gradient. It is slow on purpose; nothing here is shared with the fa
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -139,13 +140,18 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
             c = c.index_put((rows,), new_c)
         ys[t] = torch.zeros_like(ys[t]).index_put((rows,), new_h)
     empty = o.x.new_empty(0)
-    moved = spec.controlled
+    statistics: list[Tensor] = []
+    if spec.controlled:
+        before: list[Any] = [o.norm_mean, o.norm_var, o.cell_norm_mean, o.cell_norm_var]
+        after = [*(gate_streams or ())[:2], *(cell_streams or ())[:2]]
+        finite = torch.cat(after).isfinite().all()
+        statistics = [torch.where(finite, moved, held) for moved, held in zip(after, before, strict=False)]
+    mean, var, cell_mean, cell_var = [*statistics, *[empty] * 4][:4]
     return Results(
         torch.stack(ys).to(dtype),
         h.to(dtype),
         empty if c is None else c.to(dtype),
-        *((gate_streams[0], gate_streams[1]) if gate_streams and moved else (empty, empty)),
-        *((cell_streams[0], cell_streams[1]) if cell_streams and moved else (empty, empty)),
+        *(mean, var, cell_mean, cell_var),
     )
 
 

@@ -16,6 +16,7 @@ from rnnorm.ops.call import DIFFERENTIABLE, MOVED_IN_BACKWARD, CallSpec, Operand
 from rnnorm.ops.registry import Backend, by_name, choose
 
 _SCALARS = {str: "str", float: "float", bool: "bool"}
+_STATISTICS = [name for name in Results._fields if name.endswith(("_mean", "_var"))]
 _REQUIRED = ("x", "h", "weight_ih", "weight_hh")
 
 
@@ -51,7 +52,15 @@ def _forward(backend: Backend, operands: Operands, spec: CallSpec, save: bool) -
             # Padding leaves rows over, and no result may depend on what memory held.
             if kept.size(0) == rows:
                 kept[used:].zero_()
-    return results, saved
+    return _finite_statistics(results, operands) if spec.controlled else results, saved
+
+
+def _finite_statistics(results: Results, operands: Operands) -> Results:
+    """`results` with the statistics of before where any of those after is not finite."""
+    names = [name for name in _STATISTICS if getattr(operands, name) is not None]
+    before, after = ([getattr(held, name) for name in names] for held in (operands, results))
+    kept: dict[str, Any] = dict(zip(names, library.finite_or(before, after), strict=True))
+    return results._replace(**kept)
 
 
 def _plain(*args: Any) -> Results:

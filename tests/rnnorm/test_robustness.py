@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,15 @@ def _make(kind: str = "LSTM", **options: Any) -> Any:
     return getattr(rnnorm, kind)(3, 4, **options)
 
 
-def _call(module: nn.Module, x: Tensor) -> Tensor:
+def _call(module: nn.Module, x: Tensor, call: Any = None) -> Tensor:
+    """The output of a module, or of what was made of it, for layers' input."""
+    call = module if call is None else call
     if isinstance(module, rnnorm.OnlineNorm):
-        return module(x.flatten(0, -2))
+        return call(x.flatten(0, -2))
     if isinstance(module, rnnorm.LSTMCell | rnnorm.GRUCell | rnnorm.RNNCell):
-        last = module(x[0])
+        last = call(x[0])
         return last[0] if isinstance(last, tuple) else last
-    return module(x)[0]
+    return call(x)[0]
 
 
 def _train(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -433,6 +436,57 @@ def test_a_gradient_that_is_not_finite_leaves_the_control_as_it_was(backend: str
             assert torch.equal(value, before[name]), name
     assert torch.isfinite(_train(module)).all()
     assert all(not torch.equal(value, before[name]) for name, value in module.named_buffers())
+
+
+def _as_script(module: nn.Module) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(module)
+
+
+_FORMS: dict[str, Any] = {
+    "eager": lambda module: module,
+    "compiled": lambda module: torch.compile(module, backend="aot_eager", fullgraph=True),
+    "scripted": _as_script,
+}
+_OVERFLOWS = [("eager", backend, kind) for backend in registry.names() for kind in KINDS if kind != "OnlineNorm"]
+_OVERFLOWS += [("scripted", "cpu", kind) for kind in KINDS]
+_OVERFLOWS += [("compiled", "cpu", kind) for kind in ("LSTM", "GRUCell", "OnlineNorm")]
+_OVERFLOWS += [("eager", "auto", "OnlineNorm")]
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize(("form", "backend", "kind"), _OVERFLOWS)
+def test_an_input_that_is_not_finite_leaves_the_statistics_as_they_were(
+    form: str, backend: str, kind: str, bad: float
+) -> None:
+    module = _make(kind) if kind == "OnlineNorm" else _make(kind, backend=backend)
+    twin = copy.deepcopy(module)
+    call = _FORMS[form](module)
+    for _ in range(2):  # also away from where the streams start
+        before = _stream_values(module)
+        x = torch.randn(5, 2, 3)
+        x[0, 0, 2] = bad
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                assert not _call(module, x, call).isfinite().all()
+            assert all(torch.equal(value, before[name]) for name, value in module.named_buffers())
+        x = torch.randn(5, 2, 3)
+        assert torch.equal(_call(module, x, call), _call(twin, x))
+        assert all(torch.equal(value, twin.get_buffer(name)) for name, value in module.named_buffers())
+        assert all(not torch.equal(value, before[name]) for name, value in module.named_buffers() if "mean" in name)
+
+
+@pytest.mark.parametrize("backend", registry.names())
+def test_the_statistics_of_a_layer_and_direction_move_together_or_not_at_all(backend: str) -> None:
+    layer = _make(backend=backend, num_layers=2, bidirectional=True)
+    with torch.no_grad():
+        layer.weight_ih_l1_reverse[2] = float("inf")  # one of 16 channels
+    before = _stream_values(layer)
+    layer(torch.randn(5, 2, 3))
+    for name, value in layer.named_buffers():
+        moved = name.split("_l")[0].endswith(("mean", "var")) and not name.endswith("_l1_reverse")
+        assert torch.equal(value, before[name]) != moved, name
 
 
 def test_a_scaler_of_gradients_finds_its_scale() -> None:
