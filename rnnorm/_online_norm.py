@@ -29,6 +29,8 @@ class OnlineNorm(StreamModule):
 
     _stream_name = re.compile("(mean|var|u|v)")
 
+    constants: norms.Constants  # declared for TorchScript
+
     def __init__(
         self,
         num_features: int,
@@ -45,7 +47,8 @@ class OnlineNorm(StreamModule):
         super().__init__()
         if not isinstance(num_features, int) or num_features <= 0:
             raise ValueError(f"num_features must be an int greater than 0; got {num_features!r}")
-        norms.check_online(alpha_fwd, alpha_bwd, eps, guard, control_floor)
+        self.constants = norms.Online(alpha_fwd, alpha_bwd, eps, affine, guard, control_floor).constants
+        self._constants = [*self.constants]  # the same, as TorchScript hands it to the operator
         self.num_features = num_features
         self.alpha_fwd = float(alpha_fwd)
         self.alpha_bwd = float(alpha_bwd)
@@ -104,10 +107,7 @@ class OnlineNorm(StreamModule):
         if self.training:
             if not torch.jit.is_scripting():
                 library.refuse_transforms([x])
-            y, _, mean, var = torch.ops.rnnorm.online_norm(
-                *(x, self.mean, self.var, self.u, self.v),
-                *(self.alpha_fwd, self.alpha_bwd, self.eps, self.control_floor),
-            )
+            y, _, mean, var = torch.ops.rnnorm.online_norm(*(x, self.mean, self.var, self.u, self.v, self._constants))
             self.mean.copy_(mean.detach())
             self.var.copy_(var.detach())
         else:
@@ -117,7 +117,7 @@ class OnlineNorm(StreamModule):
         if weight is not None and bias is not None:
             y = y * weight.to(y.dtype).unsqueeze(1) + bias.to(y.dtype).unsqueeze(1)
         if self.guard == "scale":
-            y = y * (y.square().mean((1, 2), keepdim=True) + norms.SCALE_EPS).rsqrt()
+            y = y * (y.square().mean((1, 2), keepdim=True) + self.constants.scale_eps).rsqrt()
         elif self.guard == "clamp":
-            y = y.clamp(-norms.CLAMP_LIMIT, norms.CLAMP_LIMIT)
+            y = y.clamp(-self.constants.clamp_limit, self.constants.clamp_limit)
         return y.reshape(input.shape).to(input.dtype)

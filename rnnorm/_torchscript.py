@@ -24,10 +24,7 @@ class _Options(NamedTuple):
     cell: str
     norm: str
     guard: str
-    eps: float
-    alpha_fwd: float
-    alpha_bwd: float
-    control_floor: float
+    constants: list[float]
     cell_norm: bool
     wanted: str
 
@@ -84,7 +81,7 @@ class _Scriptable(RecurrentModule):
             *(streams.get("norm_u" + suffix), streams.get("norm_v" + suffix)),
             *(streams.get("cell_norm_mean" + suffix), streams.get("cell_norm_var" + suffix)),
             *(streams.get("cell_norm_u" + suffix), streams.get("cell_norm_v" + suffix), lengths),
-            *(o.cell, o.norm, o.guard, o.eps, o.alpha_fwd, o.alpha_bwd, o.control_floor, o.cell_norm),
+            *(o.cell, o.norm, o.guard, o.constants, o.cell_norm),
             *(self.training, reverse, o.wanted),
         )
         if self.training and o.norm == "online":
@@ -270,5 +267,6 @@ def scriptable(module: RecurrentModule) -> Any:
     new.__dict__ = dict(module.__dict__)
     new.state_names = list(CELLS[module.cell].states)
     new.suffixes, new.weights = suffixes, weights
-    new.options = _Options(**{name: getattr(spec, name) for name in _Options._fields})
+    options = {**spec._asdict(), "constants": [*spec.constants]}
+    new.options = _Options(**{name: options[name] for name in _Options._fields})
     return new

@@ -2,13 +2,36 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 KINDS = ("none", "online", "layer", "rms")
 GUARDS = ("none", "scale", "clamp")
-# Constants of the guards, the same wherever a guard is computed.
-SCALE_EPS = 1e-5
-CLAMP_LIMIT = 5.0
+
+
+class Constants(NamedTuple):
+    """Every number of a normalization: the one value that operators, backends and C++ take, in this order.
+
+    Defaults are those of a norm that has no such constant.
+    """
+
+    eps: float = 1e-5
+    alpha_fwd: float = 1.0
+    alpha_bwd: float = 1.0
+    scale_eps: float = 1e-5  # of the guard "scale"
+    clamp_limit: float = 5.0  # of the guard "clamp"
+    control_floor: float = -math.inf
+
+
+class _Norm:
+    """What the specifications share."""
+
+    kind: ClassVar[str]
+
+    @property
+    def constants(self) -> Constants:
+        """The specification's numbers, with defaults for those that it lacks."""
+        own = {name: float(getattr(self, name)) for name in Constants._fields if hasattr(self, name)}
+        return Constants(**own)
 
 
 def _check_number(name: str, value: float) -> None:
@@ -22,24 +45,8 @@ def _check_eps(eps: float) -> None:
         raise ValueError(f"eps must be greater than 0; got {eps}; the usual value is 1e-5")
 
 
-def check_online(alpha_fwd: float, alpha_bwd: float, eps: float, guard: str, control_floor: float) -> None:
-    """Raise `ValueError` unless the constants of an online normalization make sense."""
-    for name, alpha in (("alpha_fwd", alpha_fwd), ("alpha_bwd", alpha_bwd)):
-        _check_number(name, alpha)
-        if not 0 < alpha <= 1:
-            raise ValueError(
-                f"{name} must lie in (0, 1]; got {alpha}; the horizon is 1 / (1 - {name}) samples, e.g. 0.999"
-            )
-    _check_eps(eps)
-    if guard not in GUARDS:
-        raise ValueError(f"guard must be one of {', '.join(map(repr, GUARDS))}; got {guard!r}")
-    _check_number("control_floor", control_floor)
-    if not control_floor < 1:
-        raise ValueError(f"control_floor must be less than 1; got {control_floor}; -inf is none, 1e-5 steadies")
-
-
 @dataclass(frozen=True)
-class Online:
+class Online(_Norm):
     r"""Online normalization: streaming statistics in the forward pass, a control process in the backward pass.
 
     `y = (x - mean) / sqrt(var + eps)` with `mean`, `var` of the samples before `x`; then
@@ -66,21 +73,32 @@ class Online:
     eps: float = 1e-5
     affine: bool = True
     guard: str = "scale"
-    control_floor: float = -math.inf
+    control_floor: float = Constants().control_floor
     kind: ClassVar[str] = "online"
 
     def __post_init__(self) -> None:
-        check_online(self.alpha_fwd, self.alpha_bwd, self.eps, self.guard, self.control_floor)
+        for name in ("alpha_fwd", "alpha_bwd"):
+            alpha = getattr(self, name)
+            _check_number(name, alpha)
+            if not 0 < alpha <= 1:
+                raise ValueError(
+                    f"{name} must lie in (0, 1]; got {alpha}; the horizon is 1 / (1 - {name}) samples, e.g. 0.999"
+                )
+        _check_eps(self.eps)
+        if self.guard not in GUARDS:
+            raise ValueError(f"guard must be one of {', '.join(map(repr, GUARDS))}; got {self.guard!r}")
+        _check_number("control_floor", self.control_floor)
+        if not self.control_floor < 1:
+            raise ValueError(
+                f"control_floor must be less than 1; got {self.control_floor}; -inf is none, 1e-5 steadies"
+            )
 
 
 @dataclass(frozen=True)
-class _PerSample:
+class _PerSample(_Norm):
     eps: float = 1e-5
     affine: bool = True
     guard: ClassVar[str] = "none"
-    alpha_fwd: ClassVar[float] = 1.0
-    alpha_bwd: ClassVar[float] = 1.0
-    control_floor: ClassVar[float] = -math.inf
 
     def __post_init__(self) -> None:
         _check_eps(self.eps)
@@ -107,15 +125,11 @@ class RMS(_PerSample):
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(_Norm):
     """No normalization: the layer is exactly torch's."""
 
-    eps: ClassVar[float] = 1e-5
     affine: ClassVar[bool] = False
     guard: ClassVar[str] = "none"
-    alpha_fwd: ClassVar[float] = 1.0
-    alpha_bwd: ClassVar[float] = 1.0
-    control_floor: ClassVar[float] = -math.inf
     kind: ClassVar[str] = "none"
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rnnorm._cells import CELLS
+from rnnorm.norms import Constants
 
 
 class Operands(NamedTuple):
@@ -48,10 +49,7 @@ class CallSpec(NamedTuple):
     cell: str
     norm: str
     guard: str
-    eps: float
-    alpha_fwd: float
-    alpha_bwd: float
-    control_floor: float
+    constants: Constants
     cell_norm: bool
     training: bool  # online: move the statistics, and use the control process in the backward
     reverse: bool

@@ -5,17 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rnnorm.norms import CLAMP_LIMIT, SCALE_EPS
 from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, Results, statistics_dtype
 
 # False sends every product through BLAS: the path of processors without the micro-kernel, for tests.
 use_micro_kernel = True
 # Threads of a call; 0 leaves it to the kernel, up to torch.get_num_threads().
 threads = 0
-
-
-def _constants(spec: CallSpec) -> list[float]:
-    return [spec.eps, spec.alpha_fwd, spec.alpha_bwd, SCALE_EPS, CLAMP_LIMIT, spec.control_floor]
 
 
 class Native:
@@ -57,7 +52,7 @@ class Native:
     def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
         found = torch.ops.rnnorm_cpu.forward(
             operands,
-            *(spec.cell, spec.norm, spec.guard, _constants(spec)),
+            *(spec.cell, spec.norm, spec.guard, spec.constants),
             *(spec.cell_norm, spec.training, spec.reverse, save, use_micro_kernel, threads),
         )
         return Results._make(found[:7]), found[7:]
@@ -75,7 +70,7 @@ class Native:
             grads,
             operands,
             saved,
-            *(spec.cell, spec.norm, spec.guard, _constants(spec)),
+            *(spec.cell, spec.norm, spec.guard, spec.constants),
             *(spec.cell_norm, spec.training, spec.reverse, use_micro_kernel, threads, need_input, need_weights),
         )
         return [

@@ -1,10 +1,12 @@
 """The operator `rnnorm::online_norm`: one stream of samples per channel."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rnnorm.norms import Constants
 from rnnorm.ops import library, stream, torch_internals
 
 
@@ -14,35 +16,29 @@ def _forward(
     var: Tensor,
     u: Tensor,
     v: Tensor,
-    alpha_fwd: float,
-    alpha_bwd: float,
-    eps: float,
-    control_floor: float,
+    constants: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     library.refuse_recomputation()
+    c = Constants(*constants)
     with library.without_autocast(x.device.type):
-        y, rstd, *after = stream.online_norm(x.to(mean.dtype), mean, var, alpha_fwd, eps)
+        y, rstd, *after = stream.online_norm(x.to(mean.dtype), mean, var, c.alpha_fwd, c.eps)
         new_mean, new_var = library.finite_or([mean, var], after)
         return y.contiguous(), rstd, new_mean, new_var
 
 
-def _fake(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, *constants: float) -> tuple[Tensor, ...]:
+def _fake(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, constants: Any) -> tuple[Tensor, ...]:
     y = torch.empty(x.shape, dtype=mean.dtype, device=x.device)
     return y, y.new_empty(x.shape[:2]), torch.empty_like(mean), torch.empty_like(var)
 
 
-def _backward(
-    grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha_bwd: float, control_floor: float
-) -> Tensor:
+def _backward(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, constants: Sequence[float]) -> Tensor:
+    c = Constants(*constants)
     with library.without_autocast(grad.device.type), library.kept_finite((u, v)):
-        return stream.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, alpha_bwd, control_floor).contiguous()
+        return stream.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, c.alpha_bwd, c.control_floor).contiguous()
 
 
-def _backward_fake(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, *constants: float) -> Tensor:
+def _backward_fake(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, constants: Any) -> Tensor:
     return torch.empty(y.shape, dtype=y.dtype, device=y.device)
-
-
-_CONSTANTS = "float alpha_fwd, float alpha_bwd, float eps, float control_floor"
 
 
 class _OnlineNorm(torch.autograd.Function):
@@ -52,7 +48,8 @@ class _OnlineNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         with torch_internals.below_autograd():
             y, rstd, mean, var = online_norm(x, *args)
-        _mean, _var, *ctx.control, _alpha_fwd, ctx.alpha_bwd, _eps, ctx.control_floor = args
+        _mean, _var, *ctx.control, constants = args
+        ctx.constants = Constants(*constants)
         ctx.dtype = x.dtype
         ctx.save_for_backward(y, rstd)
         ctx.spent = False
@@ -62,12 +59,12 @@ class _OnlineNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-        library.begin_backward(ctx, (grad,), controlled=True, repeatable=ctx.alpha_bwd == 1)
+        library.begin_backward(ctx, (grad,), controlled=True, repeatable=ctx.constants.alpha_bwd == 1)
         y, rstd = ctx.saved_tensors
         if grad is None:
             grad = torch.zeros_like(y)
-        dx = online_norm_backward(grad, y, rstd, *ctx.control, ctx.alpha_bwd, ctx.control_floor)
-        return dx.to(ctx.dtype), *([None] * 8)
+        dx = online_norm_backward(grad, y, rstd, *ctx.control, ctx.constants)
+        return dx.to(ctx.dtype), *([None] * 5)
 
 
 def _recorded(x: Tensor, *args: Any) -> Any:
@@ -80,14 +77,14 @@ def _recorded(x: Tensor, *args: Any) -> Any:
 
 online_norm = library.operator(
     "online_norm",
-    f"(Tensor x, Tensor mean, Tensor var, Tensor u, Tensor v, {_CONSTANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor mean, Tensor var, Tensor u, Tensor v, float[] constants) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     _recorded,
 )
 online_norm_backward = library.operator(
     "online_norm_backward",
-    "(Tensor grad, Tensor y, Tensor rstd, Tensor(a!) u, Tensor(b!) v, float alpha_bwd, float control_floor) -> Tensor",
+    "(Tensor grad, Tensor y, Tensor rstd, Tensor(a!) u, Tensor(b!) v, float[] constants) -> Tensor",
     _backward,
     _backward_fake,
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnnorm._cells import CELLS
-from rnnorm.norms import CLAMP_LIMIT, SCALE_EPS
+from rnnorm.norms import Constants
 from rnnorm.ops import library
 from rnnorm.ops.call import CallSpec, Operands, Results, statistics_dtype
 
@@ -24,10 +24,11 @@ class OnlineStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, mean, var, u, v, alpha_fwd, alpha_bwd, eps, control_floor):
+    def forward(ctx, x, mean, var, u, v, constants):
+        alpha_fwd = constants.alpha_fwd
         y, s = torch.empty_like(x), x.new_empty(x.shape[:2])
         for n, sample in enumerate(x):
-            s[n] = (var + eps).sqrt()
+            s[n] = (var + constants.eps).sqrt()
             y[n] = (sample - mean[:, None]) / s[n][:, None]
             own_mean = sample.mean(1)
             own_var = sample.var(1, correction=0)
@@ -37,33 +38,33 @@ class OnlineStep(torch.autograd.Function):
         ctx.save_for_backward(y, s)
         # Not saved through autograd: they are moved on purpose between forward and backward.
         ctx.control = u, v
-        ctx.alpha_bwd, ctx.control_floor = alpha_bwd, control_floor
+        ctx.constants = constants
         ctx.spent = False
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        library.begin_backward(ctx, (grad,), controlled=True, repeatable=ctx.alpha_bwd == 1)
+        library.begin_backward(ctx, (grad,), controlled=True, repeatable=ctx.constants.alpha_bwd == 1)
         y, s = ctx.saved_tensors
         u, v = ctx.control
-        rest = 1 - ctx.alpha_bwd
+        rest = 1 - ctx.constants.alpha_bwd
         dx = torch.empty_like(y)
         for n, g in enumerate(grad):
             e = g - rest * v[:, None] * y[n]
             # Without a floor this is the paper's v + mean(e y).
-            carry = (1 - rest * y[n].square().mean(1)).clamp(min=ctx.control_floor)
+            carry = (1 - rest * y[n].square().mean(1)).clamp(min=ctx.constants.control_floor)
             v.copy_(carry * v + (g * y[n]).mean(1))
             dx[n] = e / s[n][:, None] - rest * u[:, None]
             u.add_(dx[n].mean(1))
-        return dx, *([None] * 8)
+        return dx, *([None] * 5)
 
 
-def _guard(z: Tensor, guard: str) -> Tensor:
+def _guard(z: Tensor, guard: str, constants: Constants) -> Tensor:
     """Bound the drift of normalized values `z` [n, G, H], by gate."""
     if guard == "scale":
-        return z / (z.square().mean(-1, keepdim=True) + SCALE_EPS).sqrt()
+        return z / (z.square().mean(-1, keepdim=True) + constants.scale_eps).sqrt()
     if guard == "clamp":
-        return z.clamp(-CLAMP_LIMIT, CLAMP_LIMIT)
+        return z.clamp(-constants.clamp_limit, constants.clamp_limit)
     return z
 
 
@@ -82,20 +83,19 @@ def normalizer(
         part = slice(first * H, first * H + pre.size(1))
         if streams is not None:
             if spec.training:
-                constants = (spec.alpha_fwd, spec.alpha_bwd, spec.eps, spec.control_floor)
-                y = OnlineStep.apply(pre[:, :, None], *(s[part] for s in streams), *constants)[:, :, 0]
+                y = OnlineStep.apply(pre[:, :, None], *(s[part] for s in streams), spec.constants)[:, :, 0]
             else:
                 mean, var = (s[part] for s in streams[:2])
                 # A copy: autograd keeps it, and later training calls move the statistics.
-                y = (pre - mean.clone()) / (var.clone() + spec.eps).sqrt()
+                y = (pre - mean.clone()) / (var.clone() + spec.constants.eps).sqrt()
         else:
             gates = pre.unflatten(1, (-1, H))
             if spec.norm == "layer":
                 gates = gates - gates.mean(-1, keepdim=True)
-            y = (gates / (gates.square().mean(-1, keepdim=True) + spec.eps).sqrt()).flatten(1)
+            y = (gates / (gates.square().mean(-1, keepdim=True) + spec.constants.eps).sqrt()).flatten(1)
         if weight is not None and bias is not None:
             y = y * weight[part] + bias[part]
-        return _guard(y.unflatten(1, (-1, H)), spec.guard).flatten(1)
+        return _guard(y.unflatten(1, (-1, H)), spec.guard, spec.constants).flatten(1)
 
     return normalize
 

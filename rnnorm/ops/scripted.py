@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rnnorm.norms import CLAMP_LIMIT, SCALE_EPS
+from rnnorm.norms import Constants
 from rnnorm.ops import chunked
 from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, Results, results_like, statistics_dtype
 from rnnorm.ops.stream import backward_weights, controlled, forward_weights, scanned, statistics
@@ -25,12 +25,7 @@ class Norm(NamedTuple):
     kind: str
     guard: str
     training: bool
-    eps: float
-    alpha_fwd: float
-    alpha_bwd: float
-    control_floor: float
-    scale_eps: float
-    limit: float
+    constants: Constants
     units: int
     weight: Tensor | None
     bias: Tensor | None
@@ -103,27 +98,27 @@ def _normalize(pre: Tensor, norm: Norm, kept: Kept, start: int) -> Tensor:
     kept_rstd = kept.rstd[start:stop]
     if norm.kind == "online":
         if norm.training:
-            d, variance = statistics(pre, None, norm.mean, norm.var, norm.alpha_fwd, norm.weights)
-            torch.add(variance, norm.eps, out=kept_rstd).rsqrt_()
+            d, variance = statistics(pre, None, norm.mean, norm.var, norm.constants.alpha_fwd, norm.weights)
+            torch.add(variance, norm.constants.eps, out=kept_rstd).rsqrt_()
         else:
             d = pre - norm.mean
-            kept_rstd.copy_((norm.var + norm.eps).rsqrt_())
+            kept_rstd.copy_((norm.var + norm.constants.eps).rsqrt_())
         y = torch.mul(d, kept_rstd, out=kept.y[start:stop])
     else:
         gates = _by_gate(pre, norm)
         if norm.kind == "layer":
             gates = torch.add(gates, gates.sum(2, keepdim=True), alpha=-1.0 / norm.units)
-        rstd = _inverse_rms(gates, norm.eps)
+        rstd = _inverse_rms(gates, norm.constants.eps)
         kept_rstd.copy_(rstd)
         y = kept.y[start:stop].copy_((gates * rstd.unsqueeze(2)).reshape(pre.size()))
     z = _affine(y, norm)
     if norm.guard == "scale":
         gates = _by_gate(z, norm)
-        scale = _inverse_rms(gates, norm.scale_eps)
+        scale = _inverse_rms(gates, norm.constants.scale_eps)
         kept.scale[start:stop].copy_(scale)
         z = (gates * scale.unsqueeze(2)).reshape(pre.size())
     elif norm.guard == "clamp":
-        z = z.clamp(-norm.limit, norm.limit)
+        z = z.clamp(-norm.constants.clamp_limit, norm.constants.clamp_limit)
     return z
 
 
@@ -140,7 +135,7 @@ def _normalize_backward(grad: Tensor, norm: Norm, kept: Kept, start: int) -> Ten
         along = (q * dq).sum(2, keepdim=True)
         g = (torch.addcmul(dq, q, along, value=-1.0 / norm.units) * scale).reshape(grad.size())
     elif norm.guard == "clamp":
-        g = g * (_affine(y, norm).abs() <= norm.limit)
+        g = g * (_affine(y, norm).abs() <= norm.constants.clamp_limit)
     gy = g * y
     weight = norm.weight
     if weight is not None:
@@ -150,14 +145,14 @@ def _normalize_backward(grad: Tensor, norm: Norm, kept: Kept, start: int) -> Ten
     if norm.kind == "online":
         if not norm.training:
             return g * rstd
-        rest = 1 - norm.alpha_bwd
+        rest = 1 - norm.constants.alpha_bwd
         one = torch.ones(1, dtype=y.dtype, device=y.device)
         carry = torch.addcmul(one, y, y, value=-rest)
-        if norm.control_floor > float("-inf"):
-            carry.clamp_(min=norm.control_floor)
+        if norm.constants.control_floor > float("-inf"):
+            carry.clamp_(min=norm.constants.control_floor)
         v_before = scanned(carry, gy, norm.v)
         e = torch.addcmul(g, v_before, y, value=-rest).mul_(rstd)
-        return controlled(e, norm.u, norm.alpha_bwd, norm.weights)
+        return controlled(e, norm.u, norm.constants.alpha_bwd, norm.weights)
     along = _by_gate(gy, norm).sum(2, keepdim=True)
     gates, g = _by_gate(y, norm), _by_gate(g, norm)
     dx = torch.addcmul(g, gates, along, value=-1.0 / norm.units)
@@ -413,17 +408,16 @@ def _norm(o: Operands, spec: CallSpec, prefix: str, on: bool, backward: bool) ->
         parts[name] = empty if stream is None else stream.clone()
     weights = empty
     if on and spec.controlled:
-        weights = backward_weights(spec.alpha_bwd, N, empty) if backward else forward_weights(spec.alpha_fwd, N, empty)
+        weights = (
+            backward_weights(spec.constants.alpha_bwd, N, empty)
+            if backward
+            else forward_weights(spec.constants.alpha_fwd, N, empty)
+        )
     return Norm(
         kind=spec.norm if on else "none",
         guard=spec.guard,
         training=spec.training,
-        eps=spec.eps,
-        alpha_fwd=spec.alpha_fwd,
-        alpha_bwd=spec.alpha_bwd,
-        control_floor=spec.control_floor,
-        scale_eps=SCALE_EPS,
-        limit=CLAMP_LIMIT,
+        constants=spec.constants,
         units=o.weight_ih.size(0) // spec.gates,
         weights=weights,
         grad_weight=empty if parts["weight"] is None else torch.zeros_like(parts["weight"]),

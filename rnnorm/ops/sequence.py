@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnnorm.norms import Constants
 from rnnorm.ops import library, torch_internals
 from rnnorm.ops.call import DIFFERENTIABLE, MOVED_IN_BACKWARD, CallSpec, Operands, Results, results_like
 from rnnorm.ops.registry import Backend, by_name, choose
 
-_SCALARS = {str: "str", float: "float", bool: "bool"}
+_SCALARS = {str: "str", bool: "bool", Constants: "float[]"}
 _STATISTICS = [name for name in Results._fields if name.endswith(("_mean", "_var"))]
 _REQUIRED = ("x", "h", "weight_ih", "weight_hh")
 
@@ -34,7 +35,8 @@ _RESULTS_SCHEMA = ", ".join(["Tensor"] * len(Results._fields))
 
 def _unpack(args: Sequence[Any]) -> tuple[Operands, CallSpec]:
     split = len(Operands._fields)
-    return Operands(*args[:split]), CallSpec(*args[split:])
+    spec = CallSpec(*args[split:])
+    return Operands(*args[:split]), spec._replace(constants=Constants(*spec.constants))
 
 
 def _chosen(operands: Operands, spec: CallSpec) -> Backend:
@@ -190,7 +192,7 @@ class _Sequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         spec: CallSpec = ctx.spec
-        library.begin_backward(ctx, grads, spec.controlled, not spec.controlled or spec.alpha_bwd == 1)
+        library.begin_backward(ctx, grads, spec.controlled, not spec.controlled or spec.constants.alpha_bwd == 1)
         count = len(DIFFERENTIABLE)
         kept = ctx.saved_tensors  # read once: non-reentrant checkpointing unpacks by the reading
         differentiable, lengths, saved = kept[:count], kept[count], kept[count + 1 :]

@@ -70,12 +70,13 @@ def test_opcheck_of_online_norm(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, requires_grad=True)
     mean, u, v = (torch.randn(3) for _ in range(3))
     var = 0.5 + torch.rand(3)
-    arguments = (x, mean, var, u, v, 0.9, 0.8, 1e-5, 0.5)
+    constants = [*norms.Online(0.9, 0.8, control_floor=0.5).constants]
+    arguments = (x, mean, var, u, v, constants)
     result = torch.library.opcheck(torch.ops.rnnorm.online_norm.default, arguments)
     assert set(result.values()) == {"SUCCESS"}
     y, rstd, *_ = (value.detach() for value in torch.ops.rnnorm.online_norm(*arguments))
     backward = torch.ops.rnnorm.online_norm_backward.default
-    result = torch.library.opcheck(backward, (torch.randn(shape), y, rstd, u, v, 0.8, 0.5))
+    result = torch.library.opcheck(backward, (torch.randn(shape), y, rstd, u, v, constants))
     assert set(result.values()) == {"SUCCESS"}
 
 

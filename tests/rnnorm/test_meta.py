@@ -62,7 +62,7 @@ def _padding_counted(call: Any, o: Operands, spec: CallSpec) -> Results:
 
 def _variance_without_factor(call: Any, o: Operands, spec: CallSpec) -> Results:
     found = call(o, spec)
-    return found._replace(norm_var=found.norm_var / spec.alpha_fwd)
+    return found._replace(norm_var=found.norm_var / spec.constants.alpha_fwd)
 
 
 def _mean_of_last_step_lost(call: Any, o: Operands, spec: CallSpec) -> Results:
@@ -87,7 +87,7 @@ def _v_dropped(call: Any, grads: Any, o: Operands, *rest: Any) -> Any:
 
 
 def _control_off(call: Any, grads: Any, o: Operands, saved: Any, spec: CallSpec, *needs: bool) -> Any:
-    return call(grads, o, saved, spec._replace(alpha_bwd=1.0), *needs)
+    return call(grads, o, saved, spec._replace(constants=spec.constants._replace(alpha_bwd=1.0)), *needs)
 
 
 def _guard_not_differentiated(call: Any, grads: Any, o: Operands, saved: Any, spec: CallSpec, *needs: bool) -> Any:
@@ -193,8 +193,8 @@ _TEXT = {
     ),
     "clamp_not_differentiated": (
         "scripted",
-        ".abs() <= norm.limit",
-        ".abs() <= 9 * norm.limit",
+        ".abs() <= norm.constants.clamp_limit",
+        ".abs() <= 9 * norm.constants.clamp_limit",
         "lstm-online-clamp-far",
     ),
     "v_not_written_back": (
@@ -203,7 +203,7 @@ _TEXT = {
         '_v").copy_(norm.v * 1.0000001)',
         "gru-online-scale-plain",
     ),
-    "eval_statistics_of_unit": ("scripted", "(norm.var + norm.eps)", "(norm.var * 0 + 1)", "gru-online-scale-eval"),
+    "eval_statistics_of_unit": ("scripted", "(norm.var + norm.constants.eps)", "(norm.var * 0 + 1)", "gru-online-scale-eval"),
 }
 
 
