@@ -49,18 +49,14 @@ def look(model: LanguageModel, inputs: Tensor) -> dict[str, Any]:
     }
     weights = {name: value for name, value in model.layers.named_parameters() if name.startswith("weight_hh_")}
     recurrent = {name: _short(torch.linalg.vector_norm(value.double())) for name, value in weights.items()}
-    if getattr(model.layers, "nonlinearity", "tanh") == "relu":
-        return {"streams": streams, "gates": {}, "recurrent": recurrent}
-    values = rnnorm.gates(model.layers, model.embedding(inputs))
-    return {
-        "streams": streams,
-        "gates": {name: _gate(name, value) for name, value in values.items()},
-        "recurrent": recurrent,
-    }
+    bounds = {gate.name: gate.bounds for gate in rnnorm.CELLS[model.layers.cell].gates}
+    values = rnnorm.gates(model.layers, model.embedding(inputs)) if any(bounds.values()) else {}
+    limited = {name: (value, bounds[name.partition("_")[0]]) for name, value in values.items()}
+    gates = {name: _gate(value, *limits) for name, (value, limits) in limited.items() if limits is not None}
+    return {"streams": streams, "gates": gates, "recurrent": recurrent}
 
 
-def _gate(name: str, values: Tensor) -> dict[str, Any]:
-    low, high = (-1.0 if name[0] in "gnh" else 0.0), 1.0  # tanh, else sigmoid
+def _gate(values: Tensor, low: float, high: float) -> dict[str, Any]:
     edge = _SATURATED * (high - low)
     counts = torch.histc(values.float().cpu(), BINS, low, high)
     saturated = ((values < low + edge) | (values > high - edge)).double().mean()

@@ -1,6 +1,7 @@
 """rnnorm: recurrent layers with online, layer, RMS or no normalization at every pre-activation, torch.nn's drop-in."""
 
 from rnnorm import distributed, functional, norms
+from rnnorm._cells import CELLS
 from rnnorm._gates import gates
 from rnnorm._layers import GRU, LSTM, RNN
 from rnnorm._online_norm import OnlineNorm
@@ -9,6 +10,7 @@ from rnnorm.ops import BackendUnavailable, backends
 
 __version__ = "0.1.0"
 __all__ = [
+    "CELLS",
     "GRU",
     "LSTM",
     "RNN",

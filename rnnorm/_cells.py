@@ -1,10 +1,11 @@
-"""The recurrent cells: one step of math each, pure, and the table that says what their gates and states are.
+"""The recurrent cells, declared: one step of math each, pure, and what their gates and states are.
 
 The time loop is elsewhere (`rnnorm.ops`); how a pre-activation is normalized is passed in. Gate orders are torch's.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,17 +40,56 @@ def _rnn_relu(x_part, h_part, h, c, normalize, normalize_cell):
     return normalize(x_part + h_part, 0).relu(), None
 
 
+class Gate(NamedTuple):
+    """A pre-activation of H units."""
+
+    name: str
+    nonlinearity: str  # a key of NONLINEARITIES
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The bounds of the gate's values, None if there are none."""
+        return NONLINEARITIES[self.nonlinearity].bounds
+
+
+class Nonlinearity(NamedTuple):
+    """What a gate's normalized pre-activation goes through."""
+
+    function: Callable[[Tensor], Tensor]
+    bounds: tuple[float, float] | None  # of its values; None: it has none
+
+
+NONLINEARITIES = {
+    "sigmoid": Nonlinearity(torch.sigmoid, (0.0, 1.0)),
+    "tanh": Nonlinearity(torch.tanh, (-1.0, 1.0)),
+    "relu": Nonlinearity(torch.relu, None),
+}
+
+
 @dataclass(frozen=True)
 class Cell:
-    gates: tuple[str, ...]
+    """A cell, declared. Tables elsewhere are derived from this."""
+
+    gates: tuple[Gate, ...]  # in torch's order
     states: tuple[str, ...]
     step: Step
-    torch_layer: type[torch.nn.RNNBase]
+    # Gates, the last ones, whose recurrent part `R h + b'` is not added to the input part: another gate comes between.
+    apart: tuple[str, ...] = ()
+
+    @property
+    def together(self) -> tuple[tuple[int, int], ...]:
+        """The ranges of gates that are normalized in one go."""
+        joined, count = len(self.gates) - len(self.apart), len(self.gates)
+        return ((0, joined), (joined, count)) if self.apart else ((0, count),)
+
+
+def _gates(**nonlinearities: str) -> tuple[Gate, ...]:
+    return tuple(Gate(name, kind) for name, kind in nonlinearities.items())
 
 
 CELLS: dict[str, Cell] = {
-    "lstm": Cell(("i", "f", "g", "o"), ("h", "c"), _lstm, torch.nn.LSTM),
-    "gru": Cell(("r", "z", "n"), ("h",), _gru, torch.nn.GRU),
-    "rnn_tanh": Cell(("h",), ("h",), _rnn_tanh, torch.nn.RNN),
-    "rnn_relu": Cell(("h",), ("h",), _rnn_relu, torch.nn.RNN),
+    "lstm": Cell(_gates(i="sigmoid", f="sigmoid", g="tanh", o="sigmoid"), ("h", "c"), _lstm),
+    "gru": Cell(_gates(r="sigmoid", z="sigmoid", n="tanh"), ("h",), _gru, apart=("n",)),
+    "rnn_tanh": Cell(_gates(h="tanh"), ("h",), _rnn_tanh),
+    "rnn_relu": Cell(_gates(h="relu"), ("h",), _rnn_relu),
 }

@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from rnnorm import _check
-from rnnorm._cells import CELLS
+from rnnorm._cells import CELLS, NONLINEARITIES
 from rnnorm._layers import Recurrent
 from rnnorm._module import State
 from rnnorm.ops import reference
-
-_ACTIVATIONS = {"g": torch.tanh, "n": torch.tanh, "rnn_tanh": torch.tanh, "rnn_relu": torch.relu}  # sigmoid elsewhere
 
 
 @torch.no_grad()
@@ -37,7 +35,7 @@ def gates(layer: Recurrent, input: Tensor, hx: State | None = None) -> dict[str,
     if input.dim() != 3 or not input.numel():
         raise ValueError(f"input must be [T, N, I] with at least one step; got shape {tuple(input.shape)}")
     x, state = layer._prepared(input.transpose(0, 1) if layer.batch_first else input, hx, single=False)
-    names = CELLS[layer.cell].gates
+    gates = CELLS[layer.cell].gates
     found: dict[str, Tensor] = {}
     rows = itertools.count()
     for suffixes in layer._suffixes():
@@ -50,9 +48,8 @@ def gates(layer: Recurrent, input: Tensor, hx: State | None = None) -> dict[str,
             outputs.append(reference.run(layer._operands(suffix, x, h, c, None), spec, seen.append).y)
             calls = len(seen) // x.size(0)
             steps = [torch.cat(seen[i : i + calls], 1) for i in range(0, len(seen), calls)]
-            values = torch.stack(steps[::-1] if reverse else steps).chunk(len(names), 2)
-            for name, value in zip(names, values, strict=True):
-                activation = _ACTIVATIONS.get(layer.cell if name == "h" else name, torch.sigmoid)
-                found[name + suffix] = activation(value)
+            values = torch.stack(steps[::-1] if reverse else steps).chunk(len(gates), 2)
+            for gate, value in zip(gates, values, strict=True):
+                found[gate.name + suffix] = NONLINEARITIES[gate.nonlinearity].function(value)
         x = torch.cat(outputs, 2)
     return found

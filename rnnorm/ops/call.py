@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rnnorm._cells import CELLS
+from rnnorm._cells import CELLS, Cell
 from rnnorm.norms import Constants
 
 
@@ -56,8 +56,14 @@ class CallSpec(NamedTuple):
     wanted: str  # the backend: `"auto"` or a name
 
     @property
+    def declared(self) -> Cell:
+        """What the cell is."""
+        return CELLS[self.cell]
+
+    @property
     def gates(self) -> int:
-        return len(CELLS[self.cell].gates)
+        """G, the number of gates."""
+        return len(self.declared.gates)
 
     @property
     def controlled(self) -> bool:

@@ -36,8 +36,8 @@ class Native:
         scaled = normed and spec.guard == "scale"
         widths = {
             "hidden": P,
-            "cell_state": H if spec.cell == "lstm" else 0,
-            "new_part": H if spec.cell == "gru" else 0,
+            "cell_state": H if "c" in spec.declared.states else 0,
+            "new_part": H if spec.declared.apart else 0,
             "y": C,
             "rstd": (C if online else G) if normed else 0,
             "scale": G if scaled else 0,

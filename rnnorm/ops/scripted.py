@@ -69,7 +69,7 @@ class Recurrence(NamedTuple):
     """The weights of the recurrent part, in the dtype of the products, and which nonlinearity an RNN has."""
 
     weight: Tensor  # [G*H, P]
-    bias: Tensor  # [G*H], GRU only: elsewhere the input part holds it
+    bias: Tensor  # [G*H], where a recurrent part stays apart: elsewhere the input part holds it
     projection: Tensor | None  # [P, H]
     relu: bool
 
@@ -432,25 +432,26 @@ def _columns(values: Tensor, first: int, last: int, gates: int) -> Tensor:
     return values[..., first * width : last * width]
 
 
-def _by_part(cell: str, values: tuple[Any, Any], narrow: Callable[[Any, int, int], Any]) -> list[Any]:
-    """What each normalization of a step works on: `values` of the gates, and for an LSTM of the cell state."""
-    return [narrow(values[0], 0, 2), narrow(values[0], 2, 3)] if cell == "gru" else list(values)
+def _by_part(spec: CallSpec, values: tuple[Any, Any], narrow: Callable[[Any, int, int, int], Any]) -> list[Any]:
+    """What each normalization of a step works on: `values` of the gates normalized together, then of the cell state."""
+    parts = [narrow(values[0], first, last, spec.gates) for first, last in spec.declared.together]
+    return [*parts, values[1]]
 
 
 def _norms(o: Operands, spec: CallSpec, backward: bool) -> tuple[Norm, Norm]:
     return _norm(o, spec, "norm", spec.norm != "none", backward), _norm(o, spec, "cell_norm", spec.cell_norm, backward)
 
 
-def _narrow_norm(norm: Norm, first: int, last: int) -> Norm:
+def _narrow_norm(norm: Norm, first: int, last: int, gates: int) -> Norm:
     names = ("weight", "bias", "mean", "var", "u", "v", "grad_weight", "grad_bias")
     channels: dict[str, Any] = {
-        name: _columns(value, first, last, 3) for name in names if (value := getattr(norm, name)) is not None
+        name: _columns(value, first, last, gates) for name in names if (value := getattr(norm, name)) is not None
     }
     return norm._replace(**channels)
 
 
-def _narrow_kept(kept: Kept, first: int, last: int) -> Kept:
-    return Kept(*(_columns(values, first, last, 3) for values in kept))
+def _narrow_kept(kept: Kept, first: int, last: int, gates: int) -> Kept:
+    return Kept(*(_columns(values, first, last, gates) for values in kept))
 
 
 def _slabs(o: Operands, spec: CallSpec, save: bool) -> list[Tensor]:
@@ -466,15 +467,15 @@ def _slabs(o: Operands, spec: CallSpec, save: bool) -> list[Tensor]:
         scale = gates if spec.guard == "scale" else 0
         return [slab(width) for width in ((gates * H, rstd, scale) if on else (0, 0, 0))]
 
-    lstm, gru = spec.cell == "lstm", spec.cell == "gru"
-    trace = [slab(C, S), slab(P), slab(H if lstm else 0), slab(H if lstm or gru else 0)]
+    has_c, apart = "c" in spec.declared.states, bool(spec.declared.apart)
+    trace = [slab(C, S), slab(P), slab(H if has_c else 0), slab(H if has_c or apart else 0)]
     return [*trace, *kept(G, spec.norm != "none"), *kept(1, spec.cell_norm)]
 
 
 def _recurrence(o: Operands, spec: CallSpec) -> Recurrence:
     C, wide = o.weight_hh.size(0), statistics_dtype(o.x.dtype)
     bias = o.x.new_zeros(C, dtype=wide) if o.bias_hh is None else o.bias_hh.to(wide)
-    return Recurrence(o.weight_hh, bias, o.weight_hr, spec.cell == "rnn_relu")
+    return Recurrence(o.weight_hh, bias, o.weight_hr, spec.declared.gates[0].nonlinearity == "relu")
 
 
 def _input_part(samples: Tensor, o: Operands, spec: CallSpec, out: Tensor) -> None:
@@ -485,7 +486,7 @@ def _input_part(samples: Tensor, o: Operands, spec: CallSpec, out: Tensor) -> No
         out.copy_(torch.mm(samples, o.weight_ih.t()))
     if o.bias_ih is not None:
         out += o.bias_ih
-    if o.bias_hh is not None and spec.cell != "gru":
+    if o.bias_hh is not None and not spec.declared.apart:
         out += o.bias_hh
 
 
@@ -523,8 +524,8 @@ class Scripted:
         last = _compiled(_LOOPS[spec.cell][0])(
             [state.to(wide) for state in (o.h, o.c) if state is not None],
             _recurrence(o, spec),
-            _by_part(spec.cell, norms, _narrow_norm),
-            _by_part(spec.cell, (Kept(*saved[4:7]), Kept(*saved[7:])), _narrow_kept),
+            _by_part(spec, norms, _narrow_norm),
+            _by_part(spec, (Kept(*saved[4:7]), Kept(*saved[7:])), _narrow_kept),
             Trace(*saved[:4]),
             steps,
             y,
@@ -563,14 +564,14 @@ class Scripted:
         norms = _norms(o, spec, backward=True)
         trace = Trace(*saved[:4])
         input_part = trace.gates.new_empty(S, C)
-        recurrent_part = trace.gates.new_empty(S, C) if spec.cell == "gru" else input_part
+        recurrent_part = trace.gates.new_empty(S, C) if spec.declared.apart else input_part
         hidden_part = trace.gates.new_empty((S, P) if o.weight_hr is not None else (0,))
         first = _compiled(_LOOPS[spec.cell][1])(
             grad_y,
             [widened(grad, like) for grad, like in zip(grads[1:], (o.h, o.c), strict=True) if like is not None],
             _recurrence(o, spec),
-            _by_part(spec.cell, norms, _narrow_norm),
-            _by_part(spec.cell, (Kept(*saved[4:7]), Kept(*saved[7:])), _narrow_kept),
+            _by_part(spec, norms, _narrow_norm),
+            _by_part(spec, (Kept(*saved[4:7]), Kept(*saved[7:])), _narrow_kept),
             trace,
             steps,
             [input_part, recurrent_part, hidden_part],

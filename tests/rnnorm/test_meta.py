@@ -203,7 +203,12 @@ _TEXT = {
         '_v").copy_(norm.v * 1.0000001)',
         "gru-online-scale-plain",
     ),
-    "eval_statistics_of_unit": ("scripted", "(norm.var + norm.constants.eps)", "(norm.var * 0 + 1)", "gru-online-scale-eval"),
+    "eval_statistics_of_unit": (
+        "scripted",
+        "(norm.var + norm.constants.eps)",
+        "(norm.var * 0 + 1)",
+        "gru-online-scale-eval",
+    ),
 }
 
 
