@@ -108,8 +108,10 @@ class TrainConfig(Section):
         default=1, description="parts of a step's columns that are computed one after another, to save memory"
     )
     window: str = Field(default="32", description="steps of truncated BPTT: 64, uniform{2..128} or awd{70}")
-    optimizer: Literal["sgd", "asgd", "adam", "adamw"] = Field(default="adam", description="asgd: averaged sgd")
-    momentum: Rate = Field(default=0.0, description="sgd: momentum")
+    optimizer: Literal["sgd", "asgd", "adam", "adamw"] = Field(
+        default="adam", description="asgd: sgd, its weights averaged"
+    )
+    momentum: Rate = Field(default=0.0, description="sgd, asgd: momentum")
     average_patience: Whole = Field(
         default=0, description="asgd: average from this many epochs without a new best on (0: from the start)"
     )

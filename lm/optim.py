@@ -1,24 +1,20 @@
-"""Optimizers by name, learning rates as a pure function of where the run stands, averaged weights."""
+"""Optimizers by name; learning rates as a pure function of where the run stands."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lm.config import TrainConfig
 
-_NEVER = float(2**53)
 _STATE: dict[type[Optimizer], set[str]] = {
     SGD: {"momentum_buffer"},
-    ASGD: {"step", "eta", "mu", "ax"},
     Adam: {"step", "exp_avg", "exp_avg_sq"},
     AdamW: {"step", "exp_avg", "exp_avg_sq"},
 }
-_LIKE_PARAMETER = {"momentum_buffer", "ax", "exp_avg", "exp_avg_sq"}
+_LIKE_PARAMETER = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
 
 
 def build(model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -26,11 +22,8 @@ def build(model: nn.Module, config: TrainConfig) -> Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     lr, decay = config.lr, config.weight_decay
     match config.optimizer:
-        case "sgd":
+        case "sgd" | "asgd":  # torch's own ASGD would take each step at the rate set for the step before
             return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay, fused=True)
-        case "asgd":
-            # Merity et al. 2017 (arXiv 1708.02182): plain sgd, averaged from step t0 on.
-            return ASGD(parameters, lr=lr, lambd=0.0, alpha=0.0, t0=_NEVER, weight_decay=decay)
         case "adam":
             return Adam(parameters, lr=lr, weight_decay=decay, fused=True)
         case "adamw":
@@ -48,8 +41,7 @@ def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
     for before, after in zip(built, optimizer.param_groups, strict=True):
         for key in before.keys() - {"params"}:
-            moves = key in ("lr", "t0")
-            if type(after[key]) is not type(before[key]) or not (moves or after[key] == before[key]):
+            if type(after[key]) is not type(before[key]) or not (key == "lr" or after[key] == before[key]):
                 raise ValueError(f"the optimizer's {key} is {after[key]!r} and must be {before[key]!r}")
     for parameter, values in optimizer.state.items():
         if values.keys() != (wanted := _STATE[type(optimizer)]):
@@ -86,26 +78,3 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Sets the rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def start_averaging(optimizer: Optimizer, step: int) -> None:
-    """Lets ASGD average the weights after each step from `step` on; a second call changes nothing."""
-    for group in optimizer.param_groups:
-        if group.get("t0") == _NEVER:
-            group["t0"] = float(step - 1)  # torch leaves the weights of step t0 + 1 out of the average
-
-
-@contextmanager
-def averaged(optimizer: Optimizer) -> Iterator[None]:
-    """Inside, the parameters hold ASGD's averages (the weights themselves until averaging starts)."""
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with torch.no_grad():
-        for parameter, state in optimizer.state.items():
-            if "ax" in state:
-                kept.append((parameter, parameter.clone()))
-                parameter.copy_(state["ax"])
-        try:
-            yield
-        finally:
-            for parameter, value in kept:
-                parameter.copy_(value)

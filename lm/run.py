@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import rnnorm
-from lm import checkpoint, config, corpora, distributed, files, optim, stream, tokenizers
+from lm import checkpoint, config, corpora, distributed, files, stream, tokenizers
 from lm.checkpoint import Checkpoints
 from lm.config import Config, TrainConfig
 from lm.distributed import Team
@@ -429,7 +429,7 @@ def _follow(trainer: Trainer) -> Outcome:
     with _signals(trainer):
         reason = trainer.fit()
     if reason in ENDS:
-        with optim.averaged(trainer.optimizer):
+        with trainer.averaged():
             _validate_rest(trainer)
     return Outcome(reason, trainer.progress.step, None, "")
 
@@ -518,7 +518,7 @@ def _kept_nats(best: Path, trainer: Trainer) -> float:
 
 def _final(trainer: Trainer, settings: Config, folder: Path, text: _Text, saves: Checkpoints) -> Score:
     """The exact score of the best weights on the validation text; they are then in the model."""
-    with optim.averaged(trainer.optimizer):
+    with trainer.averaged():
         if (now := _validate_rest(trainer)) is not None:
             saves.save_best(now.nll / now.tokens)
     best = saves.folder / "best.pt"

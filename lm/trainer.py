@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lm import optim, stream
+from lm.averages import Averages
 from lm.checkpoint import MOST_STEPS
 from lm.config import TrainConfig
 from lm.distributed import Team
@@ -95,9 +96,8 @@ class Trainer:
         self.validate = validate
         self.listeners = list(listeners)
         self.optimizer = optim.build(model, config)
-        if config.average_patience == 0:
-            optim.start_averaging(self.optimizer, 0)
         self.progress = Progress()
+        self.averages = Averages(model) if config.optimizer == "asgd" and config.average_patience == 0 else None
         self.state: State | None = None
         self._stop: str | None = None
 
@@ -110,6 +110,7 @@ class Trainer:
         return {
             "progress": asdict(self.progress),
             "optimizer": self.optimizer.state_dict(),
+            "averages": {} if self.averages is None else self.averages.state_dict(),
             "state": state_tensors(self.state),
         }
 
@@ -118,6 +119,9 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self._check()
         optim.load(self.optimizer, state["optimizer"])
+        if averages := state.get("averages"):
+            self.averages = Averages(self.model)
+            self.averages.load_state_dict(averages)
         self.state = state_of([tensor.to(self.device) for tensor in state["state"]])
 
     def fit(self) -> str:
@@ -145,6 +149,10 @@ class Trainer:
             f"the {what} is not finite after {self.progress.step} steps (epoch {self.progress.epoch + 1}, "
             f"learning rate {self._rate(self.progress.position):g})"
         )
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model holds what is validated, kept and tested: the averages once averaging has begun."""
+        return nullcontext() if self.averages is None else self.averages.lent(self.model)
 
     def _check(self) -> None:
         """Raises ValueError unless a run of this configuration can stand where this one does."""
@@ -192,6 +200,8 @@ class Trainer:
         if not (math.isfinite(nats) and math.isfinite(norm_value)):
             self.diverge("loss" if not math.isfinite(nats) else "gradient's norm")
         self.optimizer.step()
+        if self.averages is not None:
+            self.averages.update(self.model)
         self.state = state
         self.progress = replace(
             progress,
@@ -232,7 +242,7 @@ class Trainer:
 
     def _end_epoch(self, seconds: float) -> None:
         done = self.progress
-        with optim.averaged(self.optimizer):
+        with self.averaged():
             score = self.validate()
             nats = score.nll / score.tokens
             if not math.isfinite(nats):
@@ -240,8 +250,12 @@ class Trainer:
             self._emit(Validated(*self._place(), score=score, best=nats < done.best))
         self.progress = _next_epoch(self.config, done, nats)
         self.state = None
-        if self.progress.stale >= self.config.average_patience:
-            optim.start_averaging(self.optimizer, self.progress.step)
+        if (
+            self.config.optimizer == "asgd"
+            and self.averages is None
+            and self.progress.stale >= self.config.average_patience
+        ):
+            self.averages = Averages(self.model)
         ended = EpochEnded(done.epoch + 1, done.step, nll=done.nll, tokens=done.tokens, seconds=seconds)
         self._emit(ended)
 

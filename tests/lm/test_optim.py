@@ -58,28 +58,15 @@ def test_sgd_is_the_papers_update():
     torch.testing.assert_close(model.weight.detach(), before - 0.5 * (model.weight.grad + 0.1 * before))
 
 
-def test_averages_start_when_told_and_are_lent_only():
-    model = nn.Linear(1, 1, bias=False)
-    optimizer = optim.build(model, TrainConfig(optimizer="asgd", lr=1.0))
-    seen = []
-    for step in range(6):
-        if step >= 3:
-            optim.start_averaging(optimizer, step)  # a second call changes nothing
-        model.weight.grad = torch.ones(1, 1)
+@pytest.mark.parametrize("name", ["sgd", "asgd"])
+def test_each_step_takes_the_rate_asked_for_it(name):
+    weight = nn.Linear(1, 1, bias=False).double().weight
+    optimizer = optim.build(nn.ParameterList([weight]), TrainConfig(optimizer=name, lr=20.0))
+    taken = []
+    for rate in (plan := [1.0, 0.5, 1.0, 1.14, 0.07]):
+        torch.nn.init.zeros_(weight)
+        weight.grad = torch.ones_like(weight)
+        optim.set_learning_rate(optimizer, rate)
         optimizer.step()
-        seen.append(model.weight.item())
-        own = model.weight.item()
-        with optim.averaged(optimizer):
-            # from step 3 on: the mean of the weights after the steps 3, 4, …, and before that the weights
-            expected = sum(seen[3:]) / len(seen[3:]) if step >= 3 else own
-            assert model.weight.item() == pytest.approx(expected)
-        assert model.weight.item() == own
-
-
-def test_other_optimizers_average_nothing():
-    model = nn.Linear(1, 1)
-    optimizer = optim.build(model, TrainConfig(optimizer="adam", lr=1.0))
-    optim.start_averaging(optimizer, 0)
-    before = model.weight.item()
-    with optim.averaged(optimizer):
-        assert model.weight.item() == before
+        taken.append(-weight.item())
+    assert taken == plan

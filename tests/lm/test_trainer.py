@@ -34,6 +34,7 @@ def everything(trainer):
     kept = copy.deepcopy(trainer.state_dict())
     for number, state in kept["optimizer"]["state"].items():
         found |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+    found |= {f"averages.{name}": value for name, value in kept["averages"].get("model", {}).items()}
     found |= {f"state.{number}": value for number, value in enumerate(kept["state"])}
     return found, kept["progress"], kept["optimizer"]["param_groups"]
 
@@ -200,6 +201,24 @@ def test_awd_windows_scale_the_rate(trainer):
     assert len(set(lengths)) > 1
 
 
+def test_awd_windows_move_the_weights_at_their_own_rate(trainer):
+    """Each step at the rate of its own window; `torch.optim.ASGD` takes that of the window before."""
+    moved = []
+
+    def look(event):
+        after = run.model.decoder.bias.detach().clone()
+        if isinstance(event, Stepped):
+            moved.append((before[-1], event.lr, run.model.decoder.bias.grad.clone(), after))
+        before.append(after)
+
+    before = []
+    run = trainer([look], {"window": "awd{10}", "epochs": 1, "optimizer": "asgd"})
+    run.fit()
+    assert len({rate for _, rate, _, _ in moved}) > 1
+    for start, rate, grad, end in moved:
+        torch.testing.assert_close(end, start - rate * grad, rtol=1e-6, atol=1e-7)
+
+
 def test_max_steps_stops_inside_an_epoch(trainer):
     events = []
     run = trainer([events.append], {"max_steps": 4, "epochs": 9})
@@ -241,9 +260,9 @@ def test_asgd_validates_the_average_and_trains_the_weights(trainer):
     validate = run.validate
     run.validate = lambda: (seen.append(run.model.decoder.weight.detach().clone()), validate())[1]
     run.fit()
-    state = run.optimizer.state[run.model.decoder.weight]
-    assert torch.equal(seen[0], state["ax"])
-    assert not torch.equal(run.model.decoder.weight, state["ax"])
+    average = run.averages.model.decoder.weight
+    assert torch.equal(seen[0], average)
+    assert not torch.equal(run.model.decoder.weight, average)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "validation"])
@@ -278,4 +297,4 @@ def test_listeners_see_the_weights_that_were_scored(trainer):
     run.listeners.append(lambda e: seen.update({type(e): run.model.decoder.weight.detach().clone()}))
     run.fit()
     assert not torch.equal(seen[Validated], seen[EpochEnded])
-    assert torch.equal(seen[Validated], run.optimizer.state[run.model.decoder.weight]["ax"])
+    assert torch.equal(seen[Validated], run.averages.model.decoder.weight)
