@@ -1,16 +1,23 @@
-"""Averaged weights, as asgd validates, keeps and tests them."""
+"""Averaged weights and running statistics of their own, as asgd validates, keeps and tests them."""
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
+from lm import stream
 from lm.checkpoint import MOST_STEPS
-from lm.model import LanguageModel
+from lm.evaluator import evaluating
+from lm.model import LanguageModel, State
+from lm.stream import Columns
+from rnnorm.norms import Online
 
+_HORIZONS = 8  # after which exp(-8) is left of what the running statistics were before
 _move_mean = get_swa_multi_avg_fn()
 
 
@@ -22,7 +29,8 @@ class Averages:
 
     Attributes:
         steps: how many weights are averaged.
-        model: holds the averages; the model's own weights until the first step.
+        model: holds the averages (the model's own weights until the first step), and the running statistics that
+            were last estimated for them (until then those that the model had when averaging began).
 
     Source: Polyak and Juditsky 1992; begun late in Merity et al. 2017 (arXiv 1708.02182), there with the weights
         themselves moved by plain sgd.
@@ -38,13 +46,19 @@ class Averages:
         self.steps += 1
 
     @contextmanager
-    def lent(self, model: LanguageModel) -> Iterator[None]:
-        """Inside, the model holds the averages; after, again what it held before."""
+    def lent(self, model: LanguageModel, estimate: Callable[[LanguageModel], None]) -> Iterator[None]:
+        """Inside, the model holds the averages and running statistics for them; after, again what it held before.
+
+        Arguments:
+            estimate: moves the running statistics of the model, which begin as they were, to those of its weights.
+        """
         own = copy.deepcopy(model.state_dict())
         try:
             with torch.no_grad():
                 for parameter, mean in zip(model.parameters(), self.model.parameters(), strict=True):
                     parameter.copy_(mean)
+            estimate(model)
+            self.model.load_state_dict(model.state_dict())
             yield
         finally:
             model.load_state_dict(own)
@@ -64,3 +78,40 @@ class Averages:
             raise ValueError(f"averages.steps must be from 0 to {MOST_STEPS}; got {steps!r:.50}")
         self.steps = steps
         self.model.load_state_dict(state["model"])
+
+
+def estimate_streams(model: LanguageModel, data: Columns, window: str) -> None:
+    """Moves the running mean and variance of online normalization to those of the weights that the model holds now.
+
+    Reads the first `min(8 / (1 - alpha_fwd), all)` samples of the text from the zero state, whole rows of the columns
+    (a row of B columns is B samples of a layer), without gradient and dropout. Nothing else moves, `u` and `v`
+    included; no random number is drawn; the result does not depend on `window`, in which the text is cut as for
+    training, so that it takes no more memory. Without online normalization there is nothing to do.
+    """
+    norms = {layer: norm for layer in model.modules() if isinstance(norm := getattr(layer, "norm", None), Online)}
+    if not norms:
+        return
+    steps, width = data.targets.shape
+    fades = 1 - max(norm.alpha_fwd for norm in norms.values())
+    rows = min(steps, math.ceil(_HORIZONS / fades / width)) if fades else steps
+    device = next(model.parameters()).device
+    state: State | None = None
+    with evaluating(model), _moving(list(norms)):
+        for start, stop in stream.plan(window, rows, seed=0, epoch=0):
+            part = data.window(start, stop)
+            _, state = model(part.inputs.to(device), state, part.lengths)
+
+
+@contextmanager
+def _moving(layers: list[nn.Module]) -> Iterator[None]:
+    """Inside, the layers' running statistics move as in training, and the layers drop nothing."""
+    rates = [(layer, name, rate) for layer in layers for name, rate in vars(layer).items() if name.endswith("dropout")]
+    for layer in layers:
+        layer.train()
+    for layer, name, _ in rates:
+        setattr(layer, name, 0.0)
+    try:
+        yield
+    finally:
+        for layer, name, rate in rates:
+            setattr(layer, name, rate)

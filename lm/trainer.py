@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lm import optim, stream
-from lm.averages import Averages
+from lm.averages import Averages, estimate_streams
 from lm.checkpoint import MOST_STEPS
 from lm.config import TrainConfig
 from lm.distributed import Team
@@ -151,8 +151,11 @@ class Trainer:
         )
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the model holds what is validated, kept and tested: the averages once averaging has begun."""
-        return nullcontext() if self.averages is None else self.averages.lent(self.model)
+        """Inside, the model holds what is validated, kept and tested: once averaging has begun the averages, with
+        running statistics of their own. Each process estimates these on the columns of all, so they are equal."""
+        if self.averages is None:
+            return nullcontext()
+        return self.averages.lent(self.model, lambda model: estimate_streams(model, self.data, self.config.window))
 
     def _check(self) -> None:
         """Raises ValueError unless a run of this configuration can stand where this one does."""

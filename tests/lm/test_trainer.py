@@ -1,11 +1,13 @@
 import copy
 import io
 import math
+import re
 
 import pytest
 import torch
 
 from lm import stream
+from lm.averages import estimate_streams
 from lm.config import TrainConfig
 from lm.evaluator import Score, evaluate
 from lm.events import Diverged, EpochEnded, Interrupted, Started, Stepped, Validated
@@ -52,7 +54,7 @@ def assert_equal_to_the_bit(ours, theirs):
 CASES = {
     "sgd": ({"weight_decay": 1e-6}, {}),
     "momentum": ({"momentum": 0.9, "lr": 0.05, "schedule": "exponential"}, {"norm": "layer", "cell": "gru"}),
-    "asgd": ({"optimizer": "asgd", "average_patience": 0, "clip": 0.25}, {"norm": "rms"}),
+    "asgd": ({"optimizer": "asgd", "average_patience": 0, "clip": 0.25}, {"alpha_fwd": 31 / 32}),
     "adam": ({"optimizer": "adam", "lr": 0.01, "schedule": "cosine"}, {"cell": "rnn_relu"}),
     "adamw": ({"optimizer": "adamw", "lr": 0.01, "warmup_steps": 9}, {"norm": "none"}),
     "plateau": ({"lr": 3.0, "clip": 0.5, "schedule": "plateau", "patience": 9}, {"cell": "rnn_tanh"}),
@@ -263,6 +265,32 @@ def test_asgd_validates_the_average_and_trains_the_weights(trainer):
     average = run.averages.model.decoder.weight
     assert torch.equal(seen[0], average)
     assert not torch.equal(run.model.decoder.weight, average)
+
+
+def test_averages_are_validated_with_streams_of_their_own_and_the_models_come_back(trainer):
+    run = trainer((), {"optimizer": "asgd", "epochs": 1, "lr": 2.0}, dropout=0.5, alpha_fwd=31 / 32)
+    validate, seen = run.validate, []
+
+    def look():
+        seen.append((copy.deepcopy(run.model.state_dict()), copy.deepcopy(run.averages.model.state_dict())))
+        return validate()
+
+    run.validate = look
+    raw = {}
+    run.listeners.append(
+        lambda e: raw.update(copy.deepcopy(run.model.state_dict())) if isinstance(e, Stepped) else None
+    )
+    run.fit()
+    ((scored, kept),) = seen
+    estimated = copy.deepcopy(run.averages.model)
+    estimated.load_state_dict(scored | {name: raw[name] for name, _ in estimated.named_buffers()})
+    estimate_streams(estimated, run.data, "7")
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, raw[name]), "after the validation the model is as the last step left it"
+        assert torch.equal(scored[name], kept[name])
+        assert torch.equal(scored[name], estimated.state_dict()[name])
+        moves = not re.search(r"norm_[uv]_", name)
+        assert torch.equal(scored[name], value) != moves, name
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "validation"])
