@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from lm import stream
-from lm.checkpoint import MOST_STEPS
 from lm.evaluator import evaluating
 from lm.model import LanguageModel, State
 from lm.stream import Columns
@@ -67,15 +66,15 @@ class Averages:
         """Returns plain values and tensors, those of `model` by its own names."""
         return {"steps": self.steps, "model": self.model.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned.
+    def load_state_dict(self, state: dict[str, Any], most: int) -> None:
+        """Restores what `state_dict` returned after `most` steps of training.
 
         Raises:
-            KeyError, RuntimeError, TypeError, ValueError: it is of another model, or of none.
+            KeyError, RuntimeError, TypeError, ValueError: it is of another model or another run, or no such state.
         """
         steps = state["steps"]
-        if type(steps) is not int or not 0 <= steps <= MOST_STEPS:
-            raise ValueError(f"averages.steps must be from 0 to {MOST_STEPS}; got {steps!r:.50}")
+        if type(steps) is not int or not 0 <= steps <= most:
+            raise ValueError(f"averages.steps must be from 0 to the {most} steps of the run; got {steps!r:.50}")
         self.steps = steps
         self.model.load_state_dict(state["model"])
 

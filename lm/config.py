@@ -112,8 +112,9 @@ class TrainConfig(Section):
         default="adam", description="asgd: sgd, its weights averaged"
     )
     momentum: Rate = Field(default=0.0, description="sgd, asgd: momentum")
-    average_patience: Whole = Field(
-        default=0, description="asgd: average from this many epochs without a new best on (0: from the start)"
+    average_patience: Whole | None = Field(
+        default=5,
+        description="asgd: average once a validation is worse than the best but this many before it; none: at once",
     )
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(default=0.0, description="L2 penalty")
     clip: Positive | None = Field(default=0.25, description="largest norm of the whole gradient; none: no clipping")

@@ -1,6 +1,8 @@
-"""Optimizers by name; learning rates as a pure function of where the run stands."""
+"""Optimizers by name; learning rates and averaging as pure functions of where the run stands."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,3 +80,17 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Sets the rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def averages(config: TrainConfig, valid: Sequence[float]) -> bool:
+    """Returns whether averaging has begun after these validations (nats per token, one for each epoch done).
+
+    With asgd it begins after the first that is greater than the least of all before it but the last
+    `average_patience`; where that is None, with the first step.
+
+    Source: NT-ASGD, Merity et al. 2017 (arXiv 1708.02182), as their code has it.
+    """
+    if config.optimizer != "asgd" or config.average_patience is None:
+        return config.optimizer == "asgd"
+    least = itertools.accumulate(valid, min)  # of the first, of the first two, ...
+    return any(nats > low for nats, low in zip(valid[config.average_patience + 1 :], least, strict=False))

@@ -30,7 +30,8 @@ class Progress:
         epoch, step: done so far.
         position: time steps done of the present epoch.
         nll, tokens: sums over the present epoch so far.
-        best: nats per token of the best validation so far.
+        valid: nats per token of the validation of each epoch so far.
+        best: the least of them.
         stale: epochs since then.
         waited, falls: schedule plateau: epochs without a new best since the last fall; falls so far.
     """
@@ -40,18 +41,24 @@ class Progress:
     position: int = 0
     nll: float = 0.0
     tokens: int = 0
+    valid: tuple[float, ...] = ()
     best: float = math.inf
     stale: int = 0
     waited: int = 0
     falls: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # a checkpoint may hold anything
-            value, most = getattr(self, field.name), math.inf if field.type is float else MOST_STEPS
-            if type(value) is not field.type:
-                raise TypeError(f"progress.{field.name} is {value!r} and must be {field.type}")
+        object.__setattr__(self, "valid", tuple(self.valid))  # a file may hold a list
+        numbers = [
+            (field.name, getattr(self, field.name), field.type) for field in fields(self) if field.name != "valid"
+        ]
+        numbers += [(f"valid[{epoch}]", nats, float) for epoch, nats in enumerate(self.valid)]
+        for name, value, kind in numbers:  # a checkpoint may hold anything
+            most = math.inf if kind is float else MOST_STEPS
+            if type(value) is not kind:
+                raise TypeError(f"progress.{name} is {value!r} and must be {kind}")
             if not 0 <= value <= most:
-                raise ValueError(f"progress.{field.name} is {value!r:.50} and must be from 0 to {most}")
+                raise ValueError(f"progress.{name} is {value!r:.50} and must be from 0 to {most}")
 
 
 class DivergedError(Exception):
@@ -97,7 +104,7 @@ class Trainer:
         self.listeners = list(listeners)
         self.optimizer = optim.build(model, config)
         self.progress = Progress()
-        self.averages = Averages(model) if config.optimizer == "asgd" and config.average_patience == 0 else None
+        self.averages = Averages(model) if optim.averages(config, ()) else None
         self.state: State | None = None
         self._stop: str | None = None
 
@@ -119,9 +126,9 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self._check()
         optim.load(self.optimizer, state["optimizer"])
-        if averages := state.get("averages"):
-            self.averages = Averages(self.model)
-            self.averages.load_state_dict(averages)
+        self.averages = Averages(self.model) if optim.averages(self.config, self.progress.valid) else None
+        if self.averages is not None:
+            self.averages.load_state_dict(state["averages"], self.progress.step)
         self.state = state_of([tensor.to(self.device) for tensor in state["state"]])
 
     def fit(self) -> str:
@@ -162,6 +169,8 @@ class Trainer:
         progress = self.progress
         if progress.step < progress.epoch + (progress.position > 0):
             raise ValueError(f"{progress.step} steps are too few for epoch {progress.epoch + 1}")
+        if self.config.optimizer == "asgd" and len(progress.valid) != progress.epoch:
+            raise ValueError(f"progress.valid holds {len(progress.valid)} validations of {progress.epoch} epochs")
         starts = [start for start, _ in self._windows()]
         if progress.position not in starts:
             raise ValueError(f"position {progress.position} is not between two windows of epoch {progress.epoch + 1}")
@@ -253,11 +262,7 @@ class Trainer:
             self._emit(Validated(*self._place(), score=score, best=nats < done.best))
         self.progress = _next_epoch(self.config, done, nats)
         self.state = None
-        if (
-            self.config.optimizer == "asgd"
-            and self.averages is None
-            and self.progress.stale >= self.config.average_patience
-        ):
+        if self.averages is None and optim.averages(self.config, self.progress.valid):
             self.averages = Averages(self.model)
         ended = EpochEnded(done.epoch + 1, done.step, nll=done.nll, tokens=done.tokens, seconds=seconds)
         self._emit(ended)
@@ -290,18 +295,12 @@ class Trainer:
 
 def _next_epoch(config: TrainConfig, done: Progress, nats: float) -> Progress:
     """Where the run stands after an epoch with this validation."""
+    now = Progress(done.epoch + 1, done.step, valid=(*done.valid, nats), best=done.best, falls=done.falls)
     if nats < done.best:
-        return Progress(done.epoch + 1, done.step, best=nats, falls=done.falls)
+        return replace(now, best=nats)
     waited = done.waited + 1
     fall = waited > config.schedule_patience
-    return Progress(
-        done.epoch + 1,
-        done.step,
-        best=done.best,
-        stale=done.stale + 1,
-        waited=0 if fall else waited,
-        falls=done.falls + fall,
-    )
+    return replace(now, stale=done.stale + 1, waited=0 if fall else waited, falls=done.falls + fall)
 
 
 def _derive(seed: int, step: int, rank: int) -> int:

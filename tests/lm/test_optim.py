@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -70,3 +71,30 @@ def test_each_step_takes_the_rate_asked_for_it(name):
         optimizer.step()
         taken.append(-weight.item())
     assert taken == plan
+
+
+@pytest.mark.parametrize("patience", [0, 1, 5])
+def test_averaging_begins_by_the_law_on_random_curves(patience):
+    config, generator = TrainConfig(optimizer="asgd", average_patience=patience), np.random.default_rng(patience)
+    begun = set()
+    for curve in np.cumsum(generator.normal(-0.5, 1, (300, 30)), axis=1):
+        curve = [50 + float(nats) for nats in curve.round()]  # ties too
+        expected = None
+        for epoch, nats in enumerate(curve):
+            before = curve[:epoch]
+            if len(before) > patience and nats > min(before[: len(before) - patience]) and expected is None:
+                expected = epoch
+        found = [optim.averages(config, curve[: epoch + 1]) for epoch in range(len(curve))]
+        assert found == [expected is not None and epoch >= expected for epoch in range(len(curve))]
+        begun.add(expected)
+    assert {None, patience + 1, patience + 2} <= begun
+
+
+def test_averaging_begins_at_once_or_never():
+    curve = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    assert not optim.averages(TrainConfig(optimizer="asgd"), curve[:6])
+    assert optim.averages(TrainConfig(optimizer="asgd"), curve)
+    for valid in ([], curve):
+        assert optim.averages(TrainConfig(optimizer="asgd", average_patience=None), valid)
+        assert not optim.averages(TrainConfig(optimizer="sgd", average_patience=None), valid)
+        assert not optim.averages(TrainConfig(optimizer="adam", average_patience=0), valid)

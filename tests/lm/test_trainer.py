@@ -54,7 +54,7 @@ def assert_equal_to_the_bit(ours, theirs):
 CASES = {
     "sgd": ({"weight_decay": 1e-6}, {}),
     "momentum": ({"momentum": 0.9, "lr": 0.05, "schedule": "exponential"}, {"norm": "layer", "cell": "gru"}),
-    "asgd": ({"optimizer": "asgd", "average_patience": 0, "clip": 0.25}, {"alpha_fwd": 31 / 32}),
+    "asgd": ({"optimizer": "asgd", "average_patience": None, "clip": 0.25}, {"alpha_fwd": 31 / 32}),
     "adam": ({"optimizer": "adam", "lr": 0.01, "schedule": "cosine"}, {"cell": "rnn_relu"}),
     "adamw": ({"optimizer": "adamw", "lr": 0.01, "warmup_steps": 9}, {"norm": "none"}),
     "plateau": ({"lr": 3.0, "clip": 0.5, "schedule": "plateau", "patience": 9}, {"cell": "rnn_tanh"}),
@@ -214,7 +214,7 @@ def test_awd_windows_move_the_weights_at_their_own_rate(trainer):
         before.append(after)
 
     before = []
-    run = trainer([look], {"window": "awd{10}", "epochs": 1, "optimizer": "asgd"})
+    run = trainer([look], {"window": "awd{10}", "epochs": 1, "optimizer": "asgd", "average_patience": None})
     run.fit()
     assert len({rate for _, rate, _, _ in moved}) > 1
     for start, rate, grad, end in moved:
@@ -257,7 +257,7 @@ def test_plateau_history():
 
 
 def test_asgd_validates_the_average_and_trains_the_weights(trainer):
-    run = trainer((), {"optimizer": "asgd", "epochs": 1, "lr": 2.0})
+    run = trainer((), {"optimizer": "asgd", "average_patience": None, "epochs": 1, "lr": 2.0})
     seen = []
     validate = run.validate
     run.validate = lambda: (seen.append(run.model.decoder.weight.detach().clone()), validate())[1]
@@ -267,8 +267,52 @@ def test_asgd_validates_the_average_and_trains_the_weights(trainer):
     assert not torch.equal(run.model.decoder.weight, average)
 
 
+CURVE = [9.0, 8.0, 8.5, 8.25, 8.0, 8.125, 7.0, 8.0625, 6.0, 6.5, 6.75]
+
+
+def scripted(run, curve):
+    """Lets the validations to come find these nats per token."""
+    left = iter(curve)
+    run.validate = lambda: Score("columns", 1.0, 1.0, next(left), 1)
+
+
+@pytest.mark.parametrize(("patience", "begins"), [(0, 3), (1, 4), (2, 6), (3, 6), (5, 8), (9, None)])
+def test_averaging_begins_after_the_epoch_of_the_law(trainer, patience, begins):
+    """After 8.5, greater than 8 just before; after 8.25, one later; after 8.125 (8.0 is not greater than 8); ..."""
+    settings = {"optimizer": "asgd", "average_patience": patience, "epochs": len(CURVE), "window": "999", "lr": 1e-3}
+    run, averaging = trainer((), settings), {}
+    scripted(run, CURVE)
+    run.listeners.append(lambda e: averaging.update({e.epoch: run.averages}) if isinstance(e, EpochEnded) else None)
+    run.fit()
+    began = [epoch for epoch, found in averaging.items() if found is not None]
+    assert began == list(range(begins or 99, len(CURVE) + 1))
+    assert run.progress.valid == tuple(CURVE)
+    if begins:
+        assert run.averages.steps == len(CURVE) - begins  # one step an epoch; none before the trigger
+
+
+@pytest.mark.parametrize("epoch", range(1, 9))
+def test_a_resumed_run_begins_to_average_where_it_would_have(trainer, epoch):
+    settings = {"optimizer": "asgd", "average_patience": 2, "epochs": 8, "lr": 0.1}
+    kept = {}
+    whole = trainer((), settings, alpha_fwd=31 / 32, dropout=0.3)
+    scripted(whole, CURVE)
+    state = lambda: copy.deepcopy({"model": whole.model.state_dict(), **whole.state_dict()})  # noqa: E731
+    whole.listeners.append(lambda e: kept.update({e.epoch: state()}) if isinstance(e, EpochEnded) else None)
+    whole.fit()
+    assert [bool(at["averages"]) for at in kept.values()] == [False] * 5 + [True] * 3
+    resumed = trainer((), settings, seed=99, alpha_fwd=31 / 32, dropout=0.3)
+    scripted(resumed, CURVE[epoch:])
+    resumed.model.load_state_dict(kept[epoch]["model"])
+    resumed.load_state_dict(kept[epoch])
+    resumed.fit()
+    assert_equal_to_the_bit(everything(resumed), everything(whole))
+
+
 def test_averages_are_validated_with_streams_of_their_own_and_the_models_come_back(trainer):
-    run = trainer((), {"optimizer": "asgd", "epochs": 1, "lr": 2.0}, dropout=0.5, alpha_fwd=31 / 32)
+    run = trainer(
+        (), {"optimizer": "asgd", "average_patience": None, "epochs": 1, "lr": 2.0}, dropout=0.5, alpha_fwd=31 / 32
+    )
     validate, seen = run.validate, []
 
     def look():
@@ -321,7 +365,7 @@ def poison(model):
 def test_listeners_see_the_weights_that_were_scored(trainer):
     """Saving the best inside the event keeps the average; `last` is saved after, with the weights."""
     seen = {}
-    run = trainer((), {"optimizer": "asgd", "epochs": 1, "lr": 2.0})
+    run = trainer((), {"optimizer": "asgd", "average_patience": None, "epochs": 1, "lr": 2.0})
     run.listeners.append(lambda e: seen.update({type(e): run.model.decoder.weight.detach().clone()}))
     run.fit()
     assert not torch.equal(seen[Validated], seen[EpochEnded])
