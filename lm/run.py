@@ -145,7 +145,8 @@ def load(folder: Path, *, which: str = "best", backend: str = "auto", device: st
     """Returns the model of a run folder.
 
     Arguments:
-        which: the checkpoint, `best` (on the validation text) or `last`.
+        which: the checkpoint, `best` (on the validation text) or `last`. Of the last the averages are taken once a
+            whole epoch is done, with the running statistics of the last validation.
         say: receives a warning where `last` is damaged and the one before it is taken.
 
     Raises:
@@ -161,13 +162,14 @@ def load(folder: Path, *, which: str = "best", backend: str = "auto", device: st
     tokenizer = tokenizers.from_state(saved["tokenizer"])
     _same_vocabulary(folder, tokenizer)
     model = _model(settings, tokenizer, place)
-    _restore(model, saved, folder)
     with _fitting(folder, "progress and counts"):
-        step = Progress(**saved["progress"]).step
+        progress = Progress(**saved["progress"])
         counts = saved["train_counts"]
         if counts.shape != (tokenizer.size,) or counts.dtype != torch.int64:
             raise ValueError(f"the counts of the training text must be {tokenizer.size} whole numbers")
-    return Trained(settings, tokenizer, model, counts, saved["data_sha256"], step)
+    averages = saved.get("averages") if progress.epoch else None
+    _restore(model, averages or saved, folder)
+    return Trained(settings, tokenizer, model, counts, saved["data_sha256"], progress.step)
 
 
 def _saved(place: Path, which: str, say: Say) -> dict[str, Any]:
@@ -429,8 +431,7 @@ def _follow(trainer: Trainer) -> Outcome:
     with _signals(trainer):
         reason = trainer.fit()
     if reason in ENDS:
-        with trainer.averaged():
-            _validate_rest(trainer)
+        _validate_rest(trainer)
     return Outcome(reason, trainer.progress.step, None, "")
 
 
@@ -518,9 +519,7 @@ def _kept_nats(best: Path, trainer: Trainer) -> float:
 
 def _final(trainer: Trainer, settings: Config, folder: Path, text: _Text, saves: Checkpoints) -> Score:
     """The exact score of the best weights on the validation text; they are then in the model."""
-    with trainer.averaged():
-        if (now := _validate_rest(trainer)) is not None:
-            saves.save_best(now.nll / now.tokens)
+    _validate_rest(trainer, saves.save_best)
     best = saves.folder / "best.pt"
     _restore(trainer.model, checkpoint.load(best), folder)
     return evaluate(
@@ -533,14 +532,16 @@ def _final(trainer: Trainer, settings: Config, folder: Path, text: _Text, saves:
     )
 
 
-def _validate_rest(trainer: Trainer) -> Score | None:
-    """The validation of an epoch that max_steps ended before its own; on all processes."""
+def _validate_rest(trainer: Trainer, keep: Callable[[float], None] = lambda nats: None) -> None:
+    """The validation of an epoch that max_steps ended before its own; on all processes. What was scored is in the
+    model while `keep` is called with its nats per token."""
     if not trainer.progress.position:
-        return None
-    now = trainer.validate()
-    if not math.isfinite(now.nll):
-        trainer.diverge("validation")
-    return now
+        return
+    with trainer.averaged():
+        now = trainer.validate()
+        if not math.isfinite(now.nll):
+            trainer.diverge("validation")
+        keep(now.nll / now.tokens)
 
 
 @contextmanager

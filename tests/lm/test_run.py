@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm import checkpoint, config, run, tokenizers
+from lm import checkpoint, config, run, stream, tokenizers
 from lm.errors import UserError
+from lm.evaluator import evaluate
 from lm.lock import Lock
 from lm.trainer import DivergedError
 
@@ -111,6 +112,7 @@ def test_a_run_folder_holds_all_of_a_run(train, settings, tmp_path):
 @pytest.mark.parametrize("optimizer", ["sgd", "asgd", "adam"])
 def test_stopped_anywhere_and_resumed_ends_with_the_same_bits(train, tmp_path, optimizer, monkeypatch):
     with_it = (f"train.optimizer={optimizer}", "train.lr=0.05", "train.schedule=plateau", "checkpoint.every_steps=4")
+    with_it += ("train.average_patience=none", "model.alpha_fwd=0.9")  # for asgd: averages from the first step
     whole = train(*with_it, folder="whole")
     stops = iter((2, 5, 5, whole.step - 1))
     fit = run.Trainer.fit
@@ -162,6 +164,39 @@ def test_max_steps_stops_and_more_steps_go_on(train, tmp_path):
     assert first.score is not None
     train()
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+AVERAGING = ("train.optimizer=asgd", "train.average_patience=none", "model.alpha_fwd=0.9")
+
+
+def scored(trained):
+    """The nats of a model by the protocol of the validations after each epoch."""
+    source = Path(trained.config.data.source)
+    text = stream.encode((source / "valid.txt").read_text().splitlines(), trained.tokenizer)
+    width = trained.config.train.valid_batch_size
+    return evaluate(trained.model, text, trained.tokenizer, protocol="columns", batch_size=width).nll
+
+
+def test_averages_and_their_streams_are_kept_and_evaluated(train, tmp_path):
+    train(*AVERAGING)
+    last, best = (checkpoint.load(tmp_path / f"run/checkpoints/{name}.pt") for name in ("last", "best"))
+    logged = [row["nll"] for row in measured(tmp_path / "run") if row["kind"] == "valid"]
+    assert [scored(run.load(tmp_path / "run", which=which)) for which in ("best", "last")] == [min(logged), logged[-1]]
+    assert_equal(dict(run.load(tmp_path / "run", which="last").model.state_dict()), last["averages"]["model"], "last")
+    assert best.get("averages") is None, "the best is the model that was scored, and no more"
+    for name, value in last["model"].items():
+        assert torch.equal(value, last["averages"]["model"][name]) == bool(re.search("norm_[uv]_", name)), name
+
+
+def test_within_the_first_epoch_the_last_weights_are_evaluated_as_they_are(train, tmp_path):
+    train(*AVERAGING, "train.max_steps=3")
+    last, best = (checkpoint.load(tmp_path / f"run/checkpoints/{name}.pt") for name in ("last", "best"))
+    assert_equal(dict(run.load(tmp_path / "run", which="last").model.state_dict()), last["model"], "last")
+    # the validation at the end of the run is of the averages, with streams estimated for them
+    assert torch.equal(best["model"]["decoder.bias"], last["averages"]["model"]["decoder.bias"])
+    streams = [saved["layers.norm_mean_l0"] for saved in (best["model"], last["model"], last["averages"]["model"])]
+    assert not torch.equal(streams[0], streams[1])
+    assert not streams[2].any(), "none was estimated when this was saved"
 
 
 @pytest.fixture
@@ -465,6 +500,27 @@ def test_a_whole_checkpoint_with_values_that_do_not_fit(train, tmp_path, changes
     with pytest.raises(UserError, match=message):
         train("train.max_steps=3", "train.optimizer=adam", "train.lr=0.01")
     assert files_of(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"averages": lambda a: {}}, "must hold the training state .*steps"),
+        ({"averages": lambda a: 3}, "must hold the training state"),
+        ({"averages": lambda a: {**a, "steps": 3}}, "must be from 0 to the 2 steps of the run; got 3"),
+        ({"averages": lambda a: {**a, "steps": True}}, "averages.steps must be from 0 to .*; got True"),
+        ({"averages": lambda a: {**a, "model": {}}}, "must hold the training state .*Missing key"),
+        ({"progress": lambda p: {**p, "valid": 3}}, "must hold the training state"),
+        ({"progress": lambda p: {**p, "valid": [1.0]}}, "progress.valid holds 1 validations of 0 epochs"),
+        ({"progress": lambda p: {**p, "valid": ["1"]}}, r"progress.valid\[0\] is '1' and must be"),
+        ({"progress": lambda p: {**p, "valid": [-1.0]}}, r"progress.valid\[0\] is -1.0 and must be from 0"),
+    ],
+)
+def test_averages_that_do_not_fit(train, tmp_path, changes, message):
+    train(*AVERAGING, "train.max_steps=2")
+    stuffed(tmp_path / "run/checkpoints/last.pt", **changes)
+    with pytest.raises(UserError, match=message):
+        train(*AVERAGING, "train.max_steps=3")
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def bytes_of(folder):
 # each has its own cell, norm, schedule, optimizer; all have dropout, random windows and saves inside the epochs
 PRODUCT = {
     "sgd": "model.norm=online train.momentum=0.5 train.lr=0.2 train.schedule=plateau train.patience=9",
-    "asgd": "model.cell=gru model.norm=layer train.lr=0.5 train.average_patience=2 train.schedule=exponential",
+    "asgd": "model.cell=gru model.norm=online train.lr=0.5 train.average_patience=none train.schedule=exponential",
     "adam": "model.cell=rnn model.norm=rms train.lr=0.01 train.schedule=cosine train.warmup_steps=9 model.num_layers=2",
     "adamw": "model.norm=online model.cell_norm=true train.lr=0.01 train.window=awd{6} model.embedding_dropout=0.1",
 }
