@@ -69,6 +69,7 @@ def _train(folder, tables):
         "said": said,
         "nll": None if outcome.score is None else outcome.score.nll,
         "model": {name: value.clone() for name, value in own.model.state_dict().items()},
+        "averages": own.state_dict()["averages"],
         "seed": torch.initial_seed(),
         "columns": [list(cut) for cut, _ in own.parts],
     }
@@ -78,7 +79,12 @@ def _ended(folder):
     saved = checkpoint.load(folder / "checkpoints/last.pt")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row.get("loss", row.get("nll")) for row in rows]
-    tensors = {"model": saved["model"], "optimizer": saved["optimizer"]["state"], "state": saved["state"]}
+    tensors = {
+        "model": saved["model"],
+        "averages": saved["averages"],
+        "optimizer": saved["optimizer"]["state"],
+        "state": saved["state"],
+    }
     counts = {name: value for name, value in saved["progress"].items() if isinstance(value, int)}
     return {**tensors, "losses": losses}, ([(row["kind"], row["step"]) for row in rows], counts)
 
@@ -115,6 +121,34 @@ def test_online_keeps_equal_streams_and_resumes_to_the_bit(together, tmp_path):
         assert [rank["reason"] for rank in stopped] == ["max_steps"] * 2
     together(2, "stopped", *with_it)
     _assert_close(tmp_path / "stopped", tmp_path / "whole", rtol=0)
+
+
+AVERAGING = ("train.optimizer=asgd", "train.momentum=0.0", "train.average_patience=none")
+
+
+@pytest.mark.slow
+def test_averages_and_their_streams_are_equal_in_all_processes(together, tmp_path):
+    with_it = (*AVERAGING, "model.norm=online", "model.alpha_fwd=0.9", "model.dropout=0.3", "model.num_layers=2")
+    ranks = together(2, "whole", *with_it)
+    first, second = (rank["averages"] for rank in ranks)
+    assert first["steps"] == second["steps"] > 3
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    saved = checkpoint.load(tmp_path / "whole/checkpoints/last.pt")
+    assert torch.equal(first["model"]["layers.norm_mean_l1"], saved["averages"]["model"]["layers.norm_mean_l1"])
+    assert not torch.equal(first["model"]["layers.norm_mean_l1"], saved["model"]["layers.norm_mean_l1"])
+    for steps in (3, 11):
+        together(2, "stopped", *with_it, f"train.max_steps={steps}")
+    together(2, "stopped", *with_it)
+    _assert_close(tmp_path / "stopped", tmp_path / "whole", rtol=0)
+
+
+@pytest.mark.slow
+def test_averages_of_several_processes_equal_those_of_one_without_norm(together, tmp_path):
+    (one,), two = together(1, "one", *AVERAGING), together(2, "two", *AVERAGING)
+    for rank in two:
+        torch.testing.assert_close(rank["averages"], one["averages"], rtol=2e-5, atol=2e-6)
+    _assert_close(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
