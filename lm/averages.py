@@ -31,8 +31,7 @@ class Averages:
         model: holds the averages (the model's own weights until the first step), and the running statistics that
             were last estimated for them (until then those that the model had when averaging began).
 
-    Source: Polyak and Juditsky 1992; begun late in Merity et al. 2017 (arXiv 1708.02182), there with the weights
-        themselves moved by plain sgd.
+    Source: Polyak and Juditsky 1992; begun late in Merity et al. 2017 (arXiv 1708.02182).
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -45,7 +44,7 @@ class Averages:
         self.steps += 1
 
     @contextmanager
-    def lent(self, model: LanguageModel, estimate: Callable[[LanguageModel], None]) -> Iterator[None]:
+    def swapped_into(self, model: LanguageModel, estimate: Callable[[LanguageModel], None]) -> Iterator[None]:
         """Inside, the model holds the averages and running statistics for them; after, again what it held before.
 
         Arguments:
@@ -84,15 +83,15 @@ def estimate_streams(model: LanguageModel, data: Columns, window: str) -> None:
 
     Reads the first `min(8 / (1 - alpha_fwd), all)` samples of the text from the zero state, whole rows of the columns
     (a row of B columns is B samples of a layer), without gradient and dropout. Nothing else moves, `u` and `v`
-    included; no random number is drawn; the result does not depend on `window`, in which the text is cut as for
-    training, so that it takes no more memory. Without online normalization there is nothing to do.
+    included; no random number is drawn. The result does not depend on `window`, by which the text is cut as for
+    training, nor on how many processes train. Without online normalization there is nothing to do.
     """
     norms = {layer: norm for layer in model.modules() if isinstance(norm := getattr(layer, "norm", None), Online)}
     if not norms:
         return
     steps, width = data.targets.shape
-    fades = 1 - max(norm.alpha_fwd for norm in norms.values())
-    rows = min(steps, math.ceil(_HORIZONS / fades / width)) if fades else steps
+    rate = 1 - max(norm.alpha_fwd for norm in norms.values())
+    rows = min(steps, math.ceil(_HORIZONS / rate / width)) if rate else steps
     device = next(model.parameters()).device
     state: State | None = None
     with evaluating(model), _moving(list(norms)):

@@ -114,7 +114,8 @@ class TrainConfig(Section):
     momentum: Rate = Field(default=0.0, description="sgd, asgd: momentum")
     average_patience: Whole | None = Field(
         default=5,
-        description="asgd: average once a validation is worse than the best but this many before it; none: at once",
+        description="asgd: average once a validation is worse than the best of more than this many epochs before; "
+        "none: from the first step",
     )
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(default=0.0, description="L2 penalty")
     clip: Positive | None = Field(default=0.25, description="largest norm of the whole gradient; none: no clipping")

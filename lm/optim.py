@@ -82,7 +82,7 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def averages(config: TrainConfig, valid: Sequence[float]) -> bool:
+def averaging(config: TrainConfig, valid: Sequence[float]) -> bool:
     """Returns whether averaging has begun after these validations (nats per token, one for each epoch done).
 
     With asgd it begins after the first that is greater than the least of all before it but the last

@@ -286,6 +286,8 @@ def _same_run(folder: Path, settings: Config, saved: Mapping[str, Any] | None) -
 
 
 def _may_change(name: str, settings: Config) -> bool:
+    if name == "train.average_patience":
+        return settings.train.optimizer != "asgd"  # the others do not look at it
     ends = name in ("train.epochs", "train.max_steps")
     return name in _MAY_CHANGE and not (ends and settings.train.schedule == "cosine")
 

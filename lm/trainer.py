@@ -49,16 +49,14 @@ class Progress:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "valid", tuple(self.valid))  # a file may hold a list
-        numbers = [
-            (field.name, getattr(self, field.name), field.type) for field in fields(self) if field.name != "valid"
-        ]
-        numbers += [(f"valid[{epoch}]", nats, float) for epoch, nats in enumerate(self.valid)]
-        for name, value, kind in numbers:  # a checkpoint may hold anything
-            most = math.inf if kind is float else MOST_STEPS
-            if type(value) is not kind:
-                raise TypeError(f"progress.{name} is {value!r} and must be {kind}")
+        for field in fields(self):  # a checkpoint may hold anything
+            if field.name == "valid":
+                continue  # examined once, when a run is resumed
+            value, most = getattr(self, field.name), math.inf if field.type is float else MOST_STEPS
+            if type(value) is not field.type:
+                raise TypeError(f"progress.{field.name} is {value!r} and must be {field.type}")
             if not 0 <= value <= most:
-                raise ValueError(f"progress.{name} is {value!r:.50} and must be from 0 to {most}")
+                raise ValueError(f"progress.{field.name} is {value!r:.50} and must be from 0 to {most}")
 
 
 class DivergedError(Exception):
@@ -104,7 +102,7 @@ class Trainer:
         self.listeners = list(listeners)
         self.optimizer = optim.build(model, config)
         self.progress = Progress()
-        self.averages = Averages(model) if optim.averages(config, ()) else None
+        self.averages = Averages(model) if optim.averaging(config, ()) else None
         self.state: State | None = None
         self._stop: str | None = None
 
@@ -126,7 +124,7 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self._check()
         optim.load(self.optimizer, state["optimizer"])
-        self.averages = Averages(self.model) if optim.averages(self.config, self.progress.valid) else None
+        self.averages = Averages(self.model) if optim.averaging(self.config, self.progress.valid) else None
         if self.averages is not None:
             self.averages.load_state_dict(state["averages"], self.progress.step)
         self.state = state_of([tensor.to(self.device) for tensor in state["state"]])
@@ -162,15 +160,19 @@ class Trainer:
         running statistics of their own. Each process estimates these on the columns of all, so they are equal."""
         if self.averages is None:
             return nullcontext()
-        return self.averages.lent(self.model, lambda model: estimate_streams(model, self.data, self.config.window))
+        return self.averages.swapped_into(
+            self.model, lambda model: estimate_streams(model, self.data, self.config.window)
+        )
 
     def _check(self) -> None:
         """Raises ValueError unless a run of this configuration can stand where this one does."""
         progress = self.progress
         if progress.step < progress.epoch + (progress.position > 0):
             raise ValueError(f"{progress.step} steps are too few for epoch {progress.epoch + 1}")
+        if wrong := [nats for nats in progress.valid if type(nats) is not float or not nats >= 0]:
+            raise ValueError(f"progress.valid must be numbers from 0 up; got {wrong[0]!r:.50}")
         if self.config.optimizer == "asgd" and len(progress.valid) != progress.epoch:
-            raise ValueError(f"progress.valid holds {len(progress.valid)} validations of {progress.epoch} epochs")
+            raise ValueError(f"progress.valid must be of {progress.epoch} epochs; got {len(progress.valid)}")
         starts = [start for start, _ in self._windows()]
         if progress.position not in starts:
             raise ValueError(f"position {progress.position} is not between two windows of epoch {progress.epoch + 1}")
@@ -262,7 +264,7 @@ class Trainer:
             self._emit(Validated(*self._place(), score=score, best=nats < done.best))
         self.progress = _next_epoch(self.config, done, nats)
         self.state = None
-        if self.averages is None and optim.averages(self.config, self.progress.valid):
+        if self.averages is None and optim.averaging(self.config, self.progress.valid):
             self.averages = Averages(self.model)
         ended = EpochEnded(done.epoch + 1, done.step, nll=done.nll, tokens=done.tokens, seconds=seconds)
         self._emit(ended)

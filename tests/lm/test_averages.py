@@ -35,14 +35,17 @@ def test_the_mean_of_the_weights_after_each_step(model, tied):
     assert (averages.model.decoder.weight is averages.model.embedding.weight) == tied
 
 
-def test_averages_are_lent_only(model):
+def test_the_model_gets_its_own_weights_back(model):
     net = model(cell_norm=True)
     averages = Averages(net)
     averages.update(net)
     move(net, 1)
     averages.update(net)
     own = copy.deepcopy(net.state_dict())
-    with contextlib.suppress(ZeroDivisionError), averages.lent(net, lambda given: given.layers.norm_mean_l0.fill_(7)):
+    with (
+        contextlib.suppress(ZeroDivisionError),
+        averages.swapped_into(net, lambda given: given.layers.norm_mean_l0.fill_(7)),
+    ):
         assert averages.model.layers.norm_mean_l0.tolist() == net.layers.norm_mean_l0.tolist() == [7] * 48
         for name, mean in averages.model.named_parameters():
             assert torch.equal(net.get_parameter(name), mean)

@@ -84,7 +84,7 @@ def test_averaging_begins_by_the_law_on_random_curves(patience):
             before = curve[:epoch]
             if len(before) > patience and nats > min(before[: len(before) - patience]) and expected is None:
                 expected = epoch
-        found = [optim.averages(config, curve[: epoch + 1]) for epoch in range(len(curve))]
+        found = [optim.averaging(config, curve[: epoch + 1]) for epoch in range(len(curve))]
         assert found == [expected is not None and epoch >= expected for epoch in range(len(curve))]
         begun.add(expected)
     assert {None, patience + 1, patience + 2} <= begun
@@ -92,9 +92,9 @@ def test_averaging_begins_by_the_law_on_random_curves(patience):
 
 def test_averaging_begins_at_once_or_never():
     curve = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
-    assert not optim.averages(TrainConfig(optimizer="asgd"), curve[:6])
-    assert optim.averages(TrainConfig(optimizer="asgd"), curve)
+    assert not optim.averaging(TrainConfig(optimizer="asgd"), curve[:6])
+    assert optim.averaging(TrainConfig(optimizer="asgd"), curve)
     for valid in ([], curve):
-        assert optim.averages(TrainConfig(optimizer="asgd", average_patience=None), valid)
-        assert not optim.averages(TrainConfig(optimizer="sgd", average_patience=None), valid)
-        assert not optim.averages(TrainConfig(optimizer="adam", average_patience=0), valid)
+        assert optim.averaging(TrainConfig(optimizer="asgd", average_patience=None), valid)
+        assert not optim.averaging(TrainConfig(optimizer="sgd", average_patience=None), valid)
+        assert not optim.averaging(TrainConfig(optimizer="adam", average_patience=0), valid)

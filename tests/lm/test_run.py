@@ -311,6 +311,14 @@ def test_a_cosine_schedule_fixes_the_number_of_epochs(train):
         train("train.schedule=cosine", "train.epochs=3")
 
 
+def test_when_averaging_begins_is_fixed_where_weights_are_averaged(train):
+    train("train.max_steps=1")
+    assert train("train.max_steps=2", "train.average_patience=7").step == 2, "sgd does not look at it"
+    train("train.max_steps=1", "train.optimizer=asgd", folder="averaging")
+    with pytest.raises(UserError, match=r"train\.average_patience is 5 there and 7 here"):
+        train("train.max_steps=2", "train.optimizer=asgd", "train.average_patience=7", folder="averaging")
+
+
 def test_an_edited_configuration_file_does_not_pass_for_the_runs_own(train, tmp_path):
     train()
     path = tmp_path / "run/config.toml"
@@ -511,9 +519,9 @@ def test_a_whole_checkpoint_with_values_that_do_not_fit(train, tmp_path, changes
         ({"averages": lambda a: {**a, "steps": True}}, "averages.steps must be from 0 to .*; got True"),
         ({"averages": lambda a: {**a, "model": {}}}, "must hold the training state .*Missing key"),
         ({"progress": lambda p: {**p, "valid": 3}}, "must hold the training state"),
-        ({"progress": lambda p: {**p, "valid": [1.0]}}, "progress.valid holds 1 validations of 0 epochs"),
-        ({"progress": lambda p: {**p, "valid": ["1"]}}, r"progress.valid\[0\] is '1' and must be"),
-        ({"progress": lambda p: {**p, "valid": [-1.0]}}, r"progress.valid\[0\] is -1.0 and must be from 0"),
+        ({"progress": lambda p: {**p, "valid": [1.0]}}, "progress.valid must be of 0 epochs; got 1"),
+        ({"progress": lambda p: {**p, "valid": ["1"]}}, "progress.valid must be numbers from 0 up; got '1'"),
+        ({"progress": lambda p: {**p, "valid": [-1.0]}}, "progress.valid must be numbers from 0 up; got -1.0"),
     ],
 )
 def test_averages_that_do_not_fit(train, tmp_path, changes, message):
