@@ -27,7 +27,9 @@ def read_text(path: Path, what: str) -> str:
         raise UserError(f"{what} must be readable; {path}: {fault.strerror}; check the path") from None
 
 
-def write_whole(path: Path, content: bytes, *, previous: Path | None = None, new_folder: bool = True) -> None:
+def write_whole(
+    path: Path, content: bytes | bytearray, *, previous: Path | None = None, new_folder: bool = True
+) -> None:
     """Writes a file under a temporary name, syncs it, renames it: a reader sees the old one or the new.
 
     Arguments:

@@ -1,6 +1,6 @@
 """A run folder from settings to scores: what `train`, `eval` and `sample` do, without the command line.
 
-config.toml  tokenizer.json  metrics.jsonl  tensorboard/  checkpoints/{last,previous,best}.pt
+config.toml  tokenizer.json  metrics.jsonl  tensorboard/  checkpoints/{last,previous,best}.safetensors
 """
 
 import math
@@ -165,20 +165,20 @@ def load(folder: Path, *, which: str = "best", backend: str = "auto", device: st
     with _fitting(folder, "progress and counts"):
         progress = Progress(**saved["progress"])
         counts = saved["train_counts"]
-        if counts.shape != (tokenizer.size,) or counts.dtype != torch.int64:
+        if len(counts) != tokenizer.size or not all(type(count) is int and 0 <= count < 2**63 for count in counts):
             raise ValueError(f"the counts of the training text must be {tokenizer.size} whole numbers")
     averages = saved.get("averages") if progress.epoch else None
     _restore(model, averages or saved, folder)
-    return Trained(settings, tokenizer, model, counts, saved["data_sha256"], progress.step)
+    return Trained(settings, tokenizer, model, torch.tensor(counts), saved["data_sha256"], progress.step)
 
 
 def _saved(place: Path, which: str, say: Say) -> dict[str, Any]:
     if which == "last" and (saved := checkpoint.load_last(place, say)):
         return saved
     try:
-        return checkpoint.load(place / f"{which}.pt")
+        return checkpoint.load(place / f"{which}.safetensors")
     except checkpoint.DamagedCheckpointError as fault:
-        if which == "best" and checkpoint.is_whole(place / "last.pt"):
+        if which == "best" and checkpoint.is_whole(place / checkpoint.LAST):
             raise UserError(f"{fault}; the last one is whole: give --checkpoint last") from None
         raise
 
@@ -262,7 +262,7 @@ def _occupy(folder: Path, settings: Config, tokenizer: Tokenizer, lock: Lock, as
         if (folder / "config.toml").exists():
             raise UserError(f"a new run needs a folder of its own; another began in {folder} just now; {_WAYS}")
     for place in (folder, folder / "checkpoints"):
-        for name in ("config.toml", "tokenizer.json", "metrics.jsonl", "last.pt", "best.pt"):
+        for name in ("config.toml", "tokenizer.json", "metrics.jsonl", checkpoint.LAST, checkpoint.BEST):
             files.remove_leftovers(place / name)
     files.write_whole(folder / "config.toml", config.to_toml(settings).encode())
     tokenizers.save(tokenizer, folder / "tokenizer.json")
@@ -297,9 +297,10 @@ def _last(folder: Path, say: Say) -> dict[str, Any] | None:
     saved = checkpoint.load_last(place, say)
     if saved is not None:
         _same_vocabulary(folder, tokenizers.from_state(saved["tokenizer"]))
-    elif (place / "best.pt").exists():
+    elif (place / checkpoint.BEST).exists():
         raise UserError(
-            f"a run goes on from {place / 'last.pt'}, which is missing; best.pt is there; choose another with --run"
+            f"a run must have {place / checkpoint.LAST} to resume from; got {checkpoint.BEST} alone; choose another "
+            "folder with --run"
         )
     return saved
 
@@ -363,6 +364,12 @@ def _require_memory(settings: Config, tokenizer: Tokenizer) -> None:
 
 def _restore(model: LanguageModel, saved: Mapping[str, Any], folder: Path) -> None:
     with _fitting(folder, "model"):
+        for name, value in model.state_dict().items():
+            found = saved["model"].get(name, value)
+            if not isinstance(found, Tensor):
+                raise ValueError(f"{name} is {found!r:.50} and must be a tensor")
+            if found.dtype != value.dtype:  # copying would convert it silently
+                raise ValueError(f"{name} has dtype {found.dtype} and must have {value.dtype}")
         model.load_state_dict(saved["model"])
 
 
@@ -371,7 +378,7 @@ def _resume(trainer: Trainer, settings: Config, saved: Mapping[str, Any], folder
     shape = settings.model
     state = [(shape.num_layers, settings.train.batch_size, shape.hidden_size)] * (2 if shape.cell == "lstm" else 1)
     with _fitting(folder, "training state"):
-        if [tuple(tensor.shape) for tensor in saved["state"]] not in ([], state):
+        if [tuple(tensor.shape) for tensor in saved["state"] if tensor.is_floating_point()] not in ([], state):
             raise ValueError(f"the carried state must be of shapes {state}")
         trainer.load_state_dict(dict(saved))
 
@@ -475,7 +482,7 @@ def _fit(trainer: Trainer, settings: Config, folder: Path, text: _Text) -> Outco
 
 def _kept(folder: Path) -> str:
     """Names the last good checkpoint: one whose weights are numbers, which a run that diverged may not have saved."""
-    for path in (folder / "checkpoints" / name for name in ("last.pt", "previous.pt", "best.pt")):
+    for path in (folder / "checkpoints" / name for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST)):
         try:
             saved = checkpoint.load(path)
         except UserError:
@@ -491,7 +498,7 @@ def _checkpoints(trainer: Trainer, settings: Config, folder: Path, text: _Text) 
             "config": settings.model_dump(),
             "tokenizer": text.tokenizer.state(),
             "data_sha256": text.sha256,
-            "train_counts": text.counts,
+            "train_counts": text.counts.tolist(),
             "model": trainer.model.state_dict(),
             "progress": trainer.state_dict()["progress"],
         }
@@ -502,7 +509,7 @@ def _checkpoints(trainer: Trainer, settings: Config, folder: Path, text: _Text) 
         weights,
         settings.checkpoint.every_steps,
         settings.checkpoint.every_minutes,
-        _kept_nats(folder / "checkpoints" / "best.pt", trainer),
+        _kept_nats(folder / "checkpoints" / checkpoint.BEST, trainer),
     )
 
 
@@ -512,17 +519,17 @@ def _kept_nats(best: Path, trainer: Trainer) -> float:
         saved = checkpoint.load(best)
     except UserError:
         return math.inf
-    nats = saved.get("nats", trainer.progress.best)  # files of an older version do not tell
-    # Only shapes: an older file may have other names for the same tensors.
-    found = [getattr(value, "shape", None) for value in saved["model"].values()]
-    fits = found == [value.shape for value in trainer.model.state_dict().values()]
+    nats = saved.get("nats")
+    fits = {k: getattr(v, "shape", None) for k, v in saved["model"].items()} == {
+        k: v.shape for k, v in trainer.model.state_dict().items()
+    }
     return nats if fits and type(nats) is float and nats >= 0 else math.inf
 
 
 def _final(trainer: Trainer, settings: Config, folder: Path, text: _Text, saves: Checkpoints) -> Score:
     """The exact score of the best weights on the validation text; they are then in the model."""
     _validate_rest(trainer, saves.save_best)
-    best = saves.folder / "best.pt"
+    best = saves.folder / checkpoint.BEST
     _restore(trainer.model, checkpoint.load(best), folder)
     return evaluate(
         trainer.model,

@@ -49,7 +49,7 @@ def main() -> int:
         place = (known.keep or Path(temporary)).resolve()
         whole, killed = place / "undisturbed", place / "killed"
         samples = undisturbed(whole, 30 * known.minutes)
-        steps = checkpoint.load(whole / "checkpoints/last.pt")["progress"]["step"]
+        steps = checkpoint.load(whole / "checkpoints/last.safetensors")["progress"]["step"]
         print(f"undisturbed: {steps:,} steps in {30 * known.minutes:.0f} s", flush=True)
         finish(whole, steps)
         kills = disturbed(killed, steps, known.seed)
@@ -109,7 +109,9 @@ def report(whole: Path, killed: Path, samples: list[Sample]) -> int:
     """Prints what differs and what grows; returns the exit code."""
     same = {
         "checkpoints": [
-            state(folder / "checkpoints" / name) for folder in (whole, killed) for name in ("last.pt", "best.pt")
+            state(folder / "checkpoints" / name)
+            for folder in (whole, killed)
+            for name in (checkpoint.LAST, checkpoint.BEST)
         ],
         "metrics.jsonl": [*map(logged, (whole, killed))],
         "TensorBoard": [*map(shown, (whole, killed))],
@@ -133,7 +135,7 @@ def state(path: Path) -> bytes:
     saved = checkpoint.load(path)
     del saved["config"]["train"]["max_steps"]
     with tempfile.TemporaryDirectory() as place:
-        copy = Path(place) / "copy.pt"
+        copy = Path(place) / "copy.safetensors"
         checkpoint.save(copy, saved)
         return copy.read_bytes()
 

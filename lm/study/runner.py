@@ -190,7 +190,7 @@ class _Runs:
         if code and not (code == 1 and diverged):
             raise UserError(f"{job} failed with exit code {code}: {_last_line(log.name)} (see {log.name})")
         scores = []
-        if (where / "checkpoints" / "best.pt").exists():
+        if (where / "checkpoints" / "best.safetensors").exists():
             protocols = ["--protocol", "exact", "--protocol", "chunk-mean"]
             splits, bands = ["--split", "valid", "--split", "test"], ["--by-frequency", "--by-position"]
             given = [*splits, *protocols, *bands, "--json", "--device", device]

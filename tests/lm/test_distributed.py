@@ -76,7 +76,7 @@ def _train(folder, tables):
 
 
 def _ended(folder):
-    saved = checkpoint.load(folder / "checkpoints/last.pt")
+    saved = checkpoint.load(folder / "checkpoints/last.safetensors")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row.get("loss", row.get("nll")) for row in rows]
     tensors = {
@@ -134,7 +134,7 @@ def test_averages_and_their_streams_are_equal_in_all_processes(together, tmp_pat
     assert first["steps"] == second["steps"] > 3
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
-    saved = checkpoint.load(tmp_path / "whole/checkpoints/last.pt")
+    saved = checkpoint.load(tmp_path / "whole/checkpoints/last.safetensors")
     assert torch.equal(first["model"]["layers.norm_mean_l1"], saved["averages"]["model"]["layers.norm_mean_l1"])
     assert not torch.equal(first["model"]["layers.norm_mean_l1"], saved["model"]["layers.norm_mean_l1"])
     for steps in (3, 11):
@@ -282,7 +282,7 @@ def test_a_killed_process_ends_the_run_and_it_resumes(tmp_path, corpus, together
     ranks: dict[str, int] = {}
     with process:
         try:
-            _wait_for(tmp_path / "run/checkpoints/best.pt")
+            _wait_for(tmp_path / "run/checkpoints/best.safetensors")
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             ranks |= {_environment(child)["RANK"]: int(child) for child in children}
             os.kill(ranks["1"], signal.SIGKILL)
@@ -293,7 +293,7 @@ def test_a_killed_process_ends_the_run_and_it_resumes(tmp_path, corpus, together
     assert process.returncode
     assert time.monotonic() - began < 60
     assert "error: the 2 processes of a run must all live; process 1 has lost another" in told
-    step = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["progress"]["step"]
+    step = checkpoint.load(tmp_path / "run/checkpoints/last.safetensors")["progress"]["step"]
     (one,) = together(1, "run", "model.norm=online", f"train.max_steps={step + 2}", "train.epochs=9999")
     assert one["reason"] == "max_steps"
     assert one["said"][-1].endswith(f"goes on after step {step}")

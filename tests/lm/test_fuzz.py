@@ -146,7 +146,7 @@ def test_text(fresh, content, split, kind):
     answer("tokenizer", "train", "--kind", kind, "--data", place / "text", "--out", place / "new.json")
     (place / "new.json").unlink(missing_ok=True)
     code = train(place / "text", place / "new", f"data.tokenizer={kind}")
-    assert code or (place / "new/checkpoints/best.pt").is_file()
+    assert code or (place / "new/checkpoints/best.safetensors").is_file()
     assert code != 2 or not (place / "new").exists(), "a fault of the input writes nothing"
     shutil.rmtree(place / "new", ignore_errors=True)
     assert files_of(place) == before
@@ -194,7 +194,7 @@ def test_settings(fresh, content, section, value):
     code = answer("train", "--run", place / "run", "--data", place / "text", "--set", "train.max_steps=1")
     after = files_of(place / "run")
     assert after.keys() >= before.keys()
-    assert after["checkpoints/best.pt"] == before["checkpoints/best.pt"]
+    assert after["checkpoints/best.safetensors"] == before["checkpoints/best.safetensors"]
     if code:
         assert after == {**before, "config.toml": content}
     answer("eval", place / "run")
@@ -219,7 +219,7 @@ def commands(place):
     """Every command that reads checkpoints, on a run whose checkpoint may be anything; nothing there is lost."""
     before = files_of(place / "run")
     for name in ("last", "best"):
-        answer("checkpoint", "show", place / f"run/checkpoints/{name}.pt")
+        answer("checkpoint", "show", place / f"run/checkpoints/{name}.safetensors")
         answer("eval", place / "run", "--checkpoint", name)
         answer("sample", place / "run", "--checkpoint", name, "--length", "2")
     assert files_of(place / "run") == before
@@ -228,15 +228,15 @@ def commands(place):
     assert after.keys() >= before.keys()
     if code == 2:
         assert {name: after[name] for name in before} == before
-    elif after["checkpoints/previous.pt"] != before["checkpoints/last.pt"]:
-        assert "checkpoints/damaged.pt" in after or before["checkpoints/last.pt"] in after.values()
+    elif after["checkpoints/previous.safetensors"] != before["checkpoints/last.safetensors"]:
+        assert "checkpoints/damaged.safetensors" in after or before["checkpoints/last.safetensors"] in after.values()
 
 
 @fuzzed
 @given(data=st.data(), name=st.sampled_from(["last", "best", "previous"]))
 def test_checkpoints_of_other_bytes(fresh, data, name):
     place = fresh()
-    path = place / f"run/checkpoints/{name}.pt"
+    path = place / f"run/checkpoints/{name}.safetensors"
     path.write_bytes(data.draw(damaged(path.read_bytes())))
     commands(place)
 
@@ -246,7 +246,7 @@ def test_checkpoints_of_other_bytes(fresh, data, name):
 def test_whole_checkpoints_of_other_values(fresh, data, value):
     """The checksum is right, so that the values themselves have to be looked at."""
     place = fresh()
-    path = place / f"run/checkpoints/{data.draw(st.sampled_from(['last', 'best']))}.pt"
+    path = place / f"run/checkpoints/{data.draw(st.sampled_from(['last', 'best']))}.safetensors"
     saved = checkpoint.load(path)
     inner = saved
     while True:

@@ -550,7 +550,7 @@ def test_the_device_that_is_asked_for_is_used(read, tmp_path, monkeypatch, devic
 
     def record(self, job, out, log, arguments):
         commands.append([*arguments])
-        best = results.run_folder(tmp_path, job) / "checkpoints/best.pt"
+        best = results.run_folder(tmp_path, job) / "checkpoints/best.safetensors"
         best.parent.mkdir(parents=True, exist_ok=True)
         best.touch()
         return 0, json.dumps([SCORE | {"ppl": 10.0}])

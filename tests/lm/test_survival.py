@@ -88,7 +88,7 @@ def scalars(folder):
 
 def bytes_of(folder):
     """The checkpoints that count, as bytes."""
-    return {name: (folder / "checkpoints" / name).read_bytes() for name in ("last.pt", "best.pt")}
+    return {name: (folder / "checkpoints" / name).read_bytes() for name in ("last.safetensors", "best.safetensors")}
 
 
 # each has its own cell, norm, schedule, optimizer; all have dropout, random windows and saves inside the epochs
@@ -110,7 +110,7 @@ def test_killed_many_times_it_ends_with_the_same_bytes(nursery, command, tmp_pat
         *PRODUCT[optimizer].split(),
     )
     assert nursery.call(*command(*settings, run=tmp_path / "whole"), log=tmp_path / "log") == 0
-    steps = checkpoint.load(tmp_path / "whole/checkpoints/last.pt")["progress"]["step"]
+    steps = checkpoint.load(tmp_path / "whole/checkpoints/last.safetensors")["progress"]["step"]
     draw = random.Random(optimizer)
     folder, kills = tmp_path / "run", []
     for at in sorted(draw.sample(range(steps), 4)):
@@ -146,10 +146,10 @@ def test_a_limit_on_file_size_is_a_full_disk(nursery, command, tmp_path):
     arguments = command("train.max_steps=20", run=folder)
     assert nursery.call(*arguments, log=log) == 0
     before = bytes_of(folder)
-    limit = len(before["last.pt"]) - 1000
+    limit = len(before["last.safetensors"]) - 1000
     arguments = command("train.max_steps=40", run=folder)
     assert nursery.call(*arguments, log=log, file_limit=limit) == 2
-    told = r"\nerror: \S+last\.pt must be writable; File too large; .*; the last good checkpoint is \S+ \(step 20\)\n"
+    told = r"\nerror: \S+last\.safetensors must be writable; File too large; .*good checkpoint is \S+ \(step 20\)\n"
     assert re.search(told, log.read_text())
     assert bytes_of(folder) == before
     assert nursery.call(*arguments, log=log) == 0
@@ -225,7 +225,10 @@ def test_a_folder_without_permission(nursery, command, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "at", "told"),
-    [((), 5, "metrics.jsonl"), (("train.log_every=1000",), 25, "last.pt")],  # the first 20 steps are always logged
+    [
+        ((), 5, "metrics.jsonl"),
+        (("train.log_every=1000",), 25, "last.safetensors"),
+    ],  # the first 20 steps are always logged
 )
 def test_a_folder_removed_under_the_run(command, tmp_path, monkeypatch, capsys, settings, at, told):
     fit = run.Trainer.fit
@@ -244,5 +247,5 @@ def test_a_folder_removed_under_the_run(command, tmp_path, monkeypatch, capsys, 
 def test_a_lost_checkpoint_folder_is_not_made_again(command, tmp_path):
     keeper = checkpoint.Checkpoints(tmp_path / "checkpoints", dict, dict, None)
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(UserError, match=r"last\.pt must be writable; No such file"):
+    with pytest.raises(UserError, match=r"last\.safetensors must be writable; No such file"):
         keeper.save_last()
