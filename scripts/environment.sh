@@ -1,10 +1,10 @@
 # Sourced by the other scripts: makes .venv if there is none, installs the pinned packages, activates it.
-# usage: source scripts/environment.sh [dev]
-extras=${1:+[$1]}
+# usage: source scripts/environment.sh [EXTRA]   the toolkit's packages alone, or those of another extra
+extras=[${1:-lm}]
 python=${PYTHON:-python3}
 if [ ! -x .venv/bin/python ]; then
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-        echo "error: Python 3.11 or newer is needed; $("$python" --version 2>&1) came; set PYTHON=/path/to/python3.11" >&2
+        echo "error: Python must be 3.11 or newer; got $("$python" --version 2>&1); set PYTHON=/path/to/python3.11" >&2
         exit 2
     }
     "$python" -m venv .venv
