@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from lm import stream
+from lm.checkpoint import require_tensors
 from lm.evaluator import evaluating
 from lm.model import LanguageModel, State
 from lm.stream import Columns
@@ -75,6 +76,7 @@ class Averages:
         if type(steps) is not int or not 0 <= steps <= most:
             raise ValueError(f"averages.steps must be from 0 to the {most} steps of the run; got {steps!r:.50}")
         self.steps = steps
+        require_tensors(state["model"], self.model.state_dict())
         self.model.load_state_dict(state["model"])
 
 

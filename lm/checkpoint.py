@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lm import files
 from lm.errors import UserError
-from lm.events import EpochEnded, Event, Interrupted, Started, Stepped, Validated
+from lm.events import EndedEarly, EpochEnded, Event, Interrupted, Started, Stepped, Validated
 
 FORMAT = "rnnorm.lm.checkpoint"  # the metadata key
 VERSION = 3  # 1 and 2 were files of torch.save
@@ -33,7 +33,7 @@ _KEYS = {
     "data_sha256": dict,
     "train_counts": list,
     "model": dict,
-    "progress": dict,
+    "trainer": dict,
 }
 _PLACE = "0" * 64  # stands for the checksum while it is computed
 _WRONG = "its checksum does not match"
@@ -107,7 +107,7 @@ def load_last(folder: Path, say: Say = print) -> dict[str, Any] | None:
             saved = load(previous)
         except DamagedCheckpointError as second:
             raise DamagedCheckpointError(f"{fault}. And the one before it: {second}") from None
-        say(f"warning: {fault}; resuming from the one before it, {previous.name}, of step {saved['progress']['step']}")
+        say(f"warning: {fault}; resuming from the one before it, {previous.name}, of step {saved['trainer']['step']}")
         return saved
 
 
@@ -140,6 +140,24 @@ def is_whole(path: Path) -> bool:
         return _read(path)[2]
     except DamagedCheckpointError:
         return False
+
+
+def require_tensors(found: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless these are tensors of the wanted names, shapes and dtypes, which loading would not all
+    look at."""
+    if lacking := sorted(wanted.keys() - found.keys()):
+        raise ValueError(f"{lacking[0]} must be there")
+    if more := sorted(found.keys() - wanted.keys()):
+        raise ValueError(f"{more[0]} must not be there")
+    for name, tensor in wanted.items():
+        value = found[name]
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor; got {value!r:.50}")
+        if (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(
+                f"{name} must have shape {[*tensor.shape]} and dtype {tensor.dtype}; got {[*value.shape]} and "
+                f"{value.dtype}"
+            )
 
 
 class _Packer:
@@ -289,7 +307,7 @@ def _check(found: Mapping[str, Any], path: Path) -> None:
         )
     if wrong := sorted(key for key, kind in _KEYS.items() if not isinstance(found.get(key), kind)):
         raise UserError(f"a checkpoint must hold {', '.join(wrong)}; got {path}, which does not; take another")
-    step = found["progress"].get("step")
+    step = found["trainer"].get("step")
     if type(step) is not int or not 0 <= step <= MOST_STEPS:
         raise UserError(f"a checkpoint must hold the number of its step; got {path}, which does not; take another")
 
@@ -361,6 +379,8 @@ class Checkpoints:
         match event:
             case Validated(best=True):
                 self.save_best(event.score.nll / event.score.tokens)
+            case EndedEarly():
+                self.save_best(event.nats)
             # at the start too: a folder that cannot be written is found before any work is done
             case Started() | EpochEnded() | Interrupted():
                 self.save_last()
@@ -377,7 +397,7 @@ class Checkpoints:
     def save_best(self, nats: float) -> None:
         """Saves the weights that the model holds now, validated at so many nats per token, unless better ones are kept.
 
-        The file itself tells its nats: the run's progress cannot, as weights that `max_steps` left inside an epoch are
+        The file itself tells its nats: the trainer's state cannot, as weights that `max_steps` left inside an epoch are
         validated once more than in a run that never stopped there, and the schedules must not see that.
         """
         if nats < self.best:

@@ -12,11 +12,13 @@ import click
 import rnnorm
 from lm import checkpoint, config, corpora, distributed, report, run, study, tokenizers
 from lm.config import Config
+from lm.corpora import Split
 from lm.errors import UserError
-from lm.evaluator import Group, Score, record
+from lm.evaluator import Group, ProtocolName, Score, record
+from lm.run_folder import Which
 from lm.sample import LONGEST
-from lm.sample import sample as draw_sample
-from lm.trainer import DivergedError
+from lm.trained import load
+from lm.trainer import ENDS, DivergedError
 
 _SETTINGS = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
 _KEYS = "\b\nEvery key of --set, its default and meaning:\n" + "\n".join(f"  {line}" for line in config.describe())
@@ -101,7 +103,7 @@ def train(
     source = Path(settings.data.source).name
     folder = folder or Path("runs") / f"{Path(preset or 'default').stem}-{source}"
     outcome = run.train(settings, folder, resume=resume, overwrite=overwrite, say=_say)
-    if outcome.reason not in run.ENDS:
+    if outcome.reason not in ENDS:
         _say(f"stopped by {outcome.reason} after step {outcome.step}; saved; go on with: rnnlm train --run {folder}")
         return _STOPPED.get(outcome.reason, 1)
     if outcome.score is None:
@@ -153,24 +155,24 @@ def compose(
 @_device
 def evaluate(
     folder: Path,
-    splits: tuple[str, ...],
-    protocols: tuple[str, ...],
+    splits: tuple[Split, ...],
+    protocols: tuple[ProtocolName, ...],
     data: str | None,
     by_frequency: bool,
     by_position: bool,
     as_json: bool,
-    which: str,
+    which: Which,
     backend: str | None,
     device: str | None,
 ) -> None:
     """Measure the perplexity of a run's model. Several splits and protocols: each with each."""
-    trained = run.load(folder, which=which, backend=backend or "auto", device=device or "cpu", say=_say)
+    trained = load(folder, which=which, backend=backend or "auto", device=device or "cpu", say=_say)
     methods = protocols or (trained.config.eval.protocol,)
     if (by_frequency or by_position) and "exact" not in methods:
         raise UserError(f"bands are of the protocol exact; {', '.join(methods)} came; add --protocol exact")
     scores = []
     for split, protocol in itertools.product(splits, methods):
-        score = run.score(trained, split, protocol=protocol, data=data, groups=by_frequency or by_position)
+        score = trained.score_split(split, protocol=protocol, data=data, groups=by_frequency or by_position)
         frequency, position = by_frequency and score.by_frequency, by_position and score.by_position
         scores.append((split, replace(score, by_frequency=frequency or None, by_position=position or None)))
     if as_json:
@@ -267,10 +269,10 @@ def write_report(folders: tuple[Path, ...], out: Path | None) -> None:
 @_which
 @_backend
 @_device
-def sample(folder: Path, which: str, backend: str | None, device: str | None, **options: Any) -> None:
+def sample(folder: Path, which: Which, backend: str | None, device: str | None, **options: Any) -> None:
     """Print text drawn from a run's model."""
-    trained = run.load(folder, which=which, backend=backend or "auto", device=device or "cpu", say=_say)
-    click.echo(draw_sample(trained.model, trained.tokenizer, **options))
+    trained = load(folder, which=which, backend=backend or "auto", device=device or "cpu", say=_say)
+    click.echo(trained.sample(**options))
 
 
 @cli.command("export")
@@ -278,7 +280,7 @@ def sample(folder: Path, which: str, backend: str | None, device: str | None, **
 @click.argument("file", type=Path)
 @click.option("--to", type=click.Choice(["torchscript", "torch-export", "onnx"]), required=True, help="The format.")
 @_which
-def export_model(folder: Path, file: Path, to: str, which: str) -> None:
+def export_model(folder: Path, file: Path, to: str, which: Which) -> None:
     """Write a run's model to a file that other programs run without this one.
 
     \b
@@ -288,7 +290,7 @@ def export_model(folder: Path, file: Path, to: str, which: str) -> None:
     """
     from lm.export import export
 
-    worst = export(run.load(folder, which=which), to, file)
+    worst = export(load(folder, which=which), to, file)
     found = "not run: there is no onnxruntime here" if worst is None else f"largest difference {worst:.2g}"
     click.echo(f"{file}: {to}, {file.stat().st_size:,} bytes; {found}")
 

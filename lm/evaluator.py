@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from lm.tokenizers import Tokenizer
 if TYPE_CHECKING:
     from lm.model import LanguageModel
 
-PROTOCOLS = ("exact", "columns", "chunk-mean")
+ProtocolName = Literal["exact", "columns", "chunk-mean"]
+PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
 _CHUNK_MEAN_COLUMNS, _CHUNK_MEAN_STEPS = 10, 32  # of the online-normalization authors' experiment
 _FREQUENCIES = (0, 1, 10, 100, 1000, 10_000)  # the least training count of each band
 _POSITIONS = (1, 2, 3, 4, 5, 9, 17, 33, 65)  # the first place in the line of each band
@@ -94,7 +95,7 @@ def evaluate(
     stream: Stream,
     tokenizer: Tokenizer,
     *,
-    protocol: str = "exact",
+    protocol: ProtocolName = "exact",
     chunk: int = 1024,
     batch_size: int = 20,
     train_counts: Tensor | None = None,
@@ -116,7 +117,7 @@ def evaluate(
         UserError: an unknown protocol, or a stream too short for it.
     """
     if protocol not in PROTOCOLS:
-        raise UserError(f"a protocol must be one of {', '.join(PROTOCOLS)}; {protocol!r} came; choose one")
+        raise UserError(f"a protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}; choose one of these")
     if protocol == "chunk-mean":
         score = _chunk_mean(_nll(model, _trimmed(stream.ids), chunk), len(stream.ids) / (stream.words + stream.eos))
     else:
@@ -124,8 +125,8 @@ def evaluate(
         nll, scored = _shared_nll(model, cut, chunk, team).numpy(), _active(cut)
         score = summarize(nll[scored], cut.targets.numpy()[scored], stream, tokenizer, protocol)
         if groups and protocol == "exact" and train_counts is not None:
-            told = (nll[:, 0], stream.ids, tokenizer)
-            score = replace(score, by_frequency=by_frequency(*told, train_counts), by_position=by_position(*told))
+            given = (nll[:, 0], stream.ids, tokenizer)
+            score = replace(score, by_frequency=by_frequency(*given, train_counts), by_position=by_position(*given))
     unigram = None if train_counts is None else unigram_perplexity(train_counts, stream)
     return replace(score, unigram_ppl=unigram, data_sha256=data_sha256, vocabulary_sha256=tokenizer.sha256)
 
@@ -258,7 +259,8 @@ def _trimmed(ids: np.ndarray) -> Columns:
     rows = len(ids) // _CHUNK_MEAN_COLUMNS
     if rows < 2:
         raise UserError(
-            f"chunk-mean needs {2 * _CHUNK_MEAN_COLUMNS} tokens or more; {len(ids)} came; take protocol exact"
+            f"a text for chunk-mean must hold at least {2 * _CHUNK_MEAN_COLUMNS} tokens; got {len(ids)}; "
+            "use the protocol exact"
         )
     table = torch.from_numpy(ids[: rows * _CHUNK_MEAN_COLUMNS].reshape(_CHUNK_MEAN_COLUMNS, rows).T.copy())
     return Columns(table[:-1], table[1:], _CHUNK_MEAN_COLUMNS)

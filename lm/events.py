@@ -1,4 +1,4 @@
-"""What a training run tells its listeners. A listener is any function that takes one event."""
+"""What a training run reports to its listeners. A listener is any function that takes one event."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Started(Event):
-    """The run begins, or goes on from a checkpoint.
+    """The run begins, or resumes from a checkpoint.
 
     Attributes:
         epochs: as many as there will be at most.
@@ -72,6 +72,16 @@ class Interrupted(Event):
     """The run pauses inside an epoch, at a step that a checkpoint may keep."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class EndedEarly(Event):
+    """`max_steps` has ended the run inside an epoch, and the weights that it ended with were validated.
+
+    While listeners run, the model holds the weights that were scored, at `nats` per token.
+    """
+
+    nats: float
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lm.errors import UserError
 from lm.evaluator import evaluating
 from lm.model import LanguageModel, state_of, state_tensors
-from lm.run import Trained
+from lm.trained import TrainedModel
 
 TOLERANCE = 1e-3  # of log-probabilities, in nats; formats differ in the order of sums only
 _TOKENIZER = "tokenizer.json"
@@ -151,7 +151,7 @@ print(worst)
 """
 
 
-def export(trained: Trained, to: str, path: Path) -> float | None:
+def export(trained: TrainedModel, to: str, path: Path) -> float | None:
     """Writes a run's model to a new file, after loading it in a fresh process and comparing what it computes.
 
     Arguments:
@@ -166,8 +166,8 @@ def export(trained: Trained, to: str, path: Path) -> float | None:
     form = FORMATS[to]
     if missing := [name for name in form.needs if importlib.util.find_spec(name) is None]:
         raise UserError(
-            f"{to} needs the packages {', '.join(form.needs)}; {', '.join(missing)} came not; "
-            f"pip install 'rnnorm[export]', or pip install {' '.join(form.needs)}"
+            f"{to} needs the packages {', '.join(form.needs)}; {', '.join(missing)} not installed; install with: "
+            "pip install 'rnnorm[export]'"
         )
     if path.exists():
         raise UserError(f"an export is written to a new file; {path} exists; choose another, or move it away")

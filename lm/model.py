@@ -27,7 +27,9 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig, vocabulary: int, backend: str = "auto") -> None:
         super().__init__()
         width = config.embedding_size or config.hidden_size
-        self.embedding = nn.Embedding(vocabulary, width)
+        # on `meta`, torch's own initialization would load its decompositions, which takes seconds
+        given = torch.empty(vocabulary, width) if torch.get_default_device().type == "meta" else None
+        self.embedding = nn.Embedding(vocabulary, width, _weight=given)
         self.layers = _layers(config, width, backend)
         self.decoder = nn.Linear(config.hidden_size, vocabulary)
         if config.tied:
@@ -70,6 +72,11 @@ class LanguageModel(nn.Module):
         hidden, state = self.layers(self.input_dropout(embedded), state, lengths=lengths)
         return self.output_dropout(hidden), state
 
+    def state_shapes(self, columns: int) -> list[tuple[int, ...]]:
+        """Returns the shapes of the tensors of the state of so many columns."""
+        shape = (self.layers.num_layers, columns, self.layers.hidden_size)
+        return [shape, shape] if isinstance(self.layers, rnnorm.LSTM) else [shape]
+
     def loss(self, hidden: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, int]:
         """Returns the summed nats of `targets` [T, N] under `hidden` [T, N, H], and how many counted."""
         rows = None if mask is None else mask.flatten()
@@ -88,8 +95,14 @@ class LanguageModel(nn.Module):
         return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
 
 
+def sketch(config: ModelConfig, vocabulary: int) -> LanguageModel:
+    """Returns a model on the device `meta`: names, shapes and sizes of its tensors, without memory for them."""
+    with torch.device("meta"):
+        return LanguageModel(config, vocabulary)
+
+
 class Objective(nn.Module):
-    """A model and its loss as one forward: DistributedDataParallel prepares the gradients of what its forward returns.
+    """What training minimizes, as one forward: DistributedDataParallel prepares the gradients of what that returns.
 
     Arguments:
         model: shared, not copied.
@@ -99,11 +112,15 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, window: Window, state: State | None) -> tuple[Tensor, State]:
-        """Returns the summed nats of a window's targets, and the state after it."""
+    def forward(self, window: Window, state: State | None) -> tuple[Tensor, Tensor, State]:
+        """Returns what to differentiate, the nats to report, and the state after the window.
+
+        The first two are sums over the window's targets; a penalty is added to the first alone, times the number of
+        targets, as the trainer divides by that.
+        """
         hidden, state = self.model(window.inputs, state, window.lengths)
-        total, _ = self.model.loss(hidden, window.targets, window.mask)
-        return total, state
+        nats, _ = self.model.loss(hidden, window.targets, window.mask)
+        return nats, nats.detach(), state
 
 
 def _layers(config: ModelConfig, width: int, backend: str) -> rnnorm.LSTM | rnnorm.GRU | rnnorm.RNN:

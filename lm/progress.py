@@ -9,7 +9,7 @@ from lm.events import Diverged, EpochEnded, Event, Interrupted, Started, Stepped
 _FORMAT = "{desc} {percentage:3.0f}%|{bar:20}| {rate_fmt}{postfix}, {remaining} left"
 
 
-class Progress:
+class ProgressBar:
     """Shows epoch, tokens/s, training perplexity of the epoch so far, time left; and a line for each epoch.
 
     Arguments:

@@ -26,16 +26,16 @@ def sample(
 
     Arguments:
         prompt: any text; lines end with `<eos>`, the last one is left open.
-        temperature: divides the logits; 0 takes the likeliest token each time.
-        top_k: draw among so many likeliest tokens only.
-        top_p: draw among the fewest likeliest tokens that hold this much probability (Holtzman et al. 2020).
-        seed: of the draws; the same seed gives the same text, and no global random number is drawn.
+        temperature: divides the logits; 0 takes the most probable token each time.
+        top_k: draw among the `top_k` most probable tokens only.
+        top_p: draw among the fewest most probable tokens that hold this much probability (Holtzman et al. 2020).
+        seed: random seed; the same seed gives the same text, and no global random number is drawn.
 
     Raises:
         UserError: a temperature below 0, a top_k below 1, a length below 1 or above `LONGEST`, a top_p outside (0, 1],
             a prompt that is not text.
     """
-    _check(prompt, length, temperature, top_k, top_p)
+    _check(length, temperature, top_k, top_p)
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     prefix = _encode(prompt, tokenizer)
@@ -50,26 +50,40 @@ def sample(
             hidden, state = model(torch.tensor([[token]], device=device), state)
 
 
-def _check(prompt: str, length: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def next_tokens(model: LanguageModel, tokenizer: Tokenizer, prompt: str, count: int) -> list[tuple[int, float]]:
+    """Returns the `count` most probable tokens after a prompt and their log-probabilities, the most probable first.
+
+    Raises:
+        UserError: a count below 1, a prompt that is not text.
+    """
+    if count < 1:
+        raise UserError(f"a count must be at least 1; got {count}; ask for one token or more")
+    device = next(model.parameters()).device
+    with evaluating(model):
+        hidden, _ = model(torch.tensor([tokenizer.eos, *_encode(prompt, tokenizer)], device=device)[:, None])
+        log_probs, order = model.log_probs(hidden[-1, 0]).double().cpu().sort(descending=True, stable=True)
+    return list(zip(order[:count].tolist(), log_probs[:count].tolist(), strict=True))
+
+
+def _check(length: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not 1 <= length <= LONGEST:
+        raise UserError(f"a length must be from 1 to {LONGEST:,}; got {length}; draw several texts by several seeds")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"a temperature must be at least 0; got {temperature}; 1 is the model's own, 0 is greedy")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top-k must be at least 1; got {top_k}; leave it out to draw among all")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top-p must be above 0 and at most 1; got {top_p}; leave it out to draw among all")
+
+
+def _encode(prompt: str, tokenizer: Tokenizer) -> list[int]:
     try:
         prompt.encode()
     except UnicodeEncodeError as fault:  # a byte of the command line that is not UTF-8 arrives as half a surrogate pair
         raise UserError(
-            f"a prompt must be UTF-8 text; character {fault.start + 1} of {prompt[:60]!a} is none; write it again"
+            f"a prompt must be UTF-8 text; got {prompt[:60]!a}, whose character {fault.start + 1} is none; "
+            "write it again"
         ) from None
-    if length < 1:
-        raise UserError(f"a length must be at least 1; {length} came")
-    if length > LONGEST:
-        raise UserError(f"a length must be at most {LONGEST:,}; {length} came; draw several texts by several seeds")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"a temperature must be at least 0; {temperature} came; 1 is the model's own, 0 is greedy")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top-k must be at least 1; {top_k} came; leave it out to draw among all")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top-p must be above 0 and at most 1; {top_p} came; leave it out to draw among all")
-
-
-def _encode(prompt: str, tokenizer: Tokenizer) -> list[int]:
     ids: list[int] = []
     for line in prompt.split("\n"):
         ids += [*tokenizer.encode(" ".join(line.split())), tokenizer.eos]

@@ -52,6 +52,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids; the end-of-line id becomes a line feed."""
 
+    def piece(self, token: int) -> str:
+        """Returns a token as the vocabulary writes it."""
+
     def state(self) -> dict[str, Any]:
         """Returns what `from_state` needs: text, numbers, lists and dictionaries only."""
 
@@ -117,6 +120,9 @@ class Lookup(_Base):
         if self.eos in found:
             raise _reserved(line)
         return found
+
+    def piece(self, token: int) -> str:
+        return self.pieces[token]
 
     def _decode_line(self, ids: list[int]) -> str:
         return (" " if self.kind == "word" else "").join(self.pieces[i] for i in ids)
@@ -215,6 +221,10 @@ _UNESCAPES = {"0": "\x1b", "1": "\u2581", "2": "\u2585", "3": "\0"}
 _ESCAPED = re.compile("\x1b([0-3])")
 
 
+def _unescaped(text: str) -> str:
+    return _ESCAPED.sub(lambda found: _UNESCAPES[found[1]], text)
+
+
 @dataclass(frozen=True)
 class Pieces(_Base):
     """A sentencepiece model. Lossless: any line decodes to itself, by bytes where no piece fits.
@@ -246,8 +256,11 @@ class Pieces(_Base):
     def encode(self, line: str) -> list[int]:
         return list(self._processor.EncodeAsIds(line.translate(_ESCAPES)))
 
+    def piece(self, token: int) -> str:
+        return _unescaped(self._processor.IdToPiece(token))
+
     def _decode_line(self, ids: list[int]) -> str:
-        return _ESCAPED.sub(lambda found: _UNESCAPES[found[1]], self._processor.DecodeIds(ids))
+        return _unescaped(self._processor.DecodeIds(ids))
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "model": base64.b64encode(self.model).decode("ascii")}

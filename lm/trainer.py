@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NoReturn
@@ -17,13 +17,16 @@ from lm.checkpoint import MOST_STEPS
 from lm.config import TrainConfig
 from lm.distributed import Team
 from lm.evaluator import Score
-from lm.events import Diverged, EpochEnded, Event, Interrupted, Listener, Started, Stepped, Validated
+from lm.events import Diverged, EndedEarly, EpochEnded, Event, Interrupted, Listener, Started, Stepped, Validated
 from lm.model import LanguageModel, Objective, State, columns_of, detach, state_of, state_tensors
 from lm.stream import Columns, parts
 
+# How a run ends for good, rather than being stopped.
+ENDS = ("epochs", "max_steps", "patience")
+
 
 @dataclass(frozen=True)
-class Progress:
+class TrainerState:
     """Where a run stands; with the model, the optimizer and the carried state, all that a resumed run needs.
 
     Attributes:
@@ -54,9 +57,9 @@ class Progress:
                 continue  # examined once, when a run is resumed
             value, most = getattr(self, field.name), math.inf if field.type is float else MOST_STEPS
             if type(value) is not field.type:
-                raise TypeError(f"progress.{field.name} is {value!r} and must be {field.type}")
+                raise TypeError(f"trainer.{field.name} must be {field.type}; got {value!r:.50}")
             if not 0 <= value <= most:
-                raise ValueError(f"progress.{field.name} is {value!r:.50} and must be from 0 to {most}")
+                raise ValueError(f"trainer.{field.name} must be from 0 to {most}; got {value!r:.50}")
 
 
 class DivergedError(Exception):
@@ -101,9 +104,9 @@ class Trainer:
         self.validate = validate
         self.listeners = list(listeners)
         self.optimizer = optim.build(model, config)
-        self.progress = Progress()
+        self.state = TrainerState()
         self.averages = Averages(model) if optim.averaging(config, ()) else None
-        self.state: State | None = None
+        self.carried: State | None = None
         self._stop: str | None = None
 
     def stop(self, reason: str) -> None:
@@ -113,46 +116,71 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Returns all but the model's own state: plain values and tensors."""
         return {
-            "progress": asdict(self.progress),
+            "trainer": asdict(self.state),
             "optimizer": self.optimizer.state_dict(),
             "averages": {} if self.averages is None else self.averages.state_dict(),
-            "state": state_tensors(self.state),
+            "carried": state_tensors(self.carried),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned; load the model's own state first."""
-        self.progress = Progress(**state["progress"])
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned; load the model's own state first.
+
+        Raises:
+            AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError: it is of another model or run.
+        """
+        self.state = TrainerState(**saved["trainer"])
         self._check()
-        optim.load(self.optimizer, state["optimizer"])
-        self.averages = Averages(self.model) if optim.averaging(self.config, self.progress.valid) else None
+        optim.load(self.optimizer, saved["optimizer"])
+        self.averages = Averages(self.model) if optim.averaging(self.config, self.state.valid) else None
         if self.averages is not None:
-            self.averages.load_state_dict(state["averages"], self.progress.step)
-        self.state = state_of([tensor.to(self.device) for tensor in state["state"]])
+            self.averages.load_state_dict(saved["averages"], self.state.step)
+        found = [tuple(tensor.shape) if tensor.is_floating_point() else tensor.dtype for tensor in saved["carried"]]
+        if found not in ([], wanted := self.model.state_shapes(self.config.batch_size)):
+            raise ValueError(f"the carried state must have shapes {wanted}; got {found}")
+        self.carried = state_of([tensor.to(self.device) for tensor in saved["carried"]])
 
     def fit(self) -> str:
         """Trains until the configuration's end, or until asked to stop; returns why it ended.
 
+        Where that is the end, inside an epoch, the weights are validated there too, at each call.
+
         Raises:
             DivergedError: the loss, the gradient or a validation is not finite; the event came before.
         """
+        reason = self._train()
+        if reason in ENDS and self.state.position:
+            with self.averaged():
+                _, nats = self._validated()
+                self._emit(EndedEarly(*self._place(), nats))
+        return reason
+
+    def _train(self) -> str:
         tokens = self.data.active(0, len(self.data.targets))
-        self._emit(Started(*self._place(), self.config.epochs, tokens, self.progress.tokens))
+        self._emit(Started(*self._place(), self.config.epochs, tokens, self.state.tokens))
         while (reason := self._ended()) is None:
             began = time.perf_counter()
             for start, stop in self._windows():
                 self._step(start, stop)
-                if self.progress.position < len(self.data.targets) and (reason := self._paused()):
+                if self.state.position < len(self.data.targets) and (reason := self._paused()):
                     self._emit(Interrupted(*self._place(), reason))
                     return reason
             self._end_epoch(time.perf_counter() - began)
         return reason
 
-    def diverge(self, what: str) -> NoReturn:
+    def _validated(self) -> tuple[Score, float]:
+        """The score of the model as it is, and its nats per token."""
+        score = self.validate()
+        nats = score.nll / score.tokens
+        if not math.isfinite(nats):
+            self._diverge("validation")
+        return score, nats
+
+    def _diverge(self, what: str) -> NoReturn:
         """Ends a run in which something is not finite, and tells the listeners first."""
         self._emit(Diverged(*self._place(), what=what))
         raise DivergedError(
-            f"the {what} is not finite after {self.progress.step} steps (epoch {self.progress.epoch + 1}, "
-            f"learning rate {self._rate(self.progress.position):g})"
+            f"the {what} is not finite after {self.state.step} steps (epoch {self.state.epoch + 1}, "
+            f"learning rate {self._rate(self.state.position):g})"
         )
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -166,63 +194,65 @@ class Trainer:
 
     def _check(self) -> None:
         """Raises ValueError unless a run of this configuration can stand where this one does."""
-        progress = self.progress
-        if progress.step < progress.epoch + (progress.position > 0):
-            raise ValueError(f"{progress.step} steps are too few for epoch {progress.epoch + 1}")
-        if wrong := [nats for nats in progress.valid if type(nats) is not float or not nats >= 0]:
-            raise ValueError(f"progress.valid must be numbers from 0 up; got {wrong[0]!r:.50}")
-        if self.config.optimizer == "asgd" and len(progress.valid) != progress.epoch:
-            raise ValueError(f"progress.valid must be of {progress.epoch} epochs; got {len(progress.valid)}")
+        state = self.state
+        if state.step < state.epoch + (state.position > 0):
+            raise ValueError(f"trainer.step must reach epoch {state.epoch + 1}; got {state.step}")
+        if wrong := [nats for nats in state.valid if type(nats) is not float or not nats >= 0]:
+            raise ValueError(f"trainer.valid must be numbers from 0 up; got {wrong[0]!r:.50}")
+        if self.config.optimizer == "asgd" and len(state.valid) != state.epoch:
+            raise ValueError(f"trainer.valid must be of {state.epoch} epochs; got {len(state.valid)}")
         starts = [start for start, _ in self._windows()]
-        if progress.position not in starts:
-            raise ValueError(f"position {progress.position} is not between two windows of epoch {progress.epoch + 1}")
+        if state.position not in starts:
+            raise ValueError(
+                f"trainer.position must be between two windows of epoch {state.epoch + 1}; got {state.position}"
+            )
 
     def _windows(self) -> list[tuple[int, int]]:
-        config, progress = self.config, self.progress
-        windows = stream.plan(config.window, len(self.data.targets), config.seed, progress.epoch)
-        return [window for window in windows if window[0] >= progress.position]
+        config, state = self.config, self.state
+        windows = stream.plan(config.window, len(self.data.targets), config.seed, state.epoch)
+        return [window for window in windows if window[0] >= state.position]
 
     def _paused(self) -> str | None:
         asked = self.team.agree(self._stop)
-        if asked is None and self.progress.step == self.config.max_steps:
+        if asked is None and self.state.step == self.config.max_steps:
             return "max_steps"
         return asked
 
     def _ended(self) -> str | None:
-        config, progress = self.config, self.progress
-        if progress.epoch >= config.epochs:
+        config, state = self.config, self.state
+        if state.epoch >= config.epochs:
             return "epochs"
-        if config.max_steps is not None and progress.step >= config.max_steps:
+        if config.max_steps is not None and state.step >= config.max_steps:
             return "max_steps"
-        if config.patience is not None and progress.stale >= config.patience:
+        if config.patience is not None and state.stale >= config.patience:
             return "patience"
         return self.team.agree(self._stop)
 
     def _step(self, start: int, stop: int) -> None:
         began = time.perf_counter()
-        config, progress = self.config, self.progress
-        torch.manual_seed(_derive(config.seed, progress.step, self.team.rank))
+        config, state = self.config, self.state
+        torch.manual_seed(_derive(config.seed, state.step, self.team.rank))
         count = self.data.active(start, stop)
         rate = self._rate(start) * stream.policy(config.window).rate_scale(stop - start)
         optim.set_learning_rate(self.optimizer, rate)
         self.model.train()
         self.optimizer.zero_grad()
-        own, state = self._backward(start, stop, count)
+        own, carried = self._backward(start, stop, count)
         self.team.average_streams(self.model)
         norm = self._clip()
         nats, norm_value = self.team.sum(own), norm.item()
         if not (math.isfinite(nats) and math.isfinite(norm_value)):
-            self.diverge("loss" if not math.isfinite(nats) else "gradient's norm")
+            self._diverge("loss" if not math.isfinite(nats) else "gradient's norm")
         self.optimizer.step()
         if self.averages is not None:
             self.averages.update(self.model)
-        self.state = state
-        self.progress = replace(
-            progress,
-            step=progress.step + 1,
+        self.carried = carried
+        self.state = replace(
+            state,
+            step=state.step + 1,
             position=stop,
-            nll=progress.nll + nats,
-            tokens=progress.tokens + count,
+            nll=state.nll + nats,
+            tokens=state.tokens + count,
         )
         self._emit(
             Stepped(
@@ -231,8 +261,8 @@ class Trainer:
                 length=len(self.data.targets),
                 nll=nats / count,
                 tokens=count,
-                epoch_nll=self.progress.nll,
-                epoch_tokens=self.progress.tokens,
+                epoch_nll=self.state.nll,
+                epoch_tokens=self.state.tokens,
                 lr=rate,
                 grad_norm=norm_value,
                 seconds=time.perf_counter() - began,
@@ -246,33 +276,30 @@ class Trainer:
         for number, (cut, data) in enumerate(self.parts, 1):
             with self.team.apart(self.objective) if number < len(self.parts) else nullcontext():
                 with self._autocast():
-                    total, state = self.objective(data.window(start, stop), columns_of(self.state, *cut))
+                    loss, told, state = self.objective(data.window(start, stop), columns_of(self.carried, *cut))
                 # the team averages over its processes what is here a sum over them
-                (total * self.team.size / count).backward()
-            nats += total.item()
+                (loss * self.team.size / count).backward()
+            nats += told.item()
             states.append(state_tensors(detach(state)))
         own = [torch.cat(tensors, 1) for tensors in zip(*states, strict=True)]
         return nats, state_of([self.team.join(tensor, 1, self.config.batch_size) for tensor in own])
 
     def _end_epoch(self, seconds: float) -> None:
-        done = self.progress
+        done = self.state
         with self.averaged():
-            score = self.validate()
-            nats = score.nll / score.tokens
-            if not math.isfinite(nats):
-                self.diverge("validation")
+            score, nats = self._validated()
             self._emit(Validated(*self._place(), score=score, best=nats < done.best))
-        self.progress = _next_epoch(self.config, done, nats)
-        self.state = None
-        if self.averages is None and optim.averaging(self.config, self.progress.valid):
+        self.state = _next_epoch(self.config, done, nats)
+        self.carried = None
+        if self.averages is None and optim.averaging(self.config, self.state.valid):
             self.averages = Averages(self.model)
         ended = EpochEnded(done.epoch + 1, done.step, nll=done.nll, tokens=done.tokens, seconds=seconds)
         self._emit(ended)
 
     def _rate(self, start: int) -> float:
-        progress = self.progress
-        epoch = progress.epoch + start / len(self.data.targets)
-        return optim.learning_rate(self.config, epoch=epoch, step=progress.step, falls=progress.falls)
+        state = self.state
+        epoch = state.epoch + start / len(self.data.targets)
+        return optim.learning_rate(self.config, epoch=epoch, step=state.step, falls=state.falls)
 
     def _clip(self) -> torch.Tensor:
         """Clips the gradient where asked to, and returns its norm before."""
@@ -288,16 +315,16 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def _place(self) -> tuple[int, int]:
-        return self.progress.epoch + 1, self.progress.step
+        return self.state.epoch + 1, self.state.step
 
     def _emit(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
 
 
-def _next_epoch(config: TrainConfig, done: Progress, nats: float) -> Progress:
+def _next_epoch(config: TrainConfig, done: TrainerState, nats: float) -> TrainerState:
     """Where the run stands after an epoch with this validation."""
-    now = Progress(done.epoch + 1, done.step, valid=(*done.valid, nats), best=done.best, falls=done.falls)
+    now = TrainerState(done.epoch + 1, done.step, valid=(*done.valid, nats), best=done.best, falls=done.falls)
     if nats < done.best:
         return replace(now, best=nats)
     waited = done.waited + 1

@@ -49,7 +49,7 @@ def main() -> int:
         place = (known.keep or Path(temporary)).resolve()
         whole, killed = place / "undisturbed", place / "killed"
         samples = undisturbed(whole, 30 * known.minutes)
-        steps = checkpoint.load(whole / "checkpoints/last.safetensors")["progress"]["step"]
+        steps = checkpoint.load(whole / "checkpoints/last.safetensors")["trainer"]["step"]
         print(f"undisturbed: {steps:,} steps in {30 * known.minutes:.0f} s", flush=True)
         finish(whole, steps)
         kills = disturbed(killed, steps, known.seed)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lm.corpora import folder, hub, markov, python_docs
-from lm.corpora.folder import SPLITS, Known
+from lm.corpora.folder import SPLITS, Known, Split
 from lm.errors import UserError
 from lm.tokenizers import words
 
-__all__ = ["CORPORA", "SPLITS", "Corpus", "check", "get", "listing", "load"]
+__all__ = ["CORPORA", "SPLITS", "Corpus", "Split", "check", "get", "listing", "load"]
 
 Splits = Mapping[str, Sequence[str]]
 

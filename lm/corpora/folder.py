@@ -4,12 +4,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from lm.errors import UserError
 from lm.files import read_text
 from lm.tokenizers import words
 
-SPLITS = ("train", "valid", "test")
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[str, ...] = get_args(Split)
 FAMILIES = ("{}.txt", "ptb.{}.txt", "wiki.{}.tokens")  # how the three files may be called
 
 

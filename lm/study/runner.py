@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from lm import config, corpora, files
 from lm.errors import UserError
-from lm.run import require_backend, require_device
+from lm.machine import require_backend, require_device
 from lm.study import results
 from lm.study.plan import Job, Study
 from lm.study.progress import Progress

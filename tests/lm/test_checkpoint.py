@@ -22,7 +22,7 @@ PAYLOAD = {
     "data_sha256": {"train": "0"},
     "train_counts": [0, 1, 2],
     "model": {"weight": torch.randn(2, 3)},
-    "progress": {"step": 7},
+    "trainer": {"step": 7},
 }
 
 
@@ -48,7 +48,7 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match="No space left"):
-        checkpoint.save(saved, {**PAYLOAD, "progress": {"step": 8}})
+        checkpoint.save(saved, {**PAYLOAD, "trainer": {"step": 8}})
     assert saved.read_bytes() == before
     assert [file.name for file in saved.parent.iterdir()] == ["last.safetensors"]
 
@@ -338,7 +338,7 @@ def test_every_bit_counts(saved):
 @pytest.mark.parametrize("key", PAYLOAD)
 @pytest.mark.parametrize("value", [None, 3, "text", {"step": "7"}])
 def test_values_of_another_kind(saved, key, value):
-    if isinstance(value, dict) and key not in ("train_counts", "progress"):
+    if isinstance(value, dict) and key not in ("train_counts", "trainer"):
         value = torch.zeros(2)
     checkpoint.save(saved, {**PAYLOAD, key: value})
     with pytest.raises(UserError, match=r"a checkpoint must hold"):
@@ -347,17 +347,17 @@ def test_values_of_another_kind(saved, key, value):
 
 def test_previous_is_what_last_was(tmp_path):
     steps = iter((3, 7, 9))
-    keeper = Checkpoints(tmp_path, lambda: {**PAYLOAD, "progress": {"step": next(steps)}}, dict, None)
+    keeper = Checkpoints(tmp_path, lambda: {**PAYLOAD, "trainer": {"step": next(steps)}}, dict, None)
     for expected in ((3, None), (7, 3), (9, 7)):
         keeper(EpochEnded(1, 3, 1.0, 10, 1.0))
         found = (tmp_path / name for name in ("last.safetensors", "previous.safetensors"))
-        assert tuple(checkpoint.load(f)["progress"]["step"] if f.exists() else None for f in found) == expected
+        assert tuple(checkpoint.load(f)["trainer"]["step"] if f.exists() else None for f in found) == expected
 
 
 @pytest.mark.parametrize("call", range(4))
 def test_a_process_that_ends_anywhere_in_a_save_leaves_a_good_file(saved, monkeypatch, call):
     """The calls that change the folder are two renames and the syncs of the file and of the folder."""
-    checkpoint.save(saved, {**PAYLOAD, "progress": {"step": 8}}, previous=saved.with_name("previous.safetensors"))
+    checkpoint.save(saved, {**PAYLOAD, "trainer": {"step": 8}}, previous=saved.with_name("previous.safetensors"))
     calls = iter(range(9))
 
     def ending(function):
@@ -371,9 +371,9 @@ def test_a_process_that_ends_anywhere_in_a_save_leaves_a_good_file(saved, monkey
     monkeypatch.setattr("os.fsync", ending(os.fsync))
     monkeypatch.setattr(type(saved), "replace", ending(type(saved).replace))
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(saved, {**PAYLOAD, "progress": {"step": 9}}, previous=saved.with_name("previous.safetensors"))
+        checkpoint.save(saved, {**PAYLOAD, "trainer": {"step": 9}}, previous=saved.with_name("previous.safetensors"))
     said = []
-    assert checkpoint.load_last(saved.parent, said.append)["progress"]["step"] == (9 if call == 3 else 8)
+    assert checkpoint.load_last(saved.parent, said.append)["trainer"]["step"] == (9 if call == 3 else 8)
     assert bool(said) == (call == 2)
 
 
@@ -384,13 +384,13 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["torn", "cut", "empty", "missing"])
 def test_the_one_before_a_damaged_one_is_taken(saved, how):
-    checkpoint.save(saved, {**PAYLOAD, "progress": {"step": 8}}, previous=saved.with_name("previous.safetensors"))
+    checkpoint.save(saved, {**PAYLOAD, "trainer": {"step": 8}}, previous=saved.with_name("previous.safetensors"))
     if how == "missing":
         saved.unlink()
     else:
         damage(saved, how)
     said = []
-    assert checkpoint.load_last(saved.parent, said.append)["progress"]["step"] == 7
+    assert checkpoint.load_last(saved.parent, said.append)["trainer"]["step"] == 7
     assert re.search(
         r"^warning: .*last\.safetensors, which .*; resuming from the one before it, previous\.safetensors, of step 7$",
         said[0],
@@ -399,7 +399,7 @@ def test_the_one_before_a_damaged_one_is_taken(saved, how):
     listener(saved.parent)(EpochEnded(1, 3, 1.0, 10, 1.0))
     assert checkpoint.load(saved)["from"] == "all"
     kept = checkpoint.load(saved.with_name("previous.safetensors"))
-    assert kept["progress"]["step"] == 7, "the good one was not lost"
+    assert kept["trainer"]["step"] == 7, "the good one was not lost"
     if before is not None:
         assert saved.with_name("damaged.safetensors").read_bytes() == before
     damage(saved, "cut")
@@ -420,7 +420,7 @@ def test_what_is_inside_is_shown(saved):
         "version = 3",
         "train_counts: 3 numbers",
         "config.train.lr = 1.0",
-        "progress.step = 7",
+        "trainer.step = 7",
         "config.absent = none",
     } <= set(lines)
     assert lines[-1].split() == ["weight", "float32", "[2,", "3]", "24", "bytes"]
@@ -436,7 +436,7 @@ def test_what_is_left_of_a_damaged_file_is_shown(saved):
     with pytest.raises(UserError, match=r"last\.safetensors, which is damaged \(its checksum does not match\)"):
         lines.extend(lines.append(line) for line in checkpoint.describe(saved))
     assert lines[0].endswith("bytes, checksum WRONG")
-    assert "progress.step = 7" in lines
+    assert "trainer.step = 7" in lines
 
 
 def test_equal_states_are_equal_bytes(saved):

@@ -102,7 +102,7 @@ def test_train_eval_sample(process, corpus):
 
 def test_a_run_goes_on_from_its_folder_alone(call, trained):
     _, err = call("train", "--run", trained, "--set", "train.epochs=2")
-    assert re.search(r"goes on after step \d+", err)
+    assert re.search(r"resuming after step \d+", err)
     assert "epoch 2/2" in err
     assert "epoch 1/2" not in err
 
@@ -218,11 +218,11 @@ def test_help_names_every_option_and_key(process, call):
         (("train", "--set", "model.embedding_size=9"), "tied decoder needs model.embedding_size equal"),
         (("train", "--set", "train.window=uniform"), "train.window: a window must be"),
         (("train", "--backend", "fast"), "a backend must be one of auto, "),
-        (("train", "--device", "cuda:99"), "'cuda:99' came"),
+        (("train", "--device", "cuda:99"), "got 'cuda:99'"),
         (("train", "--seed", "x"), "'x' is not a valid integer"),
         (("train", "--resume", "maybe"), "'maybe' is not one of 'auto', 'never'"),
-        (("eval", "run"), "a run must be a folder that `train` made; run is not"),
-        (("sample", "run"), "a run must be a folder that `train` made; run is not"),
+        (("eval", "run"), "a run must be a folder that `train` made; got run, which is not"),
+        (("sample", "run"), "a run must be a folder that `train` made; got run, which is not"),
         (("tokenizer", "train", "--kind", "syllable", "--out", "x"), "'syllable' is not one of 'word', 'char'"),
         (("fly",), "No such command 'fly'"),
     ],
@@ -264,15 +264,15 @@ def test_bad_input_on_a_run(call, trained):
         (("eval", trained, "--protocol", "fast"), "'fast' is not one of 'exact', 'chunk-mean'"),
         (("sample", trained, "--temperature", "-1"), "temperature must be at least 0"),
         (("sample", trained, "--top-p", "2"), "top-p must be above 0 and at most 1"),
-        (("sample", trained, "--length", "0"), "length must be at least 1"),
-        (("sample", trained, "--length", 10**9), "length must be at most 1,000,000"),
+        (("sample", trained, "--length", "0"), "length must be from 1 to 1,000,000"),
+        (("sample", trained, "--length", 10**9), "length must be from 1 to 1,000,000"),
         (("sample", trained, "--seed", "-1"), "-1 is not in the range 0<=x<=9223372036854775807"),
         (("sample", trained, "--seed", 2**63), "is not in the range"),
         (("sample", trained, "--prompt", "\udcff"), "a prompt must be UTF-8 text"),
         (("eval", trained, "--data", ""), "'' came"),
         (("train", "--run", trained, "--set", "train.lr=2"), "train.lr is 0.5 there and 2.0 here"),
-        (("train", "--run", trained, "--resume", "never"), "needs an empty folder"),
-        (("train", "--run", trained, "--preset", "gru-online"), "holds another: "),
+        (("train", "--run", trained, "--resume", "never"), "must have an empty folder"),
+        (("train", "--run", trained, "--preset", "gru-online"), "got others than "),
     ):
         assert message in fault(call, *arguments)
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
@@ -286,7 +286,7 @@ def test_bad_input_on_a_run(call, trained):
 def test_checkpoint_show(call, trained):
     out, err = call("checkpoint", "show", trained / "checkpoints/last.safetensors")
     assert "checksum good" in out
-    assert re.search(r"^progress\.step = \d+$", out, re.MULTILINE)
+    assert re.search(r"^trainer\.step = \d+$", out, re.MULTILINE)
     assert re.search(r"^decoder\.weight +float32 +\[12, 8\] +384 bytes$", out, re.MULTILINE)
     assert err == ""
     assert "must be one that `train` wrote" not in fault(call, "checkpoint", "show", trained / "nowhere.safetensors")

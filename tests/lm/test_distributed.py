@@ -83,9 +83,9 @@ def _ended(folder):
         "model": saved["model"],
         "averages": saved["averages"],
         "optimizer": saved["optimizer"]["state"],
-        "state": saved["state"],
+        "carried": saved["carried"],
     }
-    counts = {name: value for name, value in saved["progress"].items() if isinstance(value, int)}
+    counts = {name: value for name, value in saved["trainer"].items() if isinstance(value, int)}
     return {**tensors, "losses": losses}, ([(row["kind"], row["step"]) for row in rows], counts)
 
 
@@ -293,10 +293,10 @@ def test_a_killed_process_ends_the_run_and_it_resumes(tmp_path, corpus, together
     assert process.returncode
     assert time.monotonic() - began < 60
     assert "error: the 2 processes of a run must all live; process 1 has lost another" in told
-    step = checkpoint.load(tmp_path / "run/checkpoints/last.safetensors")["progress"]["step"]
+    step = checkpoint.load(tmp_path / "run/checkpoints/last.safetensors")["trainer"]["step"]
     (one,) = together(1, "run", "model.norm=online", f"train.max_steps={step + 2}", "train.epochs=9999")
     assert one["reason"] == "max_steps"
-    assert one["said"][-1].endswith(f"goes on after step {step}")
+    assert one["said"][-1].endswith(f"resuming after step {step}")
 
 
 def _wait_for(path):

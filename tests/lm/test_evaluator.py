@@ -195,12 +195,12 @@ def test_the_score_names_its_data(model, text, tokenizer):
 
 
 def test_an_unknown_protocol_names_the_known_ones(model, text, tokenizer):
-    with pytest.raises(UserError, match="must be one of exact, columns, chunk-mean; 'fast' came"):
+    with pytest.raises(UserError, match="must be one of exact, columns, chunk-mean; got 'fast'"):
         evaluate(model(), text(20), tokenizer, protocol="fast")
 
 
 def test_a_text_too_short(model, text, tokenizer):
-    with pytest.raises(UserError, match="chunk-mean needs 20 tokens"):
+    with pytest.raises(UserError, match="chunk-mean must hold at least 20 tokens"):
         evaluate(model(), text(1), tokenizer, protocol="chunk-mean")
 
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lm import config, export, run, tokenizers
+from lm import config, export, tokenizers
 from lm.errors import UserError
+from lm.trained import TrainedModel
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def trained(model, tokenizer):
         net = model(seed, **settings)
         net(torch.randint(tokenizer.size, (20, 3)))
         counts = torch.ones(tokenizer.size)
-        return run.Trained(config.build({"model": {"hidden_size": 12, **settings}}), tokenizer, net, counts, {}, 1)
+        return TrainedModel(config.build({"model": {"hidden_size": 12, **settings}}), tokenizer, net, counts, {}, 1)
 
     return make
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 import rnnorm
-from lm.model import detach, state_of, state_tensors
+from lm import config
+from lm.model import LanguageModel, detach, sketch, state_of, state_tensors
 
 IDS = torch.tensor([[1, 2], [3, 4], [5, 6], [1, 1]])
 
@@ -112,3 +113,21 @@ def test_state_is_taken_apart_and_put_together(model):
         assert all(torch.equal(a, b) for a, b in zip(state_tensors(again), state_tensors(state), strict=True))
         assert not any(t.requires_grad for t in state_tensors(detach(state)))
     assert state_of(state_tensors(None)) is None
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+@pytest.mark.parametrize("norm", ["online", "layer", "none"])
+def test_a_sketch_is_the_model_without_values(cell, norm):
+    settings = config.build({"model": {"cell": cell, "norm": norm, "hidden_size": 12, "num_layers": 2}}).model
+    before = torch.get_rng_state()
+    drawn = sketch(settings, 20)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert drawn.decoder.weight is drawn.embedding.weight
+    real = LanguageModel(settings, 20)
+    found, wanted = (
+        {name: (value.shape, value.dtype) for name, value in each.state_dict().items()} for each in (drawn, real)
+    )
+    assert found == wanted
+    assert {value.device.type for value in drawn.state_dict().values()} == {"meta"}
+    _, state = real(IDS)
+    assert real.state_shapes(2) == [tuple(tensor.shape) for tensor in state_tensors(state)]

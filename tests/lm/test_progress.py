@@ -4,7 +4,7 @@ import pytest
 
 from lm.evaluator import Score
 from lm.events import EpochEnded, Interrupted, Started, Stepped, Validated
-from lm.progress import Progress
+from lm.progress import ProgressBar
 
 EVENTS = [
     Started(1, 0, 2, 100, 0),
@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
 
 
 def play(stream, events=EVENTS, **options):
-    progress = Progress(stream=stream, **options)
+    progress = ProgressBar(stream=stream, **options)
     for event in events:
         progress(event)
     return progress

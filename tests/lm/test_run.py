@@ -14,6 +14,7 @@ from lm.errors import UserError
 from lm.evaluator import evaluate
 from lm.lock import Lock
 from lm.model import LanguageModel
+from lm.trained import load
 from lm.trainer import DivergedError
 
 
@@ -110,15 +111,15 @@ def test_a_run_folder_holds_all_of_a_run(train, settings, tmp_path):
     kinds = [row["kind"] for row in measured(folder)]
     assert kinds.count("valid") == kinds.count("epoch") == 2
     assert kinds[-1] == "final"
-    trained = run.load(folder)
+    trained = load(folder)
     assert trained.tokenizer.sha256 == tokenizers.load(folder / "tokenizer.json").sha256
-    assert run.score(trained, "valid", protocol="exact").ppl == outcome.score.ppl
+    assert trained.score_split("valid", protocol="exact").ppl == outcome.score.ppl
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_load_with_safetensors_alone(train, tmp_path, tied):
     train("train.max_steps=3", f"model.tied={tied}".lower(), "train.optimizer=adam", "train.lr=0.01")
-    trained = run.load(tmp_path / "run")
+    trained = load(tmp_path / "run")
     model = LanguageModel(trained.config.model, trained.tokenizer.size)
     load_model(model, tmp_path / "run/checkpoints/best.safetensors")
     for name, value in trained.model.state_dict().items():
@@ -164,7 +165,7 @@ def test_a_crash_after_unsaved_steps_is_made_good(train, tmp_path, monkeypatch):
     with pytest.raises(MemoryError):
         train("checkpoint.every_steps=3", folder="crashed")
     monkeypatch.undo()
-    assert checkpoint.load(tmp_path / "crashed/checkpoints/last.safetensors")["progress"]["step"] == 3
+    assert checkpoint.load(tmp_path / "crashed/checkpoints/last.safetensors")["trainer"]["step"] == 3
     train("checkpoint.every_steps=3", folder="crashed")
     assert_same_end(tmp_path / "crashed", tmp_path / "whole")
 
@@ -200,8 +201,8 @@ def test_averages_and_their_streams_are_kept_and_evaluated(train, tmp_path):
     train(*AVERAGING)
     last, best = (checkpoint.load(tmp_path / f"run/checkpoints/{name}.safetensors") for name in ("last", "best"))
     logged = [row["nll"] for row in measured(tmp_path / "run") if row["kind"] == "valid"]
-    assert [scored(run.load(tmp_path / "run", which=which)) for which in ("best", "last")] == [min(logged), logged[-1]]
-    assert_equal(dict(run.load(tmp_path / "run", which="last").model.state_dict()), last["averages"]["model"], "last")
+    assert [scored(load(tmp_path / "run", which=which)) for which in ("best", "last")] == [min(logged), logged[-1]]
+    assert_equal(dict(load(tmp_path / "run", which="last").model.state_dict()), last["averages"]["model"], "last")
     assert best.get("averages") is None, "the best is the model that was scored, and no more"
     for name, value in last["model"].items():
         assert torch.equal(value, last["averages"]["model"][name]) == bool(re.search("norm_[uv]_", name)), name
@@ -210,7 +211,7 @@ def test_averages_and_their_streams_are_kept_and_evaluated(train, tmp_path):
 def test_within_the_first_epoch_the_last_weights_are_evaluated_as_they_are(train, tmp_path):
     train(*AVERAGING, "train.max_steps=3")
     last, best = (checkpoint.load(tmp_path / f"run/checkpoints/{name}.safetensors") for name in ("last", "best"))
-    assert_equal(dict(run.load(tmp_path / "run", which="last").model.state_dict()), last["model"], "last")
+    assert_equal(dict(load(tmp_path / "run", which="last").model.state_dict()), last["model"], "last")
     # the validation at the end of the run is of the averages, with streams estimated for them
     assert torch.equal(best["model"]["decoder.bias"], last["averages"]["model"]["decoder.bias"])
     streams = [saved["layers.norm_mean_l0"] for saved in (best["model"], last["model"], last["averages"]["model"])]
@@ -248,12 +249,12 @@ def test_the_best_weights_are_kept_over_a_stop_inside_an_epoch_and_an_extension(
     outcome = train("train.schedule=plateau")
     assert outcome.score == first.score
     assert best.read_bytes() == kept
-    assert (checkpoint.load(best)["progress"]["step"], checkpoint.load(best)["nats"]) == (3, 1.5)
+    assert (checkpoint.load(best)["trainer"]["step"], checkpoint.load(best)["nats"]) == (3, 1.5)
     last = [checkpoint.load(tmp_path / folder / "checkpoints/last.safetensors") for folder in ("run", "whole")]
     assert_equal(*last, "last")  # the schedule and all else go on as if the run had not stopped
     assert measured(tmp_path / "run")[:-1] == measured(tmp_path / "whole")[:-1]
     validations(1.25, 1.0)
-    assert train("train.schedule=plateau", "train.epochs=4").step == checkpoint.load(best)["progress"]["step"]
+    assert train("train.schedule=plateau", "train.epochs=4").step == checkpoint.load(best)["trainer"]["step"]
 
 
 @pytest.mark.parametrize("how", ["another model", "no number", "damaged"])
@@ -273,7 +274,7 @@ def test_a_best_checkpoint_that_is_of_no_use_gives_way(train, tmp_path, validati
         best.write_bytes(best.read_bytes()[:-9])
     validations(2.0)
     train("train.max_steps=4")
-    assert checkpoint.load(best)["progress"]["step"] == 4
+    assert checkpoint.load(best)["trainer"]["step"] == 4
 
 
 def test_a_finished_run_only_scores_again(train, tmp_path):
@@ -331,7 +332,7 @@ def test_overwrite_moves_the_old_run_aside(train, tmp_path):
         train(f"train.seed={number + 1}", overwrite=True)
         assert (tmp_path / f"run.old{number}/checkpoints/last.safetensors").is_file()
     assert files_of(tmp_path / "run.old1") == before
-    assert run.load(tmp_path / "run").config.train.seed == 3
+    assert load(tmp_path / "run").config.train.seed == 3
 
 
 def test_overwriting_through_a_link_moves_what_it_leads_to(train, tmp_path):
@@ -341,7 +342,7 @@ def test_overwriting_through_a_link_moves_what_it_leads_to(train, tmp_path):
     train("train.max_steps=1", "train.seed=2", folder="link", overwrite=True)
     assert (tmp_path / "link").is_symlink()
     assert files_of(tmp_path / "real.old1") == before
-    assert run.load(tmp_path / "real").config.train.seed == run.load(tmp_path / "link").config.train.seed == 2
+    assert load(tmp_path / "real").config.train.seed == load(tmp_path / "link").config.train.seed == 2
     assert {path.name for path in tmp_path.iterdir()} == {"text", "real", "real.old1", "link"}
 
 
@@ -350,7 +351,7 @@ def test_the_working_folder_is_not_moved_aside(train, settings, tmp_path, monkey
     train("train.max_steps=1")
     before = files_of(tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run" / inside)
-    with pytest.raises(UserError, match=r"must not hold the working folder; \S+/run does; change to another folder"):
+    with pytest.raises(UserError, match=r"must not hold the working folder; got \S+/run, which does; change"):
         run.train(settings(), Path(".") if inside == "." else tmp_path / "run", overwrite=True)
     assert files_of(tmp_path / "run") == before
 
@@ -358,7 +359,7 @@ def test_the_working_folder_is_not_moved_aside(train, settings, tmp_path, monkey
 def test_never_resuming_needs_an_empty_folder(train, tmp_path):
     (tmp_path / "run").mkdir()
     train("train.max_steps=1", resume="never")
-    with pytest.raises(UserError, match="a run that never resumes needs an empty folder"):
+    with pytest.raises(UserError, match="a run that never resumes must have an empty folder"):
         train("train.max_steps=1", resume="never")
 
 
@@ -376,7 +377,7 @@ def test_a_text_that_changed_is_refused(train, corpus, tmp_path):
     before = files_of(tmp_path / "run")
     with (corpus / "valid.txt").open("a") as file:
         file.write("one more line\n")
-    with pytest.raises(UserError, match=r"goes on with the text it began with; the valid text of .* is another"):
+    with pytest.raises(UserError, match=r"must be resumed with the text it began with; got another valid text in"):
         train()
     assert files_of(tmp_path / "run") == before
 
@@ -394,7 +395,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_taken(train, t
     damaged = path.read_bytes()[:1000]
     path.write_bytes(damaged)
     said = []
-    assert run.load(tmp_path / "run", which="last", say=said.append).step > 0
+    assert load(tmp_path / "run", which="last", say=said.append).step > 0
     train("train.epochs=3", say=said.append)
     assert [line for line in said if "last.safetensors" in line] == [said[0]] * 2
     assert re.search(
@@ -426,8 +427,8 @@ def test_a_damaged_best_checkpoint_is_named(train, tmp_path):
     with pytest.raises(
         UserError, match=r"best\.safetensors, which is damaged .*; the last one is whole: give --checkpoint last"
     ):
-        run.load(tmp_path / "run")
-    assert run.load(tmp_path / "run", which="last").step > 0
+        load(tmp_path / "run")
+    assert load(tmp_path / "run", which="last").step > 0
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(train, tmp_path, corpus):
@@ -437,7 +438,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(train, tmp_path, corpus):
     for name in ("best", "last"):
         (tmp_path / f"other/checkpoints/{name}.safetensors").replace(tmp_path / f"run/checkpoints/{name}.safetensors")
     with pytest.raises(UserError, match="must be of its folder's vocabulary"):
-        run.load(tmp_path / "run")
+        load(tmp_path / "run")
     with pytest.raises(UserError, match="must be of its folder's vocabulary"):
         train()
 
@@ -449,7 +450,7 @@ def test_a_checkpoint_of_another_model_is_refused(train, tmp_path):
     saved["model"]["embedding.weight"] = torch.zeros(3, 3)
     checkpoint.save(path, saved)
     with pytest.raises(UserError, match="must hold the model of its configuration"):
-        run.load(tmp_path / "run")
+        load(tmp_path / "run")
 
 
 def stuffed(path, **changes):
@@ -466,18 +467,22 @@ def stuffed(path, **changes):
             {"model": lambda m: {k: v for k, v in m.items() if k != "decoder.bias"}},
             "must hold the model .*decoder.bias",
         ),
-        ({"model": lambda m: {**m, "decoder.bias": 3}}, "must hold the model .*decoder.bias is 3"),
+        ({"model": lambda m: {**m, "decoder.bias": 3}}, "must hold the model .*decoder.bias must be a tensor; got 3"),
         (
             {"model": lambda m: {**m, "decoder.bias": m["decoder.bias"].double()}},
-            "must hold the model .*decoder.bias has dtype torch.float64 and must have torch.float32",
+            "must hold the model .*decoder.bias must have shape .* and dtype torch.float32; got .* and torch.float64",
         ),
-        ({"model": lambda m: {**m, "decoder.bias": torch.zeros(3)}}, "must hold the model .*size mismatch"),
+        (
+            {"model": lambda m: {**m, "decoder.bias": torch.zeros(3)}},
+            r"must hold the model .*decoder.bias must have shape \[12\] .*; got \[3\]",
+        ),
         ({"config": lambda c: {**c, "model": {**c["model"], "hidden_size": 9}}}, "model.hidden_size is 9 there and 8"),
         ({"config": lambda c: {**c, "extra": 1}}, "extra must be a known section"),
         ({"tokenizer": lambda t: {"kind": "word"}}, "a tokenizer's state must be"),
-        ({"state": lambda s: s[:1]}, r"must hold the training state .*of shapes \[\(1, 3, 8\), \(1, 3, 8\)\]"),
-        ({"state": lambda s: [t[:, :2] for t in s]}, "must hold the training state .*of shapes"),
-        ({"state": lambda s: 3}, "must hold the training state"),
+        ({"carried": lambda s: s[:1]}, r"must hold the training state .*have shapes \[\(1, 3, 8\), \(1, 3, 8\)\]"),
+        ({"carried": lambda s: [t[:, :2] for t in s]}, "must hold the training state .*have shapes"),
+        ({"carried": lambda s: [t.long() for t in s]}, "must hold the training state .*have shapes"),
+        ({"carried": lambda s: 3}, "must hold the training state"),
         ({"optimizer": lambda o: {}}, "must hold the training state"),
         ({"optimizer": lambda o: {**o, "param_groups": []}}, "must hold the training state"),
         (
@@ -488,20 +493,23 @@ def stuffed(path, **changes):
             {"optimizer": lambda o: {**o, "state": {0: {"step": torch.zeros(())}}}},
             r"optimizer keeps \['step'\] and must",
         ),
-        ({"progress": lambda p: {**p, "more": 1}}, "must hold the training state .*more"),
-        ({"progress": lambda p: {"step": 1}}, None),
-        ({"progress": lambda p: {**p, "epoch": "1"}}, "must hold the training state .*epoch"),
-        ({"progress": lambda p: {**p, "epoch": -1}}, "progress.epoch is -1 and must be from 0 to"),
-        ({"progress": lambda p: {**p, "epoch": 3}}, "2 steps are too few for epoch 4"),
-        ({"progress": lambda p: {**p, "position": -7}}, "progress.position is -7 and must be from 0 to"),
-        ({"progress": lambda p: {**p, "position": p["position"] + 1}}, "is not between two windows of epoch 1"),
-        ({"progress": lambda p: {**p, "position": 10**6}}, "position 1000000 is not between two windows of epoch 1"),
-        ({"progress": lambda p: {**p, "step": -1}}, "must hold the number of its step"),
-        ({"progress": lambda p: {**p, "step": 2**53 + 1}}, "must hold the number of its step"),
-        ({"progress": lambda p: {**p, "step": 0}}, "0 steps are too few for epoch 1"),
-        ({"progress": lambda p: {**p, "tokens": 10**18}}, "progress.tokens is 1000000000000000000 and must"),
-        ({"progress": lambda p: {**p, "best": float("nan")}}, "progress.best is nan and must be from 0 to inf"),
-        ({"data_sha256": lambda d: {}}, "goes on with the text it began with"),
+        ({"trainer": lambda p: {**p, "more": 1}}, "must hold the training state .*more"),
+        ({"trainer": lambda p: {"step": 1}}, None),
+        ({"trainer": lambda p: {**p, "epoch": "1"}}, "must hold the training state .*epoch"),
+        ({"trainer": lambda p: {**p, "epoch": -1}}, "trainer.epoch must be from 0 to .*; got -1"),
+        ({"trainer": lambda p: {**p, "epoch": 3}}, "trainer.step must reach epoch 4; got 2"),
+        ({"trainer": lambda p: {**p, "position": -7}}, "trainer.position must be from 0 to .*; got -7"),
+        (
+            {"trainer": lambda p: {**p, "position": p["position"] + 1}},
+            "trainer.position must be between two windows of epoch 1; got",
+        ),
+        ({"trainer": lambda p: {**p, "position": 10**6}}, "must be between two windows of epoch 1; got 1000000"),
+        ({"trainer": lambda p: {**p, "step": -1}}, "must hold the number of its step"),
+        ({"trainer": lambda p: {**p, "step": 2**53 + 1}}, "must hold the number of its step"),
+        ({"trainer": lambda p: {**p, "step": 0}}, "trainer.step must reach epoch 1; got 0"),
+        ({"trainer": lambda p: {**p, "tokens": 10**18}}, "trainer.tokens must be .*; got 1000000000000000000"),
+        ({"trainer": lambda p: {**p, "best": float("nan")}}, "trainer.best must be from 0 to inf; got nan"),
+        ({"data_sha256": lambda d: {}}, "must be resumed with the text it began with"),
     ],
 )
 def test_a_whole_checkpoint_with_values_that_do_not_fit(train, tmp_path, changes, message):
@@ -523,11 +531,11 @@ def test_a_whole_checkpoint_with_values_that_do_not_fit(train, tmp_path, changes
         ({"averages": lambda a: 3}, "must hold the training state"),
         ({"averages": lambda a: {**a, "steps": 3}}, "must be from 0 to the 2 steps of the run; got 3"),
         ({"averages": lambda a: {**a, "steps": True}}, "averages.steps must be from 0 to .*; got True"),
-        ({"averages": lambda a: {**a, "model": {}}}, "must hold the training state .*Missing key"),
-        ({"progress": lambda p: {**p, "valid": 3}}, "must hold the training state"),
-        ({"progress": lambda p: {**p, "valid": [1.0]}}, "progress.valid must be of 0 epochs; got 1"),
-        ({"progress": lambda p: {**p, "valid": ["1"]}}, "progress.valid must be numbers from 0 up; got '1'"),
-        ({"progress": lambda p: {**p, "valid": [-1.0]}}, "progress.valid must be numbers from 0 up; got -1.0"),
+        ({"averages": lambda a: {**a, "model": {}}}, "must hold the training state .*must be there"),
+        ({"trainer": lambda p: {**p, "valid": 3}}, "must hold the training state"),
+        ({"trainer": lambda p: {**p, "valid": [1.0]}}, "trainer.valid must be of 0 epochs; got 1"),
+        ({"trainer": lambda p: {**p, "valid": ["1"]}}, "trainer.valid must be numbers from 0 up; got '1'"),
+        ({"trainer": lambda p: {**p, "valid": [-1.0]}}, "trainer.valid must be numbers from 0 up; got -1.0"),
     ],
 )
 def test_averages_that_do_not_fit(train, tmp_path, changes, message):
@@ -540,20 +548,20 @@ def test_averages_that_do_not_fit(train, tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_counts": lambda c: c[1:]}, "must hold the progress and counts .*must be 12 whole numbers"),
-        ({"train_counts": lambda c: [*c, *c]}, "must be 12 whole numbers"),
-        ({"train_counts": lambda c: [float("inf"), *c[1:]]}, "must be 12 whole numbers"),
-        ({"train_counts": lambda c: [2**63, *c[1:]]}, "must be 12 whole numbers"),
-        ({"progress": lambda p: {**p, "position": -1}}, "progress.position is -1 and must be from 0 to"),
-        ({"progress": lambda p: {**p, "epoch": -1}}, "progress.epoch is -1"),
-        ({"progress": lambda p: {**p, "step": -1}}, "must hold the number of its step"),
+        ({"train_counts": lambda c: c[1:]}, "must hold the counts .*train_counts must be 12 integers"),
+        ({"train_counts": lambda c: [*c, *c]}, "must be 12 integers"),
+        ({"train_counts": lambda c: [float("inf"), *c[1:]]}, "must be 12 integers"),
+        ({"train_counts": lambda c: [2**63, *c[1:]]}, "must be 12 integers"),
+        ({"trainer": lambda p: {**p, "position": -1}}, "trainer.position must be from 0 to .*; got -1"),
+        ({"trainer": lambda p: {**p, "epoch": -1}}, "trainer.epoch must be from 0 to .*; got -1"),
+        ({"trainer": lambda p: {**p, "step": -1}}, "must hold the number of its step"),
     ],
 )
 def test_a_whole_checkpoint_that_cannot_be_evaluated(train, tmp_path, changes, message):
     train("train.max_steps=2")
     stuffed(tmp_path / "run/checkpoints/best.safetensors", **changes)
     with pytest.raises(UserError, match=message):
-        run.load(tmp_path / "run")
+        load(tmp_path / "run")
 
 
 def test_two_runs_in_one_folder(train, settings, tmp_path):
@@ -565,7 +573,7 @@ def test_two_runs_in_one_folder(train, settings, tmp_path):
             with pytest.raises(UserError, match=r"for one process at a time; .*run is in use by process \d+ on"):
                 train(**options)
         assert {**files_of(tmp_path / "run"), ".lock": b""} == before
-        assert run.load(tmp_path / "run").step == 1, "evaluating needs no lock"
+        assert load(tmp_path / "run").step == 1, "evaluating needs no lock"
 
 
 def test_two_new_runs_at_once(train, settings, tmp_path, monkeypatch):
@@ -579,7 +587,7 @@ def test_two_new_runs_at_once(train, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_text", meanwhile)
     with pytest.raises(UserError, match=r"another began in .*run just now"):
         train()
-    assert run.load(tmp_path / "run").config.train.seed == 7
+    assert load(tmp_path / "run").config.train.seed == 7
 
 
 def test_what_a_killed_process_left_is_removed(train, tmp_path):
@@ -597,20 +605,20 @@ def test_what_a_killed_process_left_is_removed(train, tmp_path):
 
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(UserError, match="a run must be a folder that `train` made"):
-        run.load(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("train.backend=fast", "a backend must be one of auto, .*reference.*'fast' came"),
-        ("train.device=cuda:99", "a device must be one that torch can use here; 'cuda:99' came"),
-        ("train.device=meta", "a device must be one that torch can use here; 'meta' came"),
-        ("train.device=abacus", "a device must be one that torch can use here; 'abacus' came"),
-        ("train.device=hpu", "a device must be one that torch can use here; 'hpu' came"),
-        ("train.device=privateuseone", "a device must be one that torch can use here; 'privateuseone' came"),
+        ("train.backend=fast", "a backend must be one of auto, .*reference.*got 'fast'"),
+        ("train.device=cuda:99", "a device must be one that torch can use here; got 'cuda:99'"),
+        ("train.device=meta", "a device must be one that torch can use here; got 'meta'"),
+        ("train.device=abacus", "a device must be one that torch can use here; got 'abacus'"),
+        ("train.device=hpu", "a device must be one that torch can use here; got 'hpu'"),
+        ("train.device=privateuseone", "a device must be one that torch can use here; got 'privateuseone'"),
         ("data.source=nowhere", "'nowhere' came"),
-        ("model.hidden_size=900000000", "a model must fit into memory; its weights take"),
+        ("model.hidden_size=900000000", "the weights of a model must fit into .* of memory; got"),
         ("train.batch_size=1000", "lower the batch size"),
         ("data.vocab_size=1", "a vocabulary must have at least 3 pieces"),
         ("data.tokenizer_file=none.json", "does not exist"),
@@ -671,30 +679,30 @@ def test_another_corpus_is_scored_with_the_same_vocabulary(train, tmp_path, line
     other.mkdir()
     for split in ("train", "valid", "test"):
         (other / f"{split}.txt").write_text("the zebra sat\n" * 20)
-    score = run.score(run.load(tmp_path / "run"), "test", data=str(other))
+    score = load(tmp_path / "run").score_split("test", data=str(other))
     assert (score.tokens, score.unk) == (80, 20)
 
 
 def test_the_unigram_model_is_of_the_training_text(train, tmp_path, corpus):
     train("train.max_steps=2")
-    score = run.score(run.load(tmp_path / "run"), "test")
+    score = load(tmp_path / "run").score_split("test")
     assert 2 < score.unigram_ppl < 13
 
 
 def test_an_empty_name_is_not_the_runs_own_corpus(train, tmp_path):
     train("train.max_steps=1")
     with pytest.raises(UserError, match="or a folder of text; '' came"):
-        run.score(run.load(tmp_path / "run"), "test", data="")
+        load(tmp_path / "run").score_split("test", data="")
 
 
 def test_a_text_of_one_token(train, tmp_path, corpus):
     (corpus / "test.txt").write_text("\n")
     train("train.max_steps=1")
-    for protocol, message in (("exact", "1 tokens came"), ("chunk-mean", "needs 20 tokens or more; 1 came")):
+    for protocol, message in (("exact", "1 tokens came"), ("chunk-mean", "must hold at least 20 tokens; got 1")):
         with pytest.raises(UserError, match=message):
-            run.score(run.load(tmp_path / "run"), "test", protocol=protocol)
+            load(tmp_path / "run").score_split("test", protocol=protocol)
     (corpus / "valid.txt").write_text("\n")
-    with pytest.raises(UserError, match=r"the valid text of \S+ must hold at least 2 tokens, .*; 1 came"):
+    with pytest.raises(UserError, match=r"the valid text of \S+ must hold at least 2 tokens, .*; got 1"):
         train("train.max_steps=1", folder="other")
     assert not (tmp_path / "other").exists()
 
@@ -704,14 +712,14 @@ def test_other_tokenizers_train_and_score_per_word(train, tmp_path, kind):
     outcome = train(f"data.tokenizer={kind}", "train.max_steps=3", *(["data.vocab_size=280"] * (kind == "unigram")))
     assert outcome.score.tokens > outcome.score.words + outcome.score.eos
     assert outcome.score.ppl > outcome.score.ppl_per_token
-    assert run.load(tmp_path / "run").tokenizer.kind == kind
+    assert load(tmp_path / "run").tokenizer.kind == kind
 
 
 def test_a_tokenizer_file_is_taken(train, tmp_path, lines):
     path = tmp_path / "tokenizer.json"
     tokenizers.save(tokenizers.train("word", ["the cat"], None), path)
     train(f"data.tokenizer_file={path}", "train.max_steps=2")
-    assert run.load(tmp_path / "run").tokenizer.size == 4
+    assert load(tmp_path / "run").tokenizer.size == 4
 
 
 def test_signal_handlers_are_put_back(train):

@@ -71,14 +71,14 @@ def test_a_prompt_of_many_lines_is_kept(model, tokenizer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be at least 0; -1.0 came"),
-        ({"temperature": float("nan")}, "temperature must be at least 0; nan came"),
-        ({"top_k": 0}, "top-k must be at least 1; 0 came"),
-        ({"top_p": 0.0}, "top-p must be above 0 and at most 1; 0.0 came"),
-        ({"top_p": 1.5}, "top-p must be above 0 and at most 1; 1.5 came"),
-        ({"length": 0}, "length must be at least 1; 0 came"),
-        ({"length": 10**9}, "length must be at most 1,000,000; 1000000000 came; draw several texts"),
-        ({"prompt": "the c\udcfft"}, r"a prompt must be UTF-8 text; character 6 of 'the c\\udcfft' is none"),
+        ({"temperature": -1.0}, "temperature must be at least 0; got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be at least 0; got nan"),
+        ({"top_k": 0}, "top-k must be at least 1; got 0"),
+        ({"top_p": 0.0}, "top-p must be above 0 and at most 1; got 0.0"),
+        ({"top_p": 1.5}, "top-p must be above 0 and at most 1; got 1.5"),
+        ({"length": 0}, "length must be from 1 to 1,000,000; got 0"),
+        ({"length": 10**9}, "length must be from 1 to 1,000,000; got 1000000000; draw several texts"),
+        ({"prompt": "the c\udcfft"}, r"a prompt must be UTF-8 text; got 'the c\\udcfft', whose character 6 is none"),
     ],
 )
 def test_wrong_arguments(model, tokenizer, arguments, message):

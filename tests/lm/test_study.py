@@ -585,7 +585,7 @@ def test_what_no_run_can_do_is_refused_before_any_begins(read, tmp_path):
     for assignment, message in (
         ("data.source=nowhere", "'nowhere' came"),
         ("train.backend=fast", "a backend must be one of auto"),
-        ("train.device=cuda:99", "'cuda:99' came"),
+        ("train.device=cuda:99", "got 'cuda:99'"),
     ):
         with pytest.raises(UserError, match=message):
             study.run(read(assignments=["data.source=markov", assignment]), tmp_path / "study")

@@ -110,7 +110,7 @@ def test_killed_many_times_it_ends_with_the_same_bytes(nursery, command, tmp_pat
         *PRODUCT[optimizer].split(),
     )
     assert nursery.call(*command(*settings, run=tmp_path / "whole"), log=tmp_path / "log") == 0
-    steps = checkpoint.load(tmp_path / "whole/checkpoints/last.safetensors")["progress"]["step"]
+    steps = checkpoint.load(tmp_path / "whole/checkpoints/last.safetensors")["trainer"]["step"]
     draw = random.Random(optimizer)
     folder, kills = tmp_path / "run", []
     for at in sorted(draw.sample(range(steps), 4)):
@@ -186,10 +186,10 @@ def test_a_disk_that_is_full(nursery, command, disk, tmp_path):
     )
     assert found, told
     assert Path(found[1]).is_relative_to(folder)
-    assert checkpoint.load(Path(found[2]))["progress"]["step"] == int(found[3])
+    assert checkpoint.load(Path(found[2]))["trainer"]["step"] == int(found[3])
     # without space nothing can go on, and nothing is lost by trying
     assert nursery.call(*arguments, log=log) == 2
-    assert checkpoint.load(Path(found[2]))["progress"]["step"] == int(found[3])
+    assert checkpoint.load(Path(found[2]))["trainer"]["step"] == int(found[3])
     # elsewhere it can
     shutil.copytree(folder, tmp_path / "moved")
     more = command(f"train.max_steps={int(found[3]) + 3}", "train.epochs=400", run=tmp_path / "moved")

@@ -10,8 +10,9 @@ from lm import stream
 from lm.averages import estimate_streams
 from lm.config import TrainConfig
 from lm.evaluator import Score, evaluate
-from lm.events import Diverged, EpochEnded, Interrupted, Started, Stepped, Validated
-from lm.trainer import DivergedError, Progress, Trainer, _next_epoch
+from lm.events import Diverged, EndedEarly, EpochEnded, Interrupted, Started, Stepped, Validated
+from lm.model import Objective
+from lm.trainer import DivergedError, Trainer, TrainerState, _next_epoch
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def everything(trainer):
     for number, state in kept["optimizer"]["state"].items():
         found |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
     found |= {f"averages.{name}": value for name, value in kept["averages"].get("model", {}).items()}
-    found |= {f"state.{number}": value for number, value in enumerate(kept["state"])}
-    return found, kept["progress"], kept["optimizer"]["param_groups"]
+    found |= {f"state.{number}": value for number, value in enumerate(kept["carried"])}
+    return found, kept["trainer"], kept["optimizer"]["param_groups"]
 
 
 def assert_equal_to_the_bit(ours, theirs):
@@ -81,7 +82,7 @@ def test_a_resumed_run_ends_with_the_same_bits(trainer, case):
     whole.listeners.append(keep)
     whole.fit()
     between = next(event.step for event in events if isinstance(event, EpochEnded))
-    assert 3 < between < whole.progress.step - 3
+    assert 3 < between < whole.state.step - 3
     expected = everything(whole)
     for step in (3, between, between + 3):  # inside the first epoch, between two, inside the last
         again = []
@@ -224,18 +225,46 @@ def test_awd_windows_move_the_weights_at_their_own_rate(trainer):
 def test_max_steps_stops_inside_an_epoch(trainer):
     events = []
     run = trainer([events.append], {"max_steps": 4, "epochs": 9})
-    assert run.fit() == "max_steps"
-    assert run.progress.step == 4
-    assert isinstance(events[-1], Interrupted)
-    assert run.fit() == "max_steps"
-    assert run.progress.step == 4
+    for _ in range(2):
+        assert run.fit() == "max_steps"
+        assert run.state.step == 4
+        nats = events[-1].nats
+        assert events[-1] == EndedEarly(1, 4, nats)
+        score = run.validate()
+        assert nats == score.nll / score.tokens
+    assert [type(event) for event in events[-4:]] == [Interrupted, EndedEarly, Started, EndedEarly]
+
+
+class Penalized(Objective):
+    """A regularizer as one may be added: in the objective alone."""
+
+    def forward(self, window, state):
+        loss, nats, state = super().forward(window, state)
+        return loss + 10 * nats.detach() * self.model.decoder.bias.square().sum(), nats, state
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_penalty_is_differentiated_and_not_reported(trainer, monkeypatch, accumulate):
+    runs, seen = [], []
+    for objective in (Objective, Penalized):
+        monkeypatch.setattr("lm.trainer.Objective", objective)
+        events = []
+        run = trainer([events.append], {"max_steps": 1, "accumulate": accumulate})
+        torch.nn.init.constant_(run.model.decoder.bias, 0.1)
+        run.fit()
+        runs.append(run)
+        seen.append(next(e for e in events if isinstance(e, Stepped)))
+    assert seen[0].nll == seen[1].nll
+    assert seen[0].grad_norm < seen[1].grad_norm
+    assert not torch.equal(runs[0].model.decoder.bias, runs[1].model.decoder.bias)
+    assert torch.equal(runs[0].model.layers.weight_hh_l0, runs[1].model.layers.weight_hh_l0)
 
 
 def test_a_request_to_stop_ends_after_the_step(trainer):
     events = []
     run = trainer([events.append, lambda e: run.stop("SIGTERM") if e.step == 3 else None], {})
     assert run.fit() == "SIGTERM"
-    assert run.progress.step == 3
+    assert run.state.step == 3
     assert events[-1] == Interrupted(1, 3, "SIGTERM")
 
 
@@ -244,12 +273,12 @@ def test_early_stopping(trainer):
     scores = iter([3.0, 2.0, 2.0, 2.5, 1.0])
     run.validate = lambda: Score("columns", 1.0, 1.0, next(scores), 1)
     assert run.fit() == "patience"
-    assert (run.progress.epoch, run.progress.best, run.progress.stale) == (4, 2.0, 2)
+    assert (run.state.epoch, run.state.best, run.state.stale) == (4, 2.0, 2)
 
 
 def test_plateau_history():
     config = TrainConfig(schedule="plateau", schedule_patience=1)
-    progress, seen = Progress(), []
+    progress, seen = TrainerState(), []
     for nats in (3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 1.0, 1.1):
         progress = _next_epoch(config, progress, nats)
         seen.append((progress.falls, progress.stale))
@@ -286,7 +315,7 @@ def test_averaging_begins_after_the_epoch_of_the_law(trainer, patience, begins):
     run.fit()
     began = [epoch for epoch, found in averaging.items() if found is not None]
     assert began == list(range(begins or 99, len(CURVE) + 1))
-    assert run.progress.valid == tuple(CURVE)
+    assert run.state.valid == tuple(CURVE)
     if begins:
         assert run.averages.steps == len(CURVE) - begins  # one step an epoch; none before the trigger
 
@@ -354,7 +383,7 @@ def test_what_is_not_finite_stops_the_run_before_the_weights_move(trainer, where
     assert isinstance(events[-1], Diverged)
     assert not any(isinstance(e, EpochEnded) for e in events)
     if where != "validation":
-        assert run.progress.step == 3
+        assert run.state.step == 3
         assert torch.isfinite(run.model.embedding.weight).all()
 
 

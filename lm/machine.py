@@ -1,0 +1,45 @@
+"""What this machine can run: backends, devices, models that fit into its memory."""
+
+import math
+import os
+
+import torch
+
+import rnnorm
+from lm.config import ModelConfig
+from lm.errors import UserError
+from lm.model import sketch
+
+
+def require_backend(name: str) -> None:
+    """Raises UserError unless the recurrence can run by this name here."""
+    known = rnnorm.backends()
+    if name != "auto" and name not in known:
+        raise UserError(f"a backend must be one of auto, {', '.join(known)}; got {name!r}; choose one of these")
+    if name != "auto" and known[name] is not None:
+        raise UserError(f"a backend must be able to run here; got {name}: {known[name]}; choose another, or auto")
+
+
+def require_device(name: str) -> torch.device:
+    """Returns the device of this name, or raises UserError."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # `meta` has no values
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as fault:  # ImportError: hpu
+        why = str(fault).strip().splitlines()[0]
+        raise UserError(f"a device must be one that torch can use here; got {name!r} ({why}); use cpu") from None
+    return device
+
+
+def require_memory(config: ModelConfig, vocabulary: int) -> None:
+    """Raises UserError unless the weights of a model fit into memory; allocates none."""
+    try:
+        size = sum(float(parameter.nbytes) for parameter in sketch(config, vocabulary).parameters())
+    except RuntimeError:  # more than 2^63 bytes
+        size = math.inf
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > there:
+        raise UserError(
+            f"the weights of a model must fit into {there / 2**30:,.0f} GiB of memory; got {size / 2**30:,.0f} GiB; "
+            "lower model.hidden_size or model.num_layers"
+        )

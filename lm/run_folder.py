@@ -1,0 +1,185 @@
+"""A run's folder: who may begin or resume a run in it, and what it holds.
+
+config.toml  tokenizer.json  metrics.jsonl  tensorboard/  checkpoints/{last,previous,best}.safetensors
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lm import checkpoint, config, files, tokenizers
+from lm.config import Config
+from lm.errors import UserError
+from lm.lock import NAME as LOCK
+from lm.lock import Lock
+from lm.tokenizers import Tokenizer
+
+Say = Callable[[str], None]
+Which = Literal["best", "last"]
+
+# What a run may be resumed with another value of: nothing that its past steps depended on.
+_MAY_CHANGE = {
+    *("data.source", "data.dir"),  # the text itself is known by its checksum
+    *("train.epochs", "train.max_steps", "train.patience", "train.backend", "train.device", "train.log_every"),
+    *("checkpoint.every_steps", "checkpoint.every_minutes", "eval.protocol", "eval.chunk"),
+}
+_WAYS = "choose another folder with --run, or give --overwrite, which moves this one aside"
+
+
+class RunFolder:
+    """The folder of one run, by its path; it need not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config, self.tokenizer = path / "config.toml", path / "tokenizer.json"
+        self.metrics, self.tensorboard, self.checkpoints = (
+            path / name for name in ("metrics.jsonl", "tensorboard", "checkpoints")
+        )
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def best(self) -> Path:
+        """Where the weights of the best validation are kept."""
+        return self.checkpoints / checkpoint.BEST
+
+    def claim(self, resume: str, overwrite: bool, lock: Lock) -> Path | None:
+        """Refuses a folder that is not for a run, and locks one that holds a run; returns where to move it aside to,
+        if that was asked for."""
+        path = self.path
+        if not path.exists() or (path.is_dir() and {inner.name for inner in path.iterdir()} <= {LOCK}):
+            return None
+        if not self.config.is_file():
+            raise UserError(
+                f"a run folder must be empty or a run's own; got {path}, which is neither; choose another with --run"
+            )
+        if overwrite and Path.cwd().is_relative_to(path):
+            raise UserError(
+                f"a run that is moved aside must not hold the working folder; got {path}, which does; change to "
+                "another folder first"
+            )
+        lock.take(path)
+        if overwrite:
+            number = 1
+            while (aside := path.with_name(f"{path.name}.old{number}")).exists():
+                number += 1
+            return aside
+        if resume == "never":
+            raise UserError(f"a run that never resumes must have an empty folder; got {path}, a run's; {_WAYS}")
+        return None
+
+    def occupy(self, settings: Config, tokenizer: Tokenizer, lock: Lock, aside: Path | None) -> None:
+        """Makes the folder this run's, and removes what a process that was killed while it wrote has left there."""
+        if aside:
+            self.path.rename(aside)
+        if not lock.holds(self.path):
+            lock.take(self.path)
+            if self.config.exists():
+                raise UserError(f"a new run must have an empty folder; another began in {self} just now; {_WAYS}")
+        for name in (self.config, self.tokenizer, self.metrics, self.checkpoints / checkpoint.LAST, self.best):
+            files.remove_leftovers(name)
+        files.write_whole(self.config, config.to_toml(settings).encode())
+        tokenizers.save(tokenizer, self.tokenizer)
+
+    def last(self, say: Say) -> dict[str, Any] | None:
+        """Returns what the last checkpoint holds, see `checkpoint.load_last`; None in a folder without a run."""
+        saved = checkpoint.load_last(self.checkpoints, say)
+        if saved is not None:
+            self.require_vocabulary(tokenizers.from_state(saved["tokenizer"]))
+        elif self.best.exists():
+            raise UserError(
+                f"a run must have {self.checkpoints / checkpoint.LAST} to resume from; got {checkpoint.BEST} alone; "
+                "choose another folder with --run"
+            )
+        return saved
+
+    def saved(self, which: Which, say: Say) -> dict[str, Any]:
+        """Returns what a checkpoint of the run holds.
+
+        Raises:
+            UserError: there is no run; the checkpoint is missing or damaged.
+        """
+        if not self.config.is_file():
+            raise UserError(f"a run must be a folder that `train` made; got {self}, which is not; check the path")
+        if which == "last" and (saved := checkpoint.load_last(self.checkpoints, say)):
+            return saved
+        try:
+            return checkpoint.load(self.checkpoints / f"{which}.safetensors")
+        except checkpoint.DamagedCheckpointError as fault:
+            if which == "best" and checkpoint.is_whole(self.checkpoints / checkpoint.LAST):
+                raise UserError(f"{fault}; the last one is whole: give --checkpoint last") from None
+            raise
+
+    def require_same_run(self, settings: Config, saved: Mapping[str, Any] | None) -> None:
+        """Raises UserError where the folder holds a run of other settings."""
+        if not self.config.is_file():
+            return
+        # the checkpoint's configuration where there is one, since the file may have been edited
+        tables = saved["config"] if saved else config.read_toml(self.config, "a run's configuration")
+        theirs, ours = config.flatten(config.build(tables)), config.flatten(settings)
+        names = [name for name in sorted(ours) if theirs[name] != ours[name] and not _may_change(name, settings)]
+        if names:
+            differences = "; ".join(f"{name} is {theirs[name]} there and {ours[name]} here" for name in names)
+            raise UserError(
+                f"a run must be resumed with its own settings; got others than {self} has: {differences}; {_WAYS}"
+            )
+
+    def require_vocabulary(self, tokenizer: Tokenizer) -> None:
+        """Raises UserError unless the folder's tokenizer, where it has one, is this."""
+        if self.tokenizer.exists() and tokenizers.load(self.tokenizer).sha256 != tokenizer.sha256:
+            raise UserError(
+                f"a checkpoint must be of its folder's vocabulary; got one in {self} of another than "
+                f"{self.tokenizer.name}; put each checkpoint back into its own run folder"
+            )
+
+    def restore(self, module: nn.Module, saved: Mapping[str, Any]) -> None:
+        """Loads the weights of a checkpoint."""
+        with self.fitting("model"):
+            checkpoint.require_tensors(saved["model"], module.state_dict())
+            module.load_state_dict(saved["model"])
+
+    @contextmanager
+    def fitting(self, what: str) -> Iterator[None]:
+        """Inside, whatever is raised on values that do not fit is a fault of the checkpoint."""
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
+            why = " ".join(str(fault).split())[:200]
+            raise UserError(
+                f"a checkpoint must hold the {what} of its configuration; got one in {self} that does not ({why}); "
+                "take another checkpoint"
+            ) from None
+
+    def best_nats(self, module: nn.Module) -> float:
+        """Nats per token of the best weights that are kept; infinity where there are none that fit the model."""
+        try:
+            saved = checkpoint.load(self.best)
+            checkpoint.require_tensors(saved["model"], module.state_dict())
+        except (UserError, ValueError):
+            return math.inf
+        nats = saved.get("nats")
+        return nats if type(nats) is float and nats >= 0 else math.inf
+
+    def last_good(self) -> str:
+        """Names the last good checkpoint: one whose weights are finite, which a run that diverged may not have
+        saved."""
+        for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST):
+            try:
+                saved = checkpoint.load(path := self.checkpoints / name)
+            except UserError:
+                continue
+            if all(isinstance(value, Tensor) and value.isfinite().all() for value in saved["model"].values()):
+                return f"the last good checkpoint is {path} (step {saved['trainer']['step']})"
+        return "no good checkpoint is left"
+
+
+def _may_change(name: str, settings: Config) -> bool:
+    if name == "train.average_patience":
+        return settings.train.optimizer != "asgd"  # the others do not use it
+    ends = name in ("train.epochs", "train.max_steps")
+    return name in _MAY_CHANGE and not (ends and settings.train.schedule == "cosine")

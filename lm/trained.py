@@ -1,0 +1,231 @@
+"""A trained model as something to use: scores of texts, next words, samples."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lm import checkpoint, config, corpora, stream, tokenizers
+from lm import sample as sampling
+from lm.config import Config
+from lm.corpora import Split
+from lm.corpora.folder import digest, split_lines
+from lm.evaluator import ProtocolName, Score, evaluate, token_nlls
+from lm.machine import require_backend, require_device
+from lm.model import LanguageModel, sketch
+from lm.run_folder import RunFolder, Say, Which
+from lm.tokenizers import Tokenizer
+from lm.trainer import TrainerState
+
+
+class Token(NamedTuple):
+    """A token and its log-probability in nats.
+
+    Attributes:
+        text: as the vocabulary writes it: a word, a character, a sentencepiece piece; `<eos>` is the end of a line.
+        log_prob: ln of its probability after the tokens before it.
+    """
+
+    text: str
+    log_prob: float
+
+    @property
+    def prob(self) -> float:
+        """Its probability."""
+        return math.exp(self.log_prob)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model from a run folder, in evaluation mode: dropout is off, and no call changes anything.
+
+    Equal calls give equal results. A text is a string of lines; a word outside the vocabulary is `<unk>`.
+
+    Attributes:
+        config: the settings of its run.
+        tokenizer: its vocabulary.
+        model: the network.
+        train_counts: [V] int64, how often the training text holds each token.
+        data_sha256: of the texts that it was trained and validated on.
+        step: optimizer steps it has taken.
+
+    Example:
+        >>> model = lm.load("runs/mine")
+        >>> model.score("return the value\\n").ppl
+        >>> [(token.text, token.prob) for token in model.next_words("return the", 3)]
+        >>> print(model.sample("return the", length=20, temperature=0.8, seed=1))
+    """
+
+    config: Config
+    tokenizer: Tokenizer
+    model: LanguageModel
+    train_counts: Tensor
+    data_sha256: Mapping[str, str]
+    step: int
+
+    def score(self, text: str) -> Score:
+        """Returns the exact perplexity of a text, and all that is needed to read it.
+
+        The text is one stream: the words of each line, then `<eos>`. The model starts from the zero state with `<eos>`
+        as its first input, carries the state to the end, and scores each of the N tokens once:
+        `ppl = exp(nll / N)`, nats summed in float64. With pieces instead of words, `ppl` is per word all the same.
+
+        Raises:
+            UserError: a text of fewer than 2 tokens, or that holds the word `<eos>`.
+
+        Example:
+            >>> score = model.score("the cat sat\\non the mat\\n")
+            >>> score.ppl, score.tokens, score.unk
+        """
+        lines = split_lines(text)
+        return self._score(lines, "exact", self.config.eval.chunk, digest(lines, "sha256"))
+
+    def token_log_probs(self, text: str) -> list[Token]:
+        """Returns the N tokens of a text, each with its log-probability; they add up to the `nll` of `score`.
+
+        Raises:
+            UserError: see `score`.
+
+        Example:
+            >>> for token in model.token_log_probs("the cat sat\\n"):
+            ...     print(f"{token.text:12} {token.log_prob:8.3f}")
+        """
+        encoded = stream.encode(split_lines(text), self.tokenizer)
+        nats = token_nlls(self.model, encoded, self.tokenizer, self.config.eval.chunk)
+        return [Token(self.tokenizer.piece(int(i)), -float(n)) for i, n in zip(encoded.ids, nats, strict=True)]
+
+    def next_words(self, prompt: str = "", count: int = 10) -> list[Token]:
+        """Returns the most probable next tokens after a text, the most probable first; of a word vocabulary, words.
+
+        Arguments:
+            prompt: lines end with `<eos>`, the last one is left open; empty: the start of a line.
+            count: how many, at most the vocabulary.
+
+        Raises:
+            UserError: a count below 1; a prompt that is not text.
+
+        Example:
+            >>> [(token.text, round(token.prob, 3)) for token in model.next_words("return the", 5)]
+        """
+        likeliest = sampling.next_tokens(self.model, self.tokenizer, prompt, count)
+        return [Token(self.tokenizer.piece(token), log_prob) for token, log_prob in likeliest]
+
+    def sample(
+        self,
+        prompt: str = "",
+        *,
+        length: int = 100,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Returns the prompt and `length` tokens drawn after it; `<eos>` becomes a line feed.
+
+        Arguments:
+            prompt: lines end with `<eos>`, the last one is left open.
+            temperature: divides the logits; 0 takes the most probable token each time.
+            top_k: draw among the most probable tokens, so many.
+            top_p: draw among the fewest most probable tokens that hold this probability.
+            seed: random seed; the same seed gives the same text, and no global random number is drawn.
+
+        Raises:
+            UserError: a value out of range; a prompt that is not text.
+
+        Example:
+            >>> print(model.sample("return the", length=60, temperature=0.8, top_k=40, seed=1))
+        """
+        return sampling.sample(
+            self.model,
+            self.tokenizer,
+            prompt=prompt,
+            length=length,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+
+    def score_split(
+        self,
+        split: Split,
+        *,
+        data: str | None = None,
+        protocol: ProtocolName | None = None,
+        chunk: int | None = None,
+        groups: bool = False,
+    ) -> Score:
+        """Returns the score of a split of the run's own corpus, or of another.
+
+        Arguments:
+            data: another corpus, by name or folder.
+            protocol: `exact` or `chunk-mean`; None: the run's.
+            chunk: steps evaluated at once; the exact score does not depend on it; None: the run's.
+            groups: by frequency and by position too, where the protocol is `exact`.
+
+        Raises:
+            UserError: no such corpus; a text too short for the protocol.
+        """
+        settings = self.config
+        corpus = corpora.load(settings.data.source if data is None else data, Path(settings.data.dir))
+        how = (protocol or settings.eval.protocol, chunk or settings.eval.chunk)
+        return self._score(corpus.splits[split], *how, corpus.sha256(split), groups)
+
+    def _score(
+        self, lines: Sequence[str], protocol: ProtocolName, chunk: int, sha256: str, groups: bool = False
+    ) -> Score:
+        return evaluate(
+            self.model,
+            stream.encode(lines, self.tokenizer),
+            self.tokenizer,
+            protocol=protocol,
+            chunk=chunk,
+            train_counts=self.train_counts,
+            data_sha256=sha256,
+            groups=groups,
+        )
+
+
+def load(
+    folder: Path | str, *, which: Which = "best", backend: str = "auto", device: str = "cpu", say: Say = print
+) -> TrainedModel:
+    """Returns the model of a run folder, in evaluation mode.
+
+    Arguments:
+        folder: where `train` trained it, as by `python -m lm train --run FOLDER`.
+        which: the checkpoint, `best` (on the validation text) or `last`. Of the last the averages are taken once a
+            whole epoch is done, with the running statistics of the last validation.
+        backend: backend for the recurrent layers, by `rnnorm`'s names.
+        device: where to put it: cpu, cuda, cuda:0.
+        say: receives a warning where `last` is damaged and the one before it is taken.
+
+    Raises:
+        UserError: no such run; a damaged checkpoint, or one of another vocabulary or model.
+
+    Example:
+        >>> model = lm.load("runs/mine")
+    """
+    place = RunFolder(Path(folder))
+    require_backend(backend)
+    where = require_device(device)
+    saved = place.saved(which, say)
+    settings = config.build(saved["config"])
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"backend": backend})})
+    tokenizer = tokenizers.from_state(saved["tokenizer"])
+    place.require_vocabulary(tokenizer)
+    with place.fitting("counts"):
+        state = TrainerState(**saved["trainer"])
+        counts = saved["train_counts"]
+        if len(counts) != tokenizer.size or not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+            raise ValueError(f"train_counts must be {tokenizer.size} integers from 0 up")
+    weights = (saved.get("averages") if state.epoch else None) or saved
+    with place.fitting("model"):  # before any memory is taken for it
+        checkpoint.require_tensors(weights["model"], sketch(settings.model, tokenizer.size).state_dict())
+    with torch.random.fork_rng(devices=[]):
+        model = LanguageModel(settings.model, tokenizer.size, backend).to(where)
+    model.load_state_dict(weights["model"])
+    return TrainedModel(settings, tokenizer, model.eval(), torch.tensor(counts), saved["data_sha256"], state.step)
