@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lm import run
+import lm
 from lm.corpora import SPLITS
 from lm.errors import UserError
 
@@ -22,9 +22,9 @@ def main() -> int:
     print(f"{'exact':>12} {'chunk-mean':>12} {'unigram':>12}  run ({known.split})")
     try:
         for folder in known.runs:
-            trained = run.load(folder)
+            trained = lm.load(folder)
             exact, mean = (
-                run.score(trained, known.split, protocol=protocol, data=known.data)
+                trained.score_split(known.split, protocol=protocol, data=known.data)
                 for protocol in ("exact", "chunk-mean")
             )
             print(f"{exact.ppl:12,.2f} {mean.ppl:12,.2f} {exact.unigram_ppl:12,.2f}  {folder}")
