@@ -8,7 +8,7 @@ from torch import Tensor
 from rnnorm import _check
 from rnnorm._cells import CELLS, NONLINEARITIES
 from rnnorm._layers import Recurrent
-from rnnorm._module import State
+from rnnorm._module import State, in_evaluation
 from rnnorm.ops import reference
 
 
@@ -34,7 +34,13 @@ def gates(layer: Recurrent, input: Tensor, hx: State | None = None) -> dict[str,
     _check.is_tensor("input", input)
     if input.dim() != 3 or not input.numel():
         raise ValueError(f"input must be [T, N, I] with at least one step; got shape {tuple(input.shape)}")
-    x, state = layer._prepared(input.transpose(0, 1) if layer.batch_first else input, hx, single=False)
+    with in_evaluation(layer):
+        return _gates(layer, input.transpose(0, 1) if layer.batch_first else input, hx)
+
+
+def _gates(layer: Recurrent, x: Tensor, hx: State | None) -> dict[str, Tensor]:
+    own = layer._own_by_row()
+    x, state = layer._prepared(x, hx, False, own)
     gates = CELLS[layer.cell].gates
     found: dict[str, Tensor] = {}
     rows = itertools.count()
@@ -43,9 +49,9 @@ def gates(layer: Recurrent, input: Tensor, hx: State | None = None) -> dict[str,
         for reverse, suffix in enumerate(suffixes):
             row = next(rows)
             h, c = state[0][row], state[1][row] if len(state) == 2 else None
-            spec = layer._spec(reverse=reverse == 1)._replace(training=False)
             seen: list[Tensor] = []
-            outputs.append(reference.run(layer._operands(suffix, x, h, c, None), spec, seen.append).y)
+            operands = layer._operands(own[row], x, h, c, None)
+            outputs.append(reference.run(operands, layer._spec(reverse == 1), seen.append).y)
             calls = len(seen) // x.size(0)
             steps = [torch.cat(seen[i : i + calls], 1) for i in range(0, len(seen), calls)]
             values = torch.stack(steps[::-1] if reverse else steps).chunk(len(gates), 2)

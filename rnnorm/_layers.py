@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnorm import _check, _plain, norms, ops
-from rnnorm._module import RecurrentModule, State
+from rnnorm._module import Own, RecurrentModule, State, in_evaluation
 
 
 class Recurrent(RecurrentModule):
     """Stacked recurrent layers, in one or both directions; `LSTM`, `GRU` and `RNN` say which cell."""
 
-    __jit_unused_properties__: ClassVar[list[str]] = ["all_weights"]  # TorchScript would compile it
+    __jit_unused_properties__: ClassVar[list[str]] = ["_all_weights", "all_weights"]  # TorchScript would compile them
     _torch_layer: ClassVar[type[nn.RNNBase]]
     _torch_options: ClassVar[tuple[str, ...]] = (
         *("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"),
@@ -61,11 +61,16 @@ class Recurrent(RecurrentModule):
         return [[f"_l{layer}{direction}" for direction in directions] for layer in range(self.num_layers)]
 
     @property
-    def all_weights(self) -> list[list[nn.Parameter]]:
-        """For each layer and direction its parameters that torch's layer has too, in torch's order."""
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-        suffixes = [suffix for layer in self._suffixes() for suffix in layer]
-        return [[getattr(self, name + s) for name in names if hasattr(self, name + s)] for s in suffixes]
+    def _all_weights(self) -> list[list[str]]:
+        """For each layer and direction the names of what torch's layer has too, in torch's order and under its name."""
+        names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.bias else [])]
+        names += ["weight_hr"] if self.proj_size else []
+        return [[name + suffix for name in names] for suffixes in self._suffixes() for suffix in suffixes]
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """For each layer and direction its weights and biases that torch's layer has too, in torch's order."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
 
     def flatten_parameters(self) -> None:
         """Nothing to do; here because code written for torch's layers calls it."""
@@ -114,9 +119,10 @@ class Recurrent(RecurrentModule):
         x = input.unsqueeze(1) if single else input.transpose(0, 1) if self.batch_first else input
         if single and lengths is not None and torch.as_tensor(lengths).dim() == 0:
             lengths = torch.as_tensor(lengths).reshape(1)
-        x, state = self._prepared(x, hx, single)
+        own = self._own_by_row()
+        x, state = self._prepared(x, hx, single, own)
         found = None if lengths is None else _check.lengths_tensor(lengths, x.size(0), x.size(1))
-        y, last = self._run(x, state, found, packed=False)
+        y, last = self._run(x, state, found, own, packed=False)
         y = y.squeeze(1) if single else y.transpose(0, 1) if self.batch_first else y
         return y, self._returned([s.squeeze(1) for s in last] if single else last)
 
@@ -132,42 +138,54 @@ class Recurrent(RecurrentModule):
         found = active.sum(0)
         padded = data.new_zeros(sizes.size(0) * N, data.size(1)).index_copy(0, rows, data)
         x = padded.view(sizes.size(0), N, data.size(1))
-        x, state = self._prepared(x, hx, single=False)
+        own = self._own_by_row()
+        x, state = self._prepared(x, hx, False, own)
         if packed.sorted_indices is not None:
             state = [s.index_select(1, packed.sorted_indices) for s in state]
-        y, last = self._run(x, state, found, packed=True)
+        y, last = self._run(x, state, found, own, packed=True)
         if packed.unsorted_indices is not None:
             last = [s.index_select(1, packed.unsorted_indices) for s in last]
         data = y.flatten(0, 1).index_select(0, rows)
         return PackedSequence(data, sizes, packed.sorted_indices, packed.unsorted_indices), self._returned(last)
 
-    def _prepared(self, x: Tensor, hx: State | None, single: bool) -> tuple[Tensor, list[Tensor]]:
+    def _own_by_row(self) -> list[Own]:
+        """For each layer and direction, as the states have them, its weights and streams."""
+        return [self._own(suffix) for suffixes in self._suffixes() for suffix in suffixes]
+
+    def _prepared(self, x: Tensor, hx: State | None, single: bool, own: list[Own]) -> tuple[Tensor, list[Tensor]]:
         """The checked input [T, N, I] and first states [L*D, N, *], in the dtype to compute in."""
         if x.size(0) == 0:
             raise ValueError("input must hold at least one step; got T = 0")
-        x = self._suited_input(x)
-        rows = self.num_layers * (1 + self.bidirectional)
+        weight = own[0]["weight_ih"]
+        x = self._suited_input(x, weight)
         if single:
-            states = self._first_states(x, hx, (rows,), "layers * directions, ")
+            states = self._first_states(x, hx, (len(own),), "layers * directions, ", weight)
             return x, [state.unsqueeze(1) for state in states]
-        return x, self._first_states(x, hx, (rows, x.size(1)), "layers * directions, N, ")
+        return x, self._first_states(x, hx, (len(own), x.size(1)), "layers * directions, N, ", weight)
 
     def _returned(self, last: list[Tensor]) -> State:
         return (last[0], last[1]) if len(last) == 2 else last[0]
 
-    def _run(self, x: Tensor, state: list[Tensor], lengths: Tensor | None, packed: bool) -> tuple[Tensor, list[Tensor]]:
+    def _run(
+        self,
+        x: Tensor,
+        state: list[Tensor],
+        lengths: Tensor | None,
+        own: list[Own],
+        packed: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
         last: list[list[Tensor]] = [[] for _ in state]
-        row = 0
-        for layer, suffixes in enumerate(self._suffixes()):
+        directions = 1 + self.bidirectional
+        for layer in range(self.num_layers):
             outputs = []
-            for direction, suffix in enumerate(suffixes):
+            for reverse in range(directions):
+                row = layer * directions + reverse
                 h, c = state[0][row], state[1][row] if len(state) == 2 else None
-                results = ops.run(self._operands(suffix, x, h, c, lengths), self._spec(reverse=direction == 1))
-                self._move_streams(suffix, results)
+                results = ops.run(self._operands(own[row], x, h, c, lengths), self._spec(reverse == 1))
+                self._move_streams(own[row], results)
                 outputs.append(results.y)
                 for kept, value in zip(last, (results.h, results.c), strict=False):
                     kept.append(value)
-                row += 1
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
             if self.dropout and self.training and layer + 1 < self.num_layers:
                 x = self._dropped(x, lengths if packed else None)
@@ -186,31 +204,32 @@ class Recurrent(RecurrentModule):
     def from_torch(cls, layer: nn.RNNBase, **options: Any) -> Any:
         """The layer with a copy of the weights and options of torch's `layer`; `norm=` and others as in constructing.
 
-        Raises `TypeError` if `layer` is not torch's layer of this kind.
+        Weights that `layer` computes, by pruning, `weight_norm`, `spectral_norm` or any parametrization, are copied as
+        they are in evaluation mode, and are ordinary parameters here.
+        Raises `TypeError` if `layer` is not torch's layer of this kind, `ValueError` for other sizes than its own.
         """
         if not isinstance(layer, cls._torch_layer):
             raise TypeError(
                 f"{cls.__name__}.from_torch needs a torch.nn.{cls._torch_layer.__name__}; got {type(layer).__name__}"
             )
-        weight = layer.weight_ih_l0
         same = {name: getattr(layer, name) for name in cls._torch_options}
-        new = cls(**{**same, "device": weight.device, "dtype": weight.dtype, **options})
-        new.load_state_dict({**new.state_dict(), **layer.state_dict()})
-        for name, parameter in layer.named_parameters():
-            new.get_parameter(name).requires_grad_(parameter.requires_grad)
-        return new.train(layer.training)
+        for name in _SIZES:
+            if name in same and options.get(name, same[name]) != same[name]:
+                raise ValueError(
+                    f"{name} must be the given layer's, {same[name]!r}; got {options[name]!r}; leave it out"
+                )
+        return _with_weights_of(layer, cls, {**same, **options})
 
     def to_torch(self) -> nn.RNNBase:
-        """Torch's layer with a copy of these weights. Raises `ValueError` if a norm is on: torch has none."""
+        """Torch's layer with a copy of these weights, computed ones as in `from_torch`.
+
+        Raises `ValueError` if a norm is on: torch has none.
+        """
         if self.norm.kind != "none":
             raise ValueError(
                 f"to_torch needs norm='none': torch.nn.{self._torch_layer.__name__} cannot normalize; got {self.norm}"
             )
-        weight = self._weight()
-        same = {name: getattr(self, name) for name in self._torch_options}
-        layer = self._torch_layer(**same, device=weight.device, dtype=weight.dtype)
-        layer.load_state_dict(self.state_dict())
-        return layer.train(self.training)
+        return _with_weights_of(self, self._torch_layer, {name: getattr(self, name) for name in self._torch_options})
 
     def to_plain(self, make_loop: _plain.MakeLoop = _plain.Scan) -> _plain.Plain:
         """The layer in evaluation mode, with copies of its weights and statistics, in torch's own operators only.
@@ -219,12 +238,33 @@ class Recurrent(RecurrentModule):
         operator, for any T and N. Call it with the input [T, N, I] and the first state or states [L*D, N, *]; it
         returns the output and the last ones, as one flat tuple. `make_loop` makes the module that runs the loop.
         """
-        return _plain.Plain(self, make_loop)
+        with in_evaluation(self):
+            return _plain.Plain(self, make_loop)
 
     def __prepare_scriptable__(self) -> nn.Module:
         from rnnorm._torchscript import scriptable
 
         return scriptable(self)
+
+
+# Options that say how many weights there are, and of what shapes.
+_SIZES = ("input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
+
+
+def _with_weights_of(layer: Any, kind: type[nn.Module], options: dict[str, Any]) -> Any:
+    """A new layer of torch's or ours with a copy of what `layer`, of ours or torch's, computes with."""
+    with in_evaluation(layer), torch.enable_grad():
+        weights: dict[str, Tensor] = {name: getattr(layer, name) for names in layer._all_weights for name in names}
+    for name in layer.state_dict():
+        if not any(weight in name for weight in weights):
+            raise ValueError(f"a {type(layer).__name__} must hold the weights of its kind only; got {name}; remove it")
+    first = next(iter(weights.values()))
+    new = kind(**{"device": first.device, "dtype": first.dtype, **options})
+    for name, weight in weights.items():
+        with torch.no_grad():
+            new.get_parameter(name).copy_(weight)
+        new.get_parameter(name).requires_grad_(weight.requires_grad)
+    return new.train(layer.training)
 
 
 class LSTM(Recurrent):

@@ -2,10 +2,14 @@
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from rnnorm import _check, norms, ops
 from rnnorm._cells import CELLS
@@ -13,6 +17,7 @@ from rnnorm.ops.call import statistics_dtype
 from rnnorm.ops.registry import by_name
 
 State = Tensor | tuple[Tensor, Tensor]
+Own = dict[str, Any]  # the weights and streams of one layer and direction by operand, None where there is none
 STREAMS = {"mean": 0.0, "var": 1.0, "u": 0.0, "v": 0.0}
 # A norm's affine parameters in older state dicts, also pruned or parametrized.
 _OLD_NAME = re.compile(r"((?:parametrizations\.)?(?:cell_)?norm)_(weight|bias)(.*)")
@@ -116,18 +121,25 @@ class RecurrentModule(StreamModule):
         """For each layer, the suffix of each direction's parameters."""
         return [[""]]
 
-    def _weight(self) -> Tensor:
-        """The weight whose dtype and device input and states must have."""
-        return getattr(self, "weight_ih" + self._suffixes()[0][0])
+    def _own(self, suffix: str) -> Own:
+        """What one layer and direction holds. A computed weight is computed here, once a call."""
+        own = {name: getattr(self, name + suffix, None) for name in ops.Operands._fields[3:-1]}
+        for one, other in _PAIRS:
+            if (own[one] is None) != (own[other] is None):
+                raise ValueError(f"{one + suffix} and {other + suffix} must both be there or both be None; one is None")
+        if not self.training:
+            # Nothing moves, so nothing needs the control; and torch.compile checks what a backward might move.
+            own |= dict.fromkeys(("norm_u", "norm_v", "cell_norm_u", "cell_norm_v"))
+        return own
 
-    def _suited_input(self, x: Tensor) -> Tensor:
-        """The checked input [..., I], in autocast's dtype where that is on."""
+    def _suited_input(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The checked input [..., I], in autocast's dtype where that is on; it must suit `weight`."""
         if x.size(-1) != self.input_size:
             raise ValueError(f"input's last dimension must be input_size = {self.input_size}; got {x.size(-1)}")
         wanted = autocast_dtype(x)
         # What is float64 stays out of autocast.
-        autocast = wanted is not None and self._weight().dtype != torch.float64
-        _check.like_weights("input", x, self._weight(), autocast)
+        autocast = wanted is not None and weight.dtype != torch.float64
+        _check.like_weights("input", x, weight, autocast)
         return x if wanted is None else x.to(wanted)
 
     def reset_parameters(self) -> None:
@@ -154,9 +166,11 @@ class RecurrentModule(StreamModule):
             wanted=self.backend,
         )
 
-    def _first_states(self, x: Tensor, hx: State | None, lead: tuple[int, ...], meaning: str) -> list[Tensor]:
+    def _first_states(
+        self, x: Tensor, hx: State | None, lead: tuple[int, ...], meaning: str, weight: Tensor
+    ) -> list[Tensor]:
         """The checked states `hx` of shape `(*lead, units)`, one per name in the cell's states, in the dtype of the
-        suited input `x`; zero if None."""
+        suited input `x`; zero if None. They must suit `weight`."""
         names, autocast = CELLS[self.cell].states, autocast_dtype(x) is not None
         widths = {"h": self.proj_size or self.hidden_size, "c": self.hidden_size}
         if hx is None:
@@ -171,32 +185,43 @@ class RecurrentModule(StreamModule):
         for name, value in zip(names, given, strict=True):
             units = "P" if name == "h" and self.proj_size else "H"
             _check.shape(f"{name}_0", value, (*lead, widths[name]), f"({meaning}{units})")
-            _check.like_weights(f"{name}_0", value, self._weight(), autocast)
+            _check.like_weights(f"{name}_0", value, weight, autocast)
         return [value.to(x.dtype) for value in given]
 
-    def _operands(self, suffix: str, x: Tensor, h: Tensor, c: Tensor | None, lengths: Tensor | None) -> ops.Operands:
-        own = {name: getattr(self, name + suffix, None) for name in ops.Operands._fields[3:-1]}
-        for one, other in _PAIRS:
-            if (own[one] is None) != (own[other] is None):
-                raise ValueError(f"{one + suffix} and {other + suffix} must both be there or both be None; one is None")
-        if not self.training:
-            # Nothing moves, so nothing needs the control; and torch.compile checks what a backward might move.
-            own |= dict.fromkeys(("norm_u", "norm_v", "cell_norm_u", "cell_norm_v"))
-        weight = own["weight_ih"]
-        assert weight is not None
-        if x.dtype != weight.dtype:
+    def _operands(self, own: Own, x: Tensor, h: Tensor, c: Tensor | None, lengths: Tensor | None) -> ops.Operands:
+        if x.dtype != own["weight_ih"].dtype:
             # Only under autocast: parameters follow the products' dtype.
             own = {
                 k: t.to(x.dtype) if t is not None and k.startswith(("weight", "bias")) else t for k, t in own.items()
             }
-        return ops.Operands(x, h, c, **own, lengths=lengths)  # type: ignore[arg-type]
+        return ops.Operands(x, h, c, **own, lengths=lengths)
 
-    def _move_streams(self, suffix: str, results: ops.Results) -> None:
+    def _move_streams(self, own: Own, results: ops.Results) -> None:
         if self.training and self.norm.kind == "online":
-            for prefix in ("norm", "cell_norm")[: 1 + self.cell_norm]:
-                for stream in ("mean", "var"):
-                    moved: Tensor = getattr(results, f"{prefix}_{stream}")
-                    getattr(self, f"{prefix}_{stream}{suffix}").copy_(moved.detach())
+            for name in ("norm_mean", "norm_var", "cell_norm_mean", "cell_norm_var")[: 2 + 2 * self.cell_norm]:
+                own[name].copy_(getattr(results, name).detach())
+
+
+@contextmanager
+def in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` is in evaluation mode and its computed weights are what a call would compute first.
+
+    Torch's forward pre-hooks that compute weights (pruning, weight and spectral norm) are run; parametrizations are
+    computed when they are read, and in evaluation mode neither moves anything.
+    """
+    from torch.nn.utils.prune import BasePruningMethod  # here: torch does not import it by itself
+
+    training = {part: part.training for part in module.modules()}
+    try:
+        for part in training:
+            part.training = False
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
+                hook(module, ())
+        yield
+    finally:
+        for part, mode in training.items():
+            part.training = mode
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -79,7 +79,7 @@ class _Direction(_Copies):
         super().__init__()
         self.reverse, self.width = reverse, layer.proj_size or layer.hidden_size
         self._copy(layer, suffix, "weight_ih", "bias_ih")
-        self.loop = make_loop(PlainStep(layer, suffix, layer._spec(reverse)._replace(training=False)))
+        self.loop = make_loop(PlainStep(layer, suffix, layer._spec(reverse)))
 
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """The output [T, N, P] and the last state [N, S]."""

@@ -48,12 +48,14 @@ class CellModule(RecurrentModule):
         if input.dim() not in (1, 2):
             raise ValueError(f"input must have shape (N, I) or (I,); got {tuple(input.shape)}")
         single = input.dim() == 1
-        x = self._suited_input(input.unsqueeze(0) if single else input)
+        own = self._own("")
+        weight = own["weight_ih"]
+        x = self._suited_input(input.unsqueeze(0) if single else input, weight)
         lead, meaning = ((), "") if single else ((x.size(0),), "N, ")
-        state = [value.unsqueeze(0) if single else value for value in self._first_states(x, hx, lead, meaning)]
+        state = [value.unsqueeze(0) if single else value for value in self._first_states(x, hx, lead, meaning, weight)]
         c = state[1] if len(state) == 2 else None
-        results = ops.run(self._operands("", x.unsqueeze(0), state[0], c, None), self._spec())
-        self._move_streams("", results)
+        results = ops.run(self._operands(own, x.unsqueeze(0), state[0], c, None), self._spec())
+        self._move_streams(own, results)
         last = [s.squeeze(0) if single else s for s in (results.h, results.c)]
         return (last[0], last[1]) if c is not None else last[0]
 

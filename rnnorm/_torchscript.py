@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from rnnorm._cells import CELLS
 from rnnorm._layers import GRU, LSTM, RNN, Recurrent
@@ -237,7 +238,7 @@ _SUBSTITUTES: dict[type[RecurrentModule], type[RecurrentModule]] = {
 def scriptable(module: RecurrentModule) -> Any:
     """What TorchScript compiles for a layer or cell.
 
-    Raises `TypeError` for a subclass with a `forward` of its own or a parametrized weight, `BackendUnavailable` for a
+    Raises `TypeError` for a subclass with a `forward` of its own or a computed weight, `BackendUnavailable` for a
     backend that cannot run the weights' device and dtype, or that is no operator.
     """
     original, substitute = next(pair for pair in _SUBSTITUTES.items() if isinstance(module, pair[0]))
@@ -248,9 +249,10 @@ def scriptable(module: RecurrentModule) -> Any:
         )
     suffixes = [suffix for layer in module._suffixes() for suffix in layer]
     for name in (name + suffix for suffix in suffixes for name in DIFFERENTIABLE[3:]):
-        if isinstance(getattr(module, name, None), Tensor) and name not in module._parameters:
+        # Not looked at: to compute a weight may move what it is computed from, as spectral norm's vector.
+        if name in module.__dict__ or is_parametrized(module, name):
             raise TypeError(
-                f"torch.jit.script needs {name} to be a parameter; it is computed; remove its parametrization"
+                f"torch.jit.script needs {name} to be a parameter; it is computed; remove its parametrization or hook"
             )
     weights = [
         {name: p for name in DIFFERENTIABLE if (p := module._parameters.get(name + suffix)) is not None}

@@ -34,7 +34,7 @@ def _call(name: str, backend: str, grad: bool) -> tuple[Operands, CallSpec]:
     h = torch.randn(case.N, layer.proj_size or case.H, dtype=torch.float64, requires_grad=grad)
     c = torch.randn(case.N, case.H, dtype=torch.float64, requires_grad=grad) if case.layer == "LSTM" else None
     lengths = None if case.lengths is None else torch.tensor(case.lengths)
-    operands = layer._operands("_l0", x, h, c, lengths)
+    operands = layer._operands(layer._own("_l0"), x, h, c, lengths)
     return operands, layer._spec()._replace(wanted=backend)
 
 

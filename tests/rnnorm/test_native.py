@@ -195,14 +195,14 @@ def test_refuses_what_it_cannot_run():
 def test_lengths_past_the_modules_are_still_checked(length):
     layer = rnnorm.LSTM(2, 3, backend="cpu")
     x, h = torch.randn(4, 1, 2), torch.zeros(1, 3)
-    operands = layer._operands("_l0", x, h, h, torch.tensor([length]))
+    operands = layer._operands(layer._own("_l0"), x, h, h, torch.tensor([length]))
     with pytest.raises(ValueError, match=r"lengths must lie in 1\.\.T"):
         native.Native().forward(operands, layer._spec(), True)
 
 
 def test_shapes_past_the_modules_are_still_checked():
     layer = rnnorm.LSTM(2, 3, backend="cpu")
-    operands = layer._operands("_l0", torch.randn(4, 1, 2), torch.zeros(2, 3), torch.zeros(1, 3), None)
+    operands = layer._operands(layer._own("_l0"), torch.randn(4, 1, 2), torch.zeros(2, 3), torch.zeros(1, 3), None)
     with pytest.raises(ValueError, match="operand 1 must have shape"):
         native.Native().forward(operands, layer._spec(), True)
 
@@ -222,7 +222,7 @@ def test_long_horizons_keep_their_digits():
 @pytest.mark.parametrize("name", ["bias_hh", "norm_shift", "norm_var", "norm_u", "cell_norm_v", "c"])
 def test_operands_that_are_missing_past_the_modules_are_refused(name):
     layer = rnnorm.LSTM(2, 3, norm="online", cell_norm=True, backend="cpu")
-    operands = layer._operands("_l0", torch.randn(4, 2, 2), torch.zeros(2, 3), torch.zeros(2, 3), None)
+    operands = layer._operands(layer._own("_l0"), torch.randn(4, 2, 2), torch.zeros(2, 3), torch.zeros(2, 3), None)
     with pytest.raises(ValueError, match="is missing, or another that goes with it"):
         native.Native().forward(operands._replace(**{name: None}), layer._spec(), True)
 
@@ -274,8 +274,9 @@ def _sanitized() -> bool:
 
 @pytest.mark.skipif(_sanitized(), reason="the sanitizers' build has no pool: it would hide what runs over an end")
 def test_blocks_go_from_call_to_call():
-    operands = rnnorm.LSTM(40, 72)._operands("_l0", torch.randn(31, 17, 40), *torch.zeros(2, 17, 72), None)
-    spec = rnnorm.LSTM(40, 72)._spec()
+    layer = rnnorm.LSTM(40, 72)
+    operands = layer._operands(layer._own("_l0"), torch.randn(31, 17, 40), *torch.zeros(2, 17, 72), None)
+    spec = layer._spec()
 
     def places() -> set[int]:
         with torch.no_grad():
