@@ -23,8 +23,10 @@ _REQUIRED = ("x", "h", "weight_ih", "weight_hh")
 
 def _operands_schema(mutable: Sequence[str] = ()) -> str:
     def kind(name: str) -> str:
-        alias = f"({chr(97 + mutable.index(name))}!)" if name in mutable else ""
-        return f"Tensor{alias}{'' if name in _REQUIRED else '?'} {name}"
+        if name in mutable:
+            # Never None: torch's modes look at every tensor that an operator writes.
+            return f"Tensor({chr(97 + mutable.index(name))}!) {name}"
+        return f"Tensor{'' if name in _REQUIRED else '?'} {name}"
 
     return ", ".join(kind(name) for name in Operands._fields)
 
@@ -138,6 +140,8 @@ def _backward_kernel(
     *args: Any,
 ) -> tuple[Tensor, ...]:
     operands, spec = _unpack(args)
+    absent: dict[str, Any] = {name: None for name in MOVED_IN_BACKWARD if not getattr(operands, name).numel()}
+    operands = operands._replace(**absent)
     grads = _backward((grad_y, grad_h, grad_c), saved, need_input, need_weights, operands, spec)
     return tuple(
         grad if grad is not None and _wanted(name, need_input, need_weights) else operands.x.new_empty(0)
@@ -204,7 +208,9 @@ class _Sequence(torch.autograd.Function):
         if library.is_unobserved((*operands, *given)):
             found = _backward(given, saved, needed["x"], need_weights, operands, spec)
         else:
-            found = sequence_backward(*given, saved, needed["x"], need_weights, *operands, *spec)
+            absent = [name for name in MOVED_IN_BACKWARD if getattr(operands, name) is None]
+            whole = operands._replace(**{name: operands.x.new_empty(0) for name in absent})
+            found = sequence_backward(*given, saved, needed["x"], need_weights, *whole, *spec)
         gradients = [grad if needed[name] else None for name, grad in zip(DIFFERENTIABLE, found, strict=True)]
         return (None, *gradients, *([None] * (len(Operands._fields) - count)))
 
