@@ -1,24 +1,33 @@
-"""Refusals: each says what must hold, what came, and what to do."""
+"""Refusals: each says what must hold, what was got, and what to do. Numbers may be numpy's scalars."""
 
+import numbers
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def sizes(input_size: int, hidden_size: int, num_layers: int, dropout: float, proj_size: int) -> None:
+def is_number(value: object, kind: type = numbers.Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def sizes(
+    input_size: int, hidden_size: int, num_layers: int, dropout: float, proj_size: int
+) -> tuple[int, int, int, float, int]:
+    """The same, checked, as Python's own numbers."""
     for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not is_number(value, numbers.Integral):
             raise TypeError(f"{name} must be an int; got {value!r} of type {type(value).__name__}")
     for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
         if value <= 0:
             raise ValueError(f"{name} must be greater than 0; got {value}")
     if input_size < 0:
         raise ValueError(f"input_size must not be negative; got {input_size}")
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+    if not is_number(dropout) or not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a probability in [0, 1]; got {dropout!r}")
-    if isinstance(proj_size, bool) or not isinstance(proj_size, int) or not 0 <= proj_size < hidden_size:
+    if not is_number(proj_size, numbers.Integral) or not 0 <= proj_size < hidden_size:
         raise ValueError(f"proj_size must be an int in [0, hidden_size={hidden_size}); got {proj_size!r}")
+    return int(input_size), int(hidden_size), int(num_layers), float(dropout), int(proj_size)
 
 
 def is_tensor(name: str, value: object, kinds: str = "a tensor") -> None:

@@ -1,15 +1,23 @@
 """Recurrent layers: parameters, options, stacking, directions and packing. Gate math and dispatch are elsewhere."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnorm import _check, _plain, norms, ops
 from rnnorm._module import Own, RecurrentModule, State, in_evaluation
+
+# Torch's words, which programs may filter by.
+_NOTHING_DROPPED = (
+    "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects num_layers greater "
+    "than 1, but got dropout={} and num_layers={}"
+)
 
 
 class Recurrent(RecurrentModule):
@@ -39,21 +47,19 @@ class Recurrent(RecurrentModule):
         dtype: Any,
     ) -> None:
         super().__init__()
-        _check.sizes(input_size, hidden_size, num_layers, dropout, proj_size)
+        sizes = _check.sizes(input_size, hidden_size, num_layers, dropout, proj_size)
+        self.input_size, self.hidden_size, self.num_layers, self.dropout, self.proj_size = sizes
         self.cell = cell
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.bias = bias
-        self.batch_first = batch_first
-        self.dropout = float(dropout)
-        self.bidirectional = bidirectional
-        self.proj_size = proj_size
+        self.bias = bool(bias)
+        self.batch_first = bool(batch_first)
+        self.bidirectional = bool(bidirectional)
+        if self.dropout > 0 and self.num_layers == 1:
+            warnings.warn(_NOTHING_DROPPED.format(dropout, num_layers), stacklevel=3)
         self._set_options(norm, cell_norm, backend)
-        out = proj_size or hidden_size
+        out = self.proj_size or self.hidden_size
         for layer, suffixes in enumerate(self._suffixes()):
             for suffix in suffixes:
-                self._register(suffix, input_size if layer == 0 else out * len(suffixes), device, dtype)
+                self._register(suffix, self.input_size if layer == 0 else out * len(suffixes), device, dtype)
         self.reset_parameters()
 
     def _suffixes(self) -> list[list[str]]:
@@ -112,6 +118,8 @@ class Recurrent(RecurrentModule):
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths)
+        if isinstance(input, Proxy):
+            return self._traced(input, hx, **({} if lengths is None else {"lengths": lengths}))
         _check.is_tensor("input", input, "a tensor or a PackedSequence")
         if input.dim() not in (2, 3):
             raise ValueError(f"input must have 3 dimensions, or 2 for one sequence; got shape {tuple(input.shape)}")
@@ -276,7 +284,9 @@ class LSTM(Recurrent):
     `rnnorm.norms` or one of "online", "layer", "rms", "none"; `backend` "auto" or a name from `rnnorm.backends()`.
     Parameters and buffers besides torch's: `norm_scale_l{k}`, `norm_shift_l{k}` [4H] and, for online, `norm_mean_l{k}`,
     `norm_var_l{k}`, `norm_u_l{k}`, `norm_v_l{k}` [4H]; with `cell_norm` the same as `cell_norm_*` [H].
-    Raises `ValueError` or `TypeError` for options that make no sense.
+    `torch.fx` records a call as one node, as of torch's layers. `quantize_dynamic` with `torch.nn.LSTM` among its types
+    does not reach this layer, which is no instance of it: without a norm, quantize `to_torch()`.
+    Raises `ValueError` or `TypeError` for options that make no sense, warns as torch does of dropout in one layer.
     Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), section 4.
     """
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -56,6 +57,16 @@ class StreamModule(nn.Module):
         # With `assign=True` the buffers are those of the file, in its dtype.
         for name, buffer in self._stream_buffers().items():
             self._buffers[name] = buffer.to(statistics_dtype(buffer.dtype))
+
+    def _traced(self, input: Proxy, *args: Any, **kwargs: Any) -> Any:
+        """What `torch.fx` records of a call: one node, as for torch's own layers, which are leaves of its tracing."""
+        tracer: Any = input.tracer
+        if tracer.root is self:
+            raise TypeError(
+                f"torch.fx must be given a module that holds the {type(self).__name__}; got the {type(self).__name__} "
+                "itself; make it a member"
+            )
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *args), kwargs)
 
     @torch.no_grad()
     def reset_streams(self) -> None:

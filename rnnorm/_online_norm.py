@@ -1,11 +1,13 @@
 """`OnlineNorm`: the primitive as a module, for vectors and feature maps."""
 
 import math
+import numbers
 import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from rnnorm import _check, norms
 from rnnorm._module import STREAMS, StreamModule
@@ -45,11 +47,11 @@ class OnlineNorm(StreamModule):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if not isinstance(num_features, int) or num_features <= 0:
+        if not _check.is_number(num_features, numbers.Integral) or num_features <= 0:
             raise ValueError(f"num_features must be an int greater than 0; got {num_features!r}")
         self.constants = norms.Online(alpha_fwd, alpha_bwd, eps, affine, guard, control_floor).constants
         self._constants = [*self.constants]  # the same, as TorchScript hands it to the operator
-        self.num_features = num_features
+        self.num_features = num_features = int(num_features)
         self.alpha_fwd = float(alpha_fwd)
         self.alpha_bwd = float(alpha_bwd)
         self.eps = float(eps)
@@ -84,6 +86,8 @@ class OnlineNorm(StreamModule):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input` (N, C) or (N, C, *), in the order of its samples."""
         if not torch.jit.is_scripting():
+            if isinstance(input, Proxy):
+                return self._traced(input)
             _check.is_tensor("input", input)
         if input.dim() < 2 or input.size(1) != self.num_features:
             raise ValueError(f"input must have shape (N, C = {self.num_features}, *); got {list(input.shape)}")

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from rnnorm import _check, norms, ops
 from rnnorm._layers import rnn_cell
@@ -26,13 +27,11 @@ class CellModule(RecurrentModule):
         dtype: Any,
     ) -> None:
         super().__init__()
-        _check.sizes(input_size, hidden_size, 1, 0.0, 0)
+        self.input_size, self.hidden_size, *_ = _check.sizes(input_size, hidden_size, 1, 0.0, 0)
         self.cell = cell
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.bias = bias
+        self.bias = bool(bias)
         self._set_options(norm, cell_norm, backend)
-        self._register("", input_size, device, dtype)
+        self._register("", self.input_size, device, dtype)
         self.reset_parameters()
 
     def extra_repr(self) -> str:
@@ -44,6 +43,8 @@ class CellModule(RecurrentModule):
         In training mode every call is one step of the streams; backward through several calls must run in reverse order
         of the calls, as autograd does. Errors as in the layers.
         """
+        if isinstance(input, Proxy):
+            return self._traced(input, hx)
         _check.is_tensor("input", input)
         if input.dim() not in (1, 2):
             raise ValueError(f"input must have shape (N, I) or (I,); got {tuple(input.shape)}")

@@ -1,8 +1,9 @@
 """Which normalization a recurrent layer puts before its nonlinearities: frozen specifications, no tensors."""
 
 import math
+import numbers
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 KINDS = ("none", "online", "layer", "rms")
 GUARDS = ("none", "scale", "clamp")
@@ -27,22 +28,24 @@ class _Norm:
 
     kind: ClassVar[str]
 
+    def _number(self, name: str) -> Any:
+        """The field of that name as it was given, a number; the field is then Python's own float."""
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number; got {value!r} of type {type(value).__name__}")
+        object.__setattr__(self, name, float(value))
+        return value
+
+    def _check_eps(self) -> None:
+        eps = self._number("eps")
+        if not eps > 0:
+            raise ValueError(f"eps must be greater than 0; got {eps}; the usual value is 1e-5")
+
     @property
     def constants(self) -> Constants:
         """The specification's numbers, with defaults for those that it lacks."""
         own = {name: float(getattr(self, name)) for name in Constants._fields if hasattr(self, name)}
         return Constants(**own)
-
-
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number; got {value!r} of type {type(value).__name__}")
-
-
-def _check_eps(eps: float) -> None:
-    _check_number("eps", eps)
-    if not eps > 0:
-        raise ValueError(f"eps must be greater than 0; got {eps}; the usual value is 1e-5")
 
 
 @dataclass(frozen=True)
@@ -78,20 +81,17 @@ class Online(_Norm):
 
     def __post_init__(self) -> None:
         for name in ("alpha_fwd", "alpha_bwd"):
-            alpha = getattr(self, name)
-            _check_number(name, alpha)
+            alpha = self._number(name)
             if not 0 < alpha <= 1:
                 raise ValueError(
                     f"{name} must lie in (0, 1]; got {alpha}; the horizon is 1 / (1 - {name}) samples, e.g. 0.999"
                 )
-        _check_eps(self.eps)
+        self._check_eps()
         if self.guard not in GUARDS:
             raise ValueError(f"guard must be one of {', '.join(map(repr, GUARDS))}; got {self.guard!r}")
-        _check_number("control_floor", self.control_floor)
-        if not self.control_floor < 1:
-            raise ValueError(
-                f"control_floor must be less than 1; got {self.control_floor}; -inf is none, 1e-5 steadies"
-            )
+        floor = self._number("control_floor")
+        if not floor < 1:
+            raise ValueError(f"control_floor must be less than 1; got {floor}; -inf is none, 1e-5 steadies")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class _PerSample(_Norm):
     guard: ClassVar[str] = "none"
 
     def __post_init__(self) -> None:
-        _check_eps(self.eps)
+        self._check_eps()
 
 
 @dataclass(frozen=True)
