@@ -112,7 +112,7 @@ class Recurrent(RecurrentModule):
         `proj_size`, `h` and the output have P instead of H). `lengths` [N] in 1..T, in any order, says how much of each
         padded sequence is real: outputs beyond are zero, states stop there, streams skip it. Values are computed in the
         input's dtype (under autocast in its dtype), statistics, carried values and nonlinearities in float32 at least.
-        Returns the output [T, N, D*H] and the last state.
+        Returns the output [T, N, D*H] and the last state; they share memory with nothing else.
         Raises `ValueError` for a wrong rank, size, dtype, device or length, `BackendUnavailable` for a named backend
         that cannot run the call, `RuntimeError` for a second backward where online normalization allows one.
         """
@@ -131,8 +131,13 @@ class Recurrent(RecurrentModule):
         x, state = self._prepared(x, hx, single, own)
         found = None if lengths is None else _check.lengths_tensor(lengths, x.size(0), x.size(1))
         y, last = self._run(x, state, found, own, packed=False)
-        y = y.squeeze(1) if single else y.transpose(0, 1) if self.batch_first else y
-        return y, self._returned([s.squeeze(1) for s in last] if single else last)
+        # In place, so that what is returned is no view: autograd refuses to detach a view in place.
+        if single:
+            y.squeeze_(1)
+            last = [value.squeeze_(1) for value in last]
+        elif self.batch_first:
+            y.transpose_(0, 1)
+        return y, self._returned(last)
 
     def _forward_packed(self, packed: PackedSequence, hx: State | None, lengths: Any) -> tuple[PackedSequence, State]:
         if lengths is not None:

@@ -118,10 +118,16 @@ class OnlineNorm(StreamModule):
             # Copies: autograd keeps them, and later training calls move the statistics.
             rstd = (self.var + self.eps).rsqrt()
             y = (x - self.mean.clone().unsqueeze(1)) * rstd.unsqueeze(1)
+        # Back in the input's shape before the last operation, so that what is returned is no view, nor what was saved.
+        y = y.reshape(input.shape)
+        channels = [self.num_features] + [1] * (input.dim() - 2)
         if weight is not None and bias is not None:
-            y = y * weight.to(y.dtype).unsqueeze(1) + bias.to(y.dtype).unsqueeze(1)
+            y = y * weight.to(y.dtype).view(channels) + bias.to(y.dtype).view(channels)
         if self.guard == "scale":
-            y = y * (y.square().mean((1, 2), keepdim=True) + self.constants.scale_eps).rsqrt()
+            over = list(range(1, input.dim()))
+            y = y * (y.square().mean(over, keepdim=True) + self.constants.scale_eps).rsqrt()
         elif self.guard == "clamp":
             y = y.clamp(-self.constants.clamp_limit, self.constants.clamp_limit)
-        return y.reshape(input.shape).to(input.dtype)
+        elif weight is None or bias is None:
+            y = y.clone()
+        return y.to(input.dtype)

@@ -57,7 +57,8 @@ class CellModule(RecurrentModule):
         c = state[1] if len(state) == 2 else None
         results = ops.run(self._operands(own, x.unsqueeze(0), state[0], c, None), self._spec())
         self._move_streams(own, results)
-        last = [s.squeeze(0) if single else s for s in (results.h, results.c)]
+        # In place, so that what is returned is no view: autograd refuses to detach a view in place.
+        last = [s.squeeze_(0) if single else s for s in (results.h, results.c)]
         return (last[0], last[1]) if c is not None else last[0]
 
     def __prepare_scriptable__(self) -> torch.nn.Module:

@@ -132,8 +132,8 @@ class _ScriptableLayer(_Scriptable, Recurrent):
         if len(states) == 2:
             last.append(torch.stack(cs))
         if single:
-            return x.squeeze(1), [state.squeeze(1) for state in last]
-        return (x.transpose(0, 1) if self.batch_first else x), last
+            return x.squeeze_(1), [state.squeeze_(1) for state in last]
+        return (x.transpose_(0, 1) if self.batch_first else x), last
 
 
 class _ScriptableCell(_Scriptable, CellModule):
@@ -152,7 +152,7 @@ class _ScriptableCell(_Scriptable, CellModule):
         c = states[1] if len(states) == 2 else None
         _, last_h, last_c = self._sequence(0, x.unsqueeze(0), states[0], c, None, False)
         last = [last_h, last_c] if len(states) == 2 else [last_h]
-        return [state.squeeze(0) for state in last] if single else last
+        return [state.squeeze_(0) for state in last] if single else last
 
 
 class _LSTM(_ScriptableLayer, LSTM):

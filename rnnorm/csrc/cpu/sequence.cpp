@@ -7,6 +7,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -449,9 +450,10 @@ struct Forward {
   std::vector<Tensor> results() {
     const Walk& walk = call.walk;
     const int64_t P = call.P, H = call.H;
-    Tensor y = walk.dense && !call.options.save ? hidden.view({walk.T, walk.N, P}) : Tensor();
-    if (!y.defined() && walk.dense) y = hidden.clone().view({walk.T, walk.N, P});
-    if (!y.defined()) {
+    Tensor y;
+    // Not a view of what nobody else sees: autograd would refuse to change it in place.
+    if (walk.dense) y = at::_unsafe_view(call.options.save ? hidden.clone() : hidden, {walk.T, walk.N, P});
+    if (!walk.dense) {
       y = call.zeros({walk.T, walk.N, P});
       for (int64_t s = 0; s < walk.S; ++s)
         std::copy_n(hidden.data_ptr<T>() + s * P, P, y.data_ptr<T>() + walk.position[s] * P);
