@@ -36,7 +36,7 @@ class Progress:
         self.done.add(job)
         row = result["row"]
         told = f"diverged ({result['diverged']})" if row["diverged"] else f"best of {row['epochs']} epochs"
-        reached = ", ".join(f"{split} {_number(row[f'{split}_exact'])}" for split in ("valid", "test"))
+        reached = ", ".join(f"{split} {results.shown(row[f'{split}_exact'])}" for split in ("valid", "test"))
         self.diverged += row["diverged"]
         self.line(f"[{len(self.done)}/{len(self.jobs)}] {job}: {told}: {reached} (exact)")
 
@@ -82,12 +82,8 @@ class Progress:
         for row in results.logged(content):  # the first and the last line may be torn
             epoch = row["epoch"] - (row["kind"] not in ("valid", "internals", "epoch", "final"))
             if row["kind"] == "valid":
-                ppl = f"valid {_number(row['ppl'])}"
+                ppl = f"valid {results.shown(row['ppl'])}"
         return epoch, ppl
-
-
-def _number(ppl: float | None) -> str:
-    return "-" if ppl is None else f"{ppl:,.2f}"
 
 
 def _duration(seconds: float) -> str:

@@ -288,13 +288,13 @@ def quantile(values: Sequence[float], share: float) -> float:
     return low if low == high else low + (high - low) * (place - math.floor(place))
 
 
-def value(row: Row, measure: str) -> float:
+def value(row: Mapping[str, Any], measure: str) -> float:
     """Returns a perplexity of a run: infinity where it diverged, whatever it reached before."""
     found = row[measure]
     return math.inf if row["diverged"] or found is None else found
 
 
-def finishes(row: Row) -> bool | None:
+def finishes(row: Mapping[str, Any]) -> bool | None:
     """Returns whether the program of the paper's authors would have ended with a perplexity for this run; None if
     unknown.
 
@@ -322,10 +322,7 @@ def summarize(study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]
         {"first": first, "second": second, **sign_test(seeds[first], seeds[second])}
         for first, second in itertools.combinations([arm["arm"] for arm in arms if arm["arm"] in selected], 2)
     ]
-    finite_arms = [
-        {**_finite_measures(arm), "selected": arm["arm"] in selected, "finishing": _finite_measures(arm["finishing"])}
-        for arm in arms
-    ]
+    finite_arms = [{**_finite_measures(arm), "selected": arm["arm"] in selected} for arm in arms]
     return {
         "study": study.name,
         "description": study.description,
@@ -341,8 +338,6 @@ def summarize(study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 def _arm(arm: Arm, rows: list[Row]) -> dict[str, Any]:
-    known = [finishes(row) for row in rows]
-    finishing = [row for row, finished in zip(rows, known, strict=True) if finished]
     speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"]]
     return {
         "arm": arm.name,
@@ -354,10 +349,18 @@ def _arm(arm: Arm, rows: list[Row]) -> dict[str, Any]:
         "diverged": sum(row["diverged"] for row in rows),
         "published": arm.published,
         **_measures(rows),
-        "finishing": {"runs": len(finishing), "unknown": known.count(None), **_measures(finishing)},
+        "finishing": finishing(rows),
         "tokens_per_second": quantile(speeds, 0.5) if speeds else None,
         "command": _anywhere(arm.command("SEED", f"runs/{arm.name}/seed-SEED")),
     }
+
+
+def finishing(rows: Sequence[Row]) -> dict[str, Any]:
+    """Returns the measures over those of an arm's runs that the authors' program would have finished, how many they
+    are, and of how many it is unknown."""
+    known = [finishes(row) for row in rows]
+    inside = [row for row, finished in zip(rows, known, strict=True) if finished]
+    return _finite_measures({"runs": len(inside), "unknown": known.count(None), **_measures(inside)})
 
 
 def _measures(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
@@ -437,7 +440,7 @@ def table(summary: Mapping[str, Any]) -> str:
     many runs the authors' program would have finished, with the median of those, and the published one."""
     heads, names = ["valid", "test", "valid chunk-mean"], ("valid_exact", "test_exact", "valid_chunk_mean")
     compared = any(arm["published"] for arm in summary["arms"])
-    heads += ["finishing there", "those chunk-mean", "published"] if compared else []
+    heads += ["finishing runs", "their chunk-mean", "published"] if compared else []
     width = max([3, *(len(arm["arm"]) for arm in summary["arms"])])
     lines = [f"{'arm':{width}} {'runs':>5} {'diverged':>8}" + "".join(f" {head:>16}" for head in heads)]
     for arm in summary["arms"]:
@@ -451,13 +454,17 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def shown_finishing(arm: Mapping[str, Any]) -> str:
     """Returns as text how many runs of an arm the authors' program would have finished, of those where it is known."""
-    known = arm["runs"] - arm["finishing"]["unknown"]
-    return f"{arm['finishing']['runs']} of {known}" if known else "unknown"
+    unknown = arm["finishing"]["unknown"]
+    known = f"{arm['finishing']['runs']} of {arm['runs'] - unknown}"
+    return "unknown" if unknown == arm["runs"] else f"{known}, {unknown} unknown" if unknown else known
 
 
 def shown_median(arm: Mapping[str, Any], measure: str) -> str:
     """Returns an arm's median as text: `diverged` where a diverged run decides it, `-` where nobody measured."""
     median = arm[measure]["median"]
-    if median is None:
-        return "diverged" if arm.get("diverged") else "-"
-    return f"{median:,.2f}"
+    return "diverged" if median is None and arm.get("diverged") else shown(median)
+
+
+def shown(ppl: float | None, digits: int = 2) -> str:
+    """Returns a perplexity as text, one beyond a million by its power of ten; `-` for None."""
+    return "-" if ppl is None else f"{ppl:,.{digits}f}" if ppl < 1e6 else f"{ppl:.1e}"

@@ -306,9 +306,16 @@ def test_medians_are_given_both_ways(read):
     assert (second["finishing"]["runs"], second["finishing"]["unknown"]) == (0, 2)
     assert second["finishing"]["test_exact"]["median"] is None
     head, *lines = (line.split() for line in study.table(summary).splitlines())
-    assert head[-5:] == ["finishing", "there", "those", "chunk-mean", "published"]
+    assert head[-5:] == ["finishing", "runs", "their", "chunk-mean", "published"]
     assert lines[0] == ["good", "5", "0", "12.00", "12.00", "12.00", "3", "of", "5", "11.00", "11.0"]
     assert lines[1] == ["bad", "2", "0", "25.00", "25.00", "25.00", "unknown", "-", "-"]
+    mixed = study.summarize(plan, [*found, row(bad, 3, 40.0, **told)])["arms"][1]
+    assert results.shown_finishing(mixed) == "1 of 1, 2 unknown"
+
+
+def test_perplexities_as_text():
+    assert [results.shown(ppl) for ppl in (None, 12.345, 999_999.0, 1.26e82)] == ["-", "12.35", "999,999.00", "1.3e+82"]
+    assert results.shown(12_345.6, 0) == "12,346"
 
 
 def test_a_result_of_an_older_version_is_unknown_there(read, tmp_path, recorded):
