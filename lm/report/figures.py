@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm.report.sources import Entry, Source
-from lm.study.results import quantile
+from lm.study.results import finishes, quantile, shown, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,13 +19,20 @@ if TYPE_CHECKING:
 _COLORS = {"online": "#0072b2", "layer": "#d55e00", "rms": "#009e73", "none": "#666666"}
 _LINES = ("-", "--", ":", "-.")
 _CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN, relu"}
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_OPEN = "Open points: runs in which the authors' program stops with an overflow."
 _CURVES = (
     "perplexity on the validation text after each epoch (in columns). Median over seeds, band from the lower to the "
-    "upper quartile; a cross is a run that diverged, at its last epoch."
+    "upper quartile; a cross is a run that diverged, at its last epoch: from then on it counts as infinitely bad."
+)
+_FIRST_WINDOWS = (
+    "perplexity at the best checkpoint against T0, the length of the run's first window; each run a point, arms "
+    "side by side. "
+    f"{_OPEN} Points on the upper edge lie beyond it; a cross there is a run that diverged."
 )
 _FINALS = {
     "valid_chunk_mean": "Validation perplexity at the best checkpoint, by the paper's measure (chunk-mean): each run a "
-    "point, boxes are quartiles, diamonds the published medians.",
+    f"point, boxes are quartiles, diamonds the published medians. {_OPEN}",
     "valid_exact": "Exact perplexity on the validation text, at the best checkpoint.",
     "test_exact": "Exact perplexity on the test text, scored once, at the checkpoint that is best on validation.",
 }
@@ -72,6 +79,8 @@ def all_of(source: Source) -> dict[str, tuple["Figure", str]]:
         found[f"curves-{cell}"] = curves(source, cell), f"{_CELLS[cell]}: {_CURVES}"
     for measure, caption in _FINALS.items():
         found[measure.replace("_", "-")] = finals(source, measure), caption
+    for cell in cells:
+        found[f"first-window-{cell}"] = first_windows(source, cell), f"{_CELLS[cell]}: {_FIRST_WINDOWS}"
     for name, what in _BANDS.items():
         caption = f"Exact perplexity by {what}; median over seeds."
         found[name.replace("_", "-")] = bands(source, name), caption
@@ -99,30 +108,26 @@ def curves(source: Source, cell: str) -> "Figure | None":
     """Validation perplexity against epoch, for the arms of a cell."""
     figure, axes = _figure(3.0)
     arms = [arm for arm in source.selected if arm["cell"] == cell]
-    reached: list[float] = []
-    crosses: list[tuple[float, float | None, Mapping[str, Any]]] = []
-    for arm in arms:
-        by_epoch: dict[int, list[float]] = {}
-        for entry in source.of(arm):
-            told = [(row["epoch"], row["valid_ppl"]) for row in entry.result["epochs"] if row.get("valid_ppl")]
-            for epoch, ppl in told:
-                by_epoch.setdefault(epoch, []).append(ppl)
-            if entry.result["row"]["diverged"]:
-                crosses.append((*(told[-1] if told else (0, None)), arm))
-        epochs = sorted(by_epoch)
-        low, middle, high = ([quantile(by_epoch[epoch], share) for epoch in epochs] for share in (0.25, 0.5, 0.75))
-        reached += middle
-        if epochs or arm["diverged"]:
-            label = _label(arm) + (f" ({arm['diverged']} of {arm['runs']} diverged)" if arm["diverged"] else "")
-            look: Any = {"color": _color(arm), "ls": _line(arm, arms), "marker": ".", "ms": 4, "lw": 1.5}
-            axes.plot(epochs, middle, **look, label=label)
-            axes.fill_between(epochs, low, high, color=_color(arm), alpha=0.18, lw=0)
-    if not axes.lines:
+    lines = [(arm, _by_epoch(source.of(arm))) for arm in arms]
+    lines = [(arm, quartiles) for arm, quartiles in lines if quartiles or arm["diverged"]]
+    if not lines:
         return None
-    top = _scale(axes, "y", reached or [1.0])
-    for epoch, ppl, arm in crosses:
-        where = [epoch], [min(ppl or top, top)]
-        axes.plot(*where, marker="x", ms=7, mew=2, color=_color(arm), ls="", clip_on=False, zorder=5)
+    told = [ppl for _, quartiles in lines for low, middle, _ in quartiles.values() for ppl in (low, middle)]
+    top = _scale(axes, "y", told)
+    for arm, quartiles in lines:
+        low, middle, high = np.array([*quartiles.values()]).reshape(-1, 3).T
+        label = _label(arm) + (f" ({arm['diverged']} of {arm['runs']} diverged)" if arm["diverged"] else "")
+        label += " (beyond the axis)" if top < middle.min(initial=math.inf) < math.inf else ""
+        look: Any = {"color": _color(arm), "ls": _line(arm, arms), "marker": ".", "ms": 4, "lw": 1.5}
+        axes.plot([*quartiles], middle, **look, label=label)
+        band: Any = {"color": _color(arm), "alpha": 0.18, "lw": 0}
+        axes.fill_between([*quartiles], np.minimum(low, top), np.minimum(high, top), **band)
+    for arm in arms:
+        for entry in source.of(arm):
+            if entry.result["row"]["diverged"]:
+                epoch, ppl = max(_validated(entry).items(), default=(0, top))
+                look = {"marker": "x", "ms": 7, "mew": 2, "color": _color(arm), "ls": ""}
+                axes.plot([epoch], [min(ppl, top)], **look, clip_on=False, zorder=5)
     axes.set_xlabel("epoch")
     axes.set_ylabel("perplexity, validation")
     _whole(axes)
@@ -130,35 +135,57 @@ def curves(source: Source, cell: str) -> "Figure | None":
     return figure
 
 
+def _by_epoch(entries: Sequence[Entry]) -> dict[int, list[float]]:
+    """The quartiles of validation perplexity after each epoch; a run that diverged counts as infinity from then on."""
+    runs = [(entry.result["row"]["diverged"], _validated(entry)) for entry in entries]
+    found: dict[int, list[float]] = {}
+    for epoch in sorted({epoch for _, told in runs for epoch in told}):
+        reached = [told.get(epoch, math.inf) for diverged, told in runs if diverged or epoch in told]
+        found[epoch] = [quantile(reached, share) for share in (0.25, 0.5, 0.75)]
+    return found
+
+
+def _validated(entry: Entry) -> dict[int, float]:
+    """A run's validation perplexity by epoch; infinity where it is beyond what exp can hold."""
+    told = {row["epoch"]: row["valid_ppl"] for row in entry.result["epochs"] if "valid_ppl" in row}
+    return {epoch: math.inf if ppl is None else ppl for epoch, ppl in told.items()}
+
+
 def finals(source: Source, measure: str) -> "Figure | None":
     """A box for each arm, with its runs as points and its published median."""
     arms = source.selected
-    values = [_finite(source.of(arm), measure) for arm in arms]
-    if not any(values):
+    runs = [[entry.result["row"] for entry in source.of(arm)] for arm in arms]
+    runs = [[row for row in rows if row["diverged"] or row[measure] is not None] for rows in runs]
+    reached = [row[measure] for rows in runs for row in rows if not row["diverged"]]
+    if not reached:
         return None
     figure, axes = _figure(0.7 + 0.36 * len(arms))
     published = [arm["published"] if measure == "valid_chunk_mean" else None for arm in arms]
-    top = _scale(axes, "x", [*(value for each in values for value in each), *filter(None, published)])
-    for place, (arm, found, theirs) in enumerate(zip(arms, values, published, strict=True)):
-        color, inside = _color(arm), [value for value in found if value <= top]
+    top = _scale(axes, "x", [*reached, *filter(None, published)])
+    for place, (arm, rows, theirs) in enumerate(zip(arms, runs, published, strict=True)):
+        found = [value(row, measure) for row in rows]
         if len(found) > 1:
-            box = axes.boxplot([found], positions=[place], orientation="horizontal", widths=0.55, showfliers=False)
-            for part in (line for lines in box.values() for line in lines):
-                part.set_color(color)
-        jitter = np.linspace(-0.15, 0.15, len(inside)) if len(inside) > 1 else np.zeros(len(inside))
-        axes.plot(inside, place + jitter, "o", ms=4, color=color, alpha=0.75, mew=0)
+            _box(axes, found, place, _color(arm), top)
+        inside = [row for row in rows if value(row, measure) <= top]
+        for number, row in enumerate(inside):
+            offset = 0.3 * (number / (len(inside) - 1) - 0.5) if len(inside) > 1 else 0.0
+            _point(axes, (row[measure], place + offset), row, arm)
         if theirs:
             axes.plot([theirs], [place], "D", ms=6, mfc="white", mec="black", zorder=4, label="published median")
-        beyond = [f"{value:,.0f} →" for value in found if value > top]  # off the axis, told in words
-        if told := "  ".join(beyond + ([f"{arm['diverged']} of {arm['runs']} diverged"] if arm["diverged"] else [])):
+        beyond = [shown(ppl, 0) for ppl in sorted(found) if top < ppl < math.inf]  # off the axis, told in words
+        beyond = [f"{len(beyond)} from {beyond[0]} to {beyond[-1]}"] if len(beyond) > 2 else beyond
+        told = [f"{text} →" for text in beyond]
+        told += [f"{arm['diverged']} of {arm['runs']} diverged"] if arm["diverged"] else []
+        if told:
             at: Any = {
                 "xycoords": axes.get_yaxis_transform(),
                 "ha": "right",
                 "va": "center",
                 "fontsize": 8,
-                "color": color,
+                "color": _color(arm),
+                "bbox": {"fc": "white", "ec": "none", "pad": 1},
             }
-            axes.annotate(told, (0.99, place), **at)
+            axes.annotate("  ".join(told), (0.99, place), **at)
     if axes.texts:  # at the right, where they would lie on points
         axes.set_xlim(right=axes.get_xlim()[1] * (axes.get_xlim()[1] / axes.get_xlim()[0]) ** 0.5)
     axes.set_yticks(range(len(arms)), [arm["arm"] for arm in arms])
@@ -168,6 +195,38 @@ def finals(source: Source, measure: str) -> "Figure | None":
     if any(published):
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles[:1], labels[:1], loc="outside upper right", fontsize=8)
+    return figure
+
+
+def first_windows(source: Source, cell: str) -> "Figure | None":
+    """Final perplexity against the length of the first window, a point for each run of the arms of a cell."""
+    measure = "valid_chunk_mean" if any(arm["published"] for arm in source.selected) else "valid_exact"
+    arms = [arm for arm in source.selected if arm["cell"] == cell]
+    runs = [[entry.result["row"] for entry in source.of(arm)] for arm in arms]
+    runs = [[row for row in rows if row["first_window"] is not None] for rows in runs]
+    if len({row["first_window"] for rows in runs for row in rows}) < 2:  # of older versions, or the windows are equal
+        return None
+    figure, axes = _figure(3.0)
+    every = [row for rows in runs for row in rows]
+    published = {arm["arm"]: arm["published"] for arm in arms if arm["published"] and measure == "valid_chunk_mean"}
+    top = _scale(axes, "y", [*(value(row, measure) for row in every), *published.values()], widest=1e4)
+    for number, (arm, rows, marker) in enumerate(zip(arms, runs, itertools.cycle(_MARKERS))):
+        aside = 1.2 * (number - (len(arms) - 1) / 2)
+        label = _label(arm) + (f" ({len(rows)} of {arm['runs']} known)" if len(rows) < arm["runs"] else "")
+        axes.plot([], [], marker, color=_color(arm), label=label)
+        if arm["arm"] in published:
+            axes.axhline(published[arm["arm"]], color=_color(arm), ls=":", lw=1)
+        for row in rows:
+            _point(axes, (row["first_window"] + aside, min(value(row, measure), top)), row, arm, marker, size=6)
+    if published:
+        axes.plot([], [], ":", color="black", lw=1, label="published median")
+    if any(finishes(row) is False and not row["diverged"] for row in every):
+        axes.plot([], [], "o", color="black", mfc="white", label="the authors' program stops")
+    if any(row["diverged"] for row in every):
+        axes.plot([], [], "x", color="black", label="diverged")
+    axes.set_xlabel("T0, steps of the first window")
+    axes.set_ylabel(f"perplexity, {measure.replace('_', ', ', 1).replace('_', '-')}")
+    figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     return figure
 
 
@@ -304,24 +363,41 @@ def _scale(axes: "Axes", name: str, values: Sequence[float], widest: float = 8.0
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    least = min(values)
-    most = max(value for value in values if value <= widest * least)
+    least = min((value for value in values if math.isfinite(value)), default=1.0)
+    most = max((value for value in values if value <= widest * least), default=least)
     margin = (most / least) ** 0.06 if most > least else 1.02
     low, high = least / margin, most * margin
     axis = getattr(axes, f"{name}axis")
     if high > 2 * low:
         getattr(axes, f"set_{name}scale")("log")
         subs = (1, 1.5, 2, 3, 4, 6, 8) if high < 10 * low else (1, 2, 5) if high < 300 * low else (1,)
-        axis.set_major_locator(LogLocator(subs=subs, numticks=20))
+        axis.set_major_locator(LogLocator(subs=subs, numticks=20 if len(subs) > 1 else 10))
         axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     getattr(axes, f"set_{name}lim")(low, high)
     return high
 
 
-def _finite(entries: Sequence[Entry], measure: str) -> list[float]:
-    rows = [entry.result["row"] for entry in entries]
-    return [row[measure] for row in rows if not row["diverged"] and row[measure] is not None]
+def _point(
+    axes: "Axes",
+    at: tuple[float, float],
+    row: Mapping[str, Any],
+    arm: Mapping[str, Any],
+    marker: str = "o",
+    size: int = 4,
+) -> None:
+    """One run: open where the authors' program stops, a cross where it diverged."""
+    look: Any = {"color": _color(arm), "ms": size, "mfc": "white" if finishes(row) is False else _color(arm)}
+    axes.plot(*at, "x" if row["diverged"] else marker, **look, clip_on=False, zorder=3)
+
+
+def _box(axes: "Axes", found: Sequence[float], place: float, color: str, top: float) -> None:
+    """Quartiles and extremes of all runs; the infinity of one that diverged lies far beyond `top`."""
+    shares = {"whislo": 0.0, "q1": 0.25, "med": 0.5, "q3": 0.75, "whishi": 1.0}
+    told = {name: min(quantile(found, share), 1e3 * top) for name, share in shares.items()}
+    box = axes.bxp([told], positions=[place], orientation="horizontal", widths=0.55, showfliers=False)
+    for part in (line for lines in box.values() for line in lines):
+        part.set_color(color)
 
 
 def _shown(source: Source, arm: Mapping[str, Any]) -> Entry | None:

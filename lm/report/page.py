@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lm import files
 from lm.report import figures
 from lm.report.sources import Source
-from lm.study.results import shown_median
+from lm.study.results import shown, shown_finishing, shown_median
+from lm.tracking import LARGEST_EXPONENT, START
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +29,7 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 table.wrap :is(th, td) { white-space: normal; overflow-wrap: anywhere; text-align: left; }
-thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
+thead th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0; break-inside: avoid; } figure img { width: 100%; height: auto; }
 figcaption, .note { font-size: .85rem; color: #444; }
@@ -39,6 +40,7 @@ pre { font-size: .8rem; background: #f5f5f5; padding: .75rem; white-space: pre-w
   .scroll { overflow: visible; } table { font-size: 8pt; } th, td { padding: .1rem .3rem; } h2 { break-after: avoid; }
 }
 """
+_MEASURES = {"test": "test_exact", "valid": "valid_exact", "valid, chunk-mean": "valid_chunk_mean"}
 _TABLES = ("runs.csv", "arms.csv", "epochs.csv", "summary.json")
 
 
@@ -90,7 +92,7 @@ def _section(source: Source, images: Sequence[str]) -> str:
     heads, rows = _results(source)
     parts += ["<h2>Results</h2>", _table(heads, rows), f'<p class="note">{html.escape(_note(source))}</p>']
     parts += ["<h2>Figures</h2>", '<div class="figures">', *images, "</div>"]
-    parts += [*_sign_tests(summary), *_bands(source), *_provenance(source)]
+    parts += [*_sign_tests(summary), *_runs(source), *_bands(source), *_provenance(source)]
     return "\n".join(parts)
 
 
@@ -105,24 +107,37 @@ def _note(source: Source) -> str:
         )
     if any(arm["published"] for arm in arms):
         said.append(
-            "exact (the first columns) and chunk-mean are two measures, not to be compared; published medians are "
-            "chunk-mean on the validation text."
+            "Exact perplexity (the first columns) and chunk-mean are two measures, not to be compared; published "
+            "medians are chunk-mean on the validation text."
+        )
+    if _compared(arms):
+        said.append(
+            "Finishing runs are those that the authors' program would have finished; it stops with an overflow where "
+            f"the mean loss of a training window exceeds {LARGEST_EXPONENT:g}. The other medians and the ratio are "
+            "over all runs."
         )
     if any(not arm["selected"] for arm in arms):
         said.append("Of the arms of a grid, the one marked * was best on the validation text; the figures show it.")
     return " ".join(said)
 
 
+def _compared(arms: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether to show medians over the runs that the authors' program would have finished: where there are published
+    ones, and it is known of a run that did not diverge."""
+    known = any(arm["finishing"]["unknown"] < arm["runs"] - arm["diverged"] for arm in arms)
+    return known and any(arm["published"] for arm in arms)
+
+
 def _results(source: Source) -> tuple[list[str], list[list[str]]]:
     """The heads and rows of the table of arms."""
     arms = source.summary["arms"]
-    measures = {"test": "test_exact", "valid": "valid_exact", "valid, chunk-mean": "valid_chunk_mean"}
-    measures = {head: name for head, name in measures.items() if any(arm[name]["median"] for arm in arms)}
+    measures = {head: name for head, name in _MEASURES.items() if any(arm[name]["median"] for arm in arms)}
     published = any(arm["published"] for arm in arms)
     grid = any(not arm["selected"] for arm in arms)
     heads = [
         "arm",
         *measures,
+        *(["finishing runs", "their chunk-mean"] if _compared(arms) else []),
         *(["published", "ours / published"] if published else []),
         "diverged",
         "runs",
@@ -134,9 +149,11 @@ def _results(source: Source) -> tuple[list[str], list[list[str]]]:
             arm["arm"] + (" *" if grid and arm["selected"] else ""),
             *(_spread(arm, name) for name in measures.values()),
         ]
+        if _compared(arms):
+            row += [shown_finishing(arm), _spread(arm["finishing"], "valid_chunk_mean")]
         if published:
             ours, theirs = arm["valid_chunk_mean"]["median"], arm["published"]
-            row += [f"{theirs:g}" if theirs else "", f"{ours / theirs:.3f}" if ours and theirs else ""]
+            row += [f"{theirs:g}" if theirs else "", shown(ours / theirs, 3) if ours and theirs else ""]
         row += [str(arm["diverged"]), str(arm["runs"])]
         rows.append([*row, f"{arm['tokens_per_second']:,.0f}" if arm["tokens_per_second"] else ""])
     return heads, rows
@@ -149,7 +166,7 @@ def _spread(arm: Mapping[str, Any], measure: str) -> str:
     if arm["runs"] < 2 or found["median"] is None:
         return text
     low, high = (math.inf if found[name] is None else found[name] for name in ("q1", "q3"))
-    return f"{text} [{low:,.1f}, {'∞' if math.isinf(high) else f'{high:,.1f}'}]"
+    return f"{text} [{', '.join('∞' if math.isinf(ppl) else shown(ppl, 1) for ppl in (low, high))}]"
 
 
 def markdown(source: Source) -> str:
@@ -195,6 +212,45 @@ def _sign_tests(summary: Mapping[str, Any]) -> list[str]:
         f'<p class="note">{told}</p>',
         _table(["arms", "lower", "higher", "ties", "p"], rows),
     ]
+
+
+def _runs(source: Source) -> list[str]:
+    """The table of runs: how each began and how it ended. A column that no run has a value for is left out."""
+    found = [entry.result for entry in source.entries]
+    if not found:
+        return []
+    heads = {
+        "arm": [result["row"]["arm"] for result in found],
+        "seed": [str(result["row"]["seed"]) for result in found],
+        "T0": _column(found, "first_window", "d"),
+        "largest loss": _column(found, "start_loss", ".4g"),
+        "largest gradient": _column(found, "start_grad_norm", ".4g"),
+        "‖W_hh‖": _column(found, "recurrent_norm", ".4g"),
+        "overflow at step": _column(found, "overflowed_at", ",d"),
+        "best epoch": [_ended(result) for result in found],
+        **{head: [shown(result["row"][name]) for result in found] for head, name in _MEASURES.items()},
+    }
+    shown_heads = {head: column for head, column in heads.items() if {*column} - {"", "-"}}
+    told = (
+        "T0 is the length of the first window; largest loss and gradient (its norm before clipping) are of the first "
+        f"{START} steps; ‖W_hh‖ is the norm of the recurrent weights after the first epoch; overflow is the first step "
+        f"whose loss exceeds {LARGEST_EXPONENT:g}."
+    )
+    rows = zip(*shown_heads.values(), strict=True)
+    note = [f'<p class="note">{html.escape(told)}</p>'] if "T0" in shown_heads else []
+    return ["<h2>Runs</h2>", *note, _table([*shown_heads], rows)]
+
+
+def _column(found: Sequence[Mapping[str, Any]], name: str, form: str) -> list[str]:
+    values = [result["row"][name] for result in found]
+    return ["" if value is None else f"{value:{form}}" for value in values]
+
+
+def _ended(result: Mapping[str, Any]) -> str:
+    """At which epoch a run was best, or what diverged."""
+    row = result["row"]
+    best = "" if row.get("best_epoch") is None else f"{row['best_epoch']} of {row['epochs']}"
+    return f"diverged: {result['diverged']}" if row["diverged"] else best
 
 
 def _bands(source: Source) -> list[str]:

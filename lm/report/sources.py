@@ -101,6 +101,10 @@ def _study(folder: Path) -> Source:
         for result in found
         for row in [result["row"]]
     ]
+    # a summary of an older version does not tell which runs the authors' program would have finished
+    summary["arms"] = [
+        {"finishing": results.finishing([]) | {"unknown": arm["runs"]}, **arm} for arm in summary["arms"]
+    ]
     return Source(summary["study"], folder, summary, tuple(entries))
 
 

@@ -63,12 +63,40 @@ def folder(tmp_path_factory):
     plan, found = study.read(base / "paper.toml", data="/somewhere/text"), []
     for job in plan.jobs():
         diverged = job.arm.name == "lstm-none" and job.seed == 2
-        run = results.run_folder(base / "study", job)
-        run.mkdir(parents=True)
         rows = [] if diverged else list(lines_of(job.arm, job.seed))
-        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        scores = [] if diverged else list(scores_of(40.0 + job.seed))
-        found.append(results.save(base / "study", job, scores, "loss" if diverged else None))
+        found.append(save(base / "study", job, rows, 40.0 + job.seed, "loss" if diverged else None))
+    results.write(base / "study", plan, found)
+    return base / "study"
+
+
+def save(folder, job, rows, ppl, diverged):
+    """A run of a study, over, with this log."""
+    run = results.run_folder(folder, job)
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return results.save(folder, job, [] if diverged else list(scores_of(ppl)), diverged)
+
+
+# By seed: T0, perplexity, and the step at which the authors' program stops; of lstm-online.
+STARTS = {1: (19, 40.0, None), 2: (81, 90.0, None), 3: (124, 2e7, 4), 4: (32, 41.0, None), 5: (103, None, 7)}
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A study whose logs tell how its runs began: lstm-online as `STARTS`, the last one diverged; lstm-none from the
+    same windows, all at 60."""
+    base = tmp_path_factory.mktemp("started")
+    (base / "starts.toml").write_text(STUDY.partition('[[arms]]\nname = "rnn-online"')[0])
+    plan, found = study.read(base / "starts.toml", seeds=len(STARTS)), []
+    for job in plan.jobs():
+        T0, ppl, overflow = STARTS[job.seed]
+        if job.arm.name == "lstm-none":
+            ppl, overflow = 60.0, None
+        at = {"step": 1, "epoch": 1}
+        rows = [{"kind": "start", **at, "position": T0, "loss": 9.25, "grad_norm": T0 / 4}]
+        rows += [{"kind": "overflow", **at, "step": overflow}] if overflow else []
+        rows += [line | {"recurrent": {"weight_hh_l0": 8.5}} for line in lines_of(job.arm, job.seed)]
+        found.append(save(base / "study", job, rows, ppl, "loss" if ppl is None else None))
     results.write(base / "study", plan, found)
     return base / "study"
 
@@ -81,11 +109,11 @@ def written(folder, tmp_path_factory):
 
 
 class Reader(HTMLParser):
-    """Checks that tags nest; keeps links, images, and the text of table rows."""
+    """Checks that tags nest; keeps links, images, and the text of each table's rows."""
 
     def __init__(self):
         super().__init__()
-        self.open, self.sources, self.alts, self.rows, self.tags = [], [], [], [], set()
+        self.open, self.sources, self.alts, self.tables, self.tags = [], [], [], [], set()
 
     def handle_starttag(self, tag, attributes):
         found = dict(attributes)
@@ -93,10 +121,12 @@ class Reader(HTMLParser):
         self.sources += [found[name] for name in ("src", "href") if name in found]
         if tag == "img":
             self.alts.append(found["alt"])
+        if tag == "table":
+            self.tables.append([])
         if tag == "tr":
-            self.rows.append([])
+            self.tables[-1].append([])
         if tag in ("td", "th"):
-            self.rows[-1].append("")
+            self.tables[-1][-1].append("")
         if tag not in ("meta", "img"):
             self.open.append(tag)
 
@@ -105,14 +135,19 @@ class Reader(HTMLParser):
 
     def handle_data(self, data):
         if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
+            self.tables[-1][-1][-1] += data
+
+
+def reader(page):
+    """What a page holds."""
+    found = Reader()
+    found.feed(page.read_text())
+    return found
 
 
 @pytest.fixture(scope="module")
 def read(written):
-    reader = Reader()
-    reader.feed((written / "index.html").read_text())
-    return reader
+    return reader(written / "index.html")
 
 
 def test_the_page_is_whole_and_needs_nothing_else(written, read):
@@ -131,7 +166,8 @@ def test_the_page_is_whole_and_needs_nothing_else(written, read):
 
 
 def test_the_table_is_of_the_results(read, written):
-    rows = {row[0]: row[1:] for row in read.rows if row}
+    arms, tests, runs = read.tables[:3]
+    rows = {row[0]: row[1:] for row in arms + tests}
     heads = ["test", "valid", "valid, chunk-mean", "published", "ours / published", "diverged", "runs", "tokens/s"]
     assert rows["arm"] == heads
     assert rows["lstm-online"] == [
@@ -143,6 +179,9 @@ def test_the_table_is_of_the_results(read, written):
     assert rows["lstm-online against lstm-none"] == ["1", "0", "2", "1"]
     assert "lstm-online against rnn-online" not in rows
     assert "| rnn-online | 42.00 [41.5, 42.5] |" in (written / "table.md").read_text()
+    assert runs[0] == ["arm", "seed", "best epoch", "test", "valid", "valid, chunk-mean"]
+    assert ["lstm-online", "2", "3 of 3", "42.00", "42.00", "43.00"] in runs
+    assert ["lstm-none", "2", "diverged: loss", "-", "-", "-"] in runs
 
 
 def test_every_figure_is_a_file_and_says_what_it_is(written, read):
@@ -176,6 +215,7 @@ def test_curves_are_medians_with_quartiles(folder):
     assert online.get_label() == "lstm-online"
     assert list(online.get_ydata()) == [60.0 - epoch - 2 for epoch in (1, 2, 3)]
     assert none.get_label() == "lstm-none (1 of 3 diverged)"
+    assert list(none.get_ydata()) == [60.0 - epoch - 1 for epoch in (1, 2, 3)]
     assert [line.get_marker() for line in axes.lines] == [".", ".", "x"]
     assert axes.lines[0].get_color() != axes.lines[1].get_color()
 
@@ -187,6 +227,85 @@ def test_a_run_far_off_is_told_in_words(folder):
     axes = figures.finals(source, "test_exact").axes[0]
     assert axes.get_xlim()[1] < 60
     assert [text.get_text() for text in axes.texts] == ["12,345 →", "1 of 3 diverged"]
+
+
+def test_many_runs_far_off_are_told_as_a_range(folder):
+    (source,) = report.load([folder])
+    for arm, scale in zip(source.selected, (1.0, 1e3, 1e9), strict=True):
+        for entry in source.of(arm):
+            entry.result["row"]["test_exact"] = scale * (40 + entry.result["row"]["seed"])
+    texts = [text.get_text() for text in figures.finals(source, "test_exact").axes[0].texts]
+    assert texts == ["41,000 →  43,000 →  1 of 3 diverged", "3 from 4.1e+10 to 4.3e+10 →"]
+
+
+def test_boxes_count_a_run_that_diverged(folder):
+    """Of three runs, one of which diverged, the median is the worse of the others, the greatest beyond the axis."""
+    (source,) = report.load([folder])
+    axes = figures.finals(source, "test_exact").axes[0]
+    drawn = [(*line.get_xdata(), line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata()) == 2]
+    least, median, greatest = sorted({left for left, right, place in drawn if left == right and round(place) == 1})
+    assert (least, median, greatest > axes.get_xlim()[1]) == (41.0, 43.0, True)
+
+
+def test_medians_are_told_over_all_and_over_those_that_finish(started, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "all_of", lambda _: {})
+    assert main(["report", str(started), "--out", str(tmp_path)]) == 0
+    read = reader(tmp_path / "index.html")
+    head, online, none = (row[3:7] for row in read.tables[0])
+    assert head == ["valid, chunk-mean", "finishing runs", "their chunk-mean", "published"]
+    assert online == ["91.00 [42.0, 2.0e+07]", "3 of 5", "42.00 [41.5, 66.5]", "30"]
+    assert none == ["61.00 [61.0, 61.0]", "5 of 5", "61.00 [61.0, 61.0]", ""]
+    rows = read.tables[2]
+    assert rows[0][:8] == [
+        *("arm", "seed", "T0", "largest loss", "largest gradient", "‖W_hh‖", "overflow at step", "best epoch")
+    ]
+    assert rows[3][:8] == ["lstm-online", "3", "124", "9.25", "31", "8.5", "4", "3 of 3"]
+    assert rows[5][6:] == ["7", "diverged: loss", "-", "-", "-"]
+    assert rows[6][6] == ""
+    assert "exceeds 709" in (tmp_path / "index.html").read_text()
+
+
+def test_final_perplexity_against_the_first_window(started):
+    (source,) = report.load([started])
+    figure, caption = figures.all_of(source)["first-window-lstm"]
+    assert "T0, the length of the run's first window" in caption
+    (axes,) = figure.axes
+    points = [line for line in axes.lines if len(line.get_xdata()) == 1]
+    online, none = points[:5], points[5:]
+    top = axes.get_ylim()[1]
+    assert [round(line.get_xdata()[0]) for line in none] == [20, 82, 125, 33, 104]
+    assert [line.get_xdata()[0] - line.get_xdata()[0] // 1 for line in online] == pytest.approx([0.4] * 5)
+    assert [line.get_ydata()[0] for line in online] == [41.0, 91.0, top, 42.0, top]
+    assert [line.get_marker() for line in online] == ["o", "o", "o", "o", "x"]
+    assert [line.get_markerfacecolor() == "white" for line in online[:4]] == [False, False, True, False]
+    assert {line.get_marker() for line in none} == {"s"}
+    (published,) = (line for line in axes.lines if list(line.get_xdata()) == [0, 1])
+    assert set(published.get_ydata()) == {30.0}
+    labels = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
+    assert labels == ["lstm-online", "lstm-none", "published median", "the authors' program stops", "diverged"]
+    assert axes.get_ylabel() == "perplexity, valid, chunk-mean"
+    # of an older version, or all alike
+    for entry in source.of(source.selected[0]):
+        entry.result["row"]["first_window"] = None
+    known = figures.first_windows(source, "lstm").axes[0]
+    assert known.lines[0].get_label() == "lstm-online (0 of 5 known)"
+    for entry in source.entries:
+        entry.result["row"]["first_window"] = 35
+    assert figures.first_windows(source, "lstm") is None
+
+
+def test_a_study_of_an_older_version_is_shown(folder, written, tmp_path, monkeypatch):
+    """Its summary does not tell which runs would have finished; and a report's own folder lacks the results."""
+    monkeypatch.setattr(figures, "all_of", lambda _: {})
+    shutil.copytree(folder, tmp_path / "study")
+    shutil.copytree(folder, tmp_path / "tables", ignore=shutil.ignore_patterns("results", "runs"))
+    for place in (tmp_path / "study", tmp_path / "tables"):
+        summary = json.loads((place / "summary.json").read_text())
+        for arm in summary["arms"]:
+            del arm["finishing"]
+        (place / "summary.json").write_text(json.dumps(summary))
+        assert main(["report", str(place), "--out", str(place / "out")]) == 0
+        assert (place / "out/table.md").read_text() == (written / "table.md").read_text()
 
 
 @pytest.mark.parametrize(("low", "high"), [(30.0, 31.0), (100.0, 700.0), (2.0, 1e9), (50.0, 50.0)])
