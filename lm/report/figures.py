@@ -185,7 +185,7 @@ def finals(source: Source, measure: str) -> "Figure | None":
                 "color": _color(arm),
                 "bbox": {"fc": "white", "ec": "none", "pad": 1},
             }
-            axes.annotate("  ".join(told), (0.99, place), **at)
+            axes.annotate("  ".join(told), (1.0, place), **at)
     if axes.texts:  # at the right, where they would lie on points
         axes.set_xlim(right=axes.get_xlim()[1] * (axes.get_xlim()[1] / axes.get_xlim()[0]) ** 0.5)
     axes.set_yticks(range(len(arms)), [arm["arm"] for arm in arms])
@@ -209,7 +209,7 @@ def first_windows(source: Source, cell: str) -> "Figure | None":
     figure, axes = _figure(3.0)
     every = [row for rows in runs for row in rows]
     published = {arm["arm"]: arm["published"] for arm in arms if arm["published"] and measure == "valid_chunk_mean"}
-    top = _scale(axes, "y", [*(value(row, measure) for row in every), *published.values()], widest=1e4)
+    top = _scale(axes, "y", [*(value(row, measure) for row in every), *published.values()])
     for number, (arm, rows, marker) in enumerate(zip(arms, runs, itertools.cycle(_MARKERS))):
         aside = 1.2 * (number - (len(arms) - 1) / 2)
         label = _label(arm) + (f" ({len(rows)} of {arm['runs']} known)" if len(rows) < arm["runs"] else "")

@@ -26,7 +26,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.3rem; margin-top: 2.5rem; } h3 { font-size: 1.05rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 table.wrap :is(th, td) { white-space: normal; overflow-wrap: anywhere; text-align: left; }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; }
@@ -107,14 +107,14 @@ def _note(source: Source) -> str:
         )
     if any(arm["published"] for arm in arms):
         said.append(
-            "Exact perplexity (the first columns) and chunk-mean are two measures, not to be compared; published "
+            "Exact perplexity (test, valid) and chunk-mean are two measures, not to be compared; published "
             "medians are chunk-mean on the validation text."
         )
     if _compared(arms):
         said.append(
             "Finishing runs are those that the authors' program would have finished; it stops with an overflow where "
-            f"the mean loss of a training window exceeds {LARGEST_EXPONENT:g}. The other medians and the ratio are "
-            "over all runs."
+            f'the mean loss of a training window exceeds {LARGEST_EXPONENT:g}. "Their chunk-mean" is the median over '
+            "these; the other medians and the ratio are over all runs."
         )
     if any(not arm["selected"] for arm in arms):
         said.append("Of the arms of a grid, the one marked * was best on the validation text; the figures show it.")
@@ -132,29 +132,25 @@ def _results(source: Source) -> tuple[list[str], list[list[str]]]:
     """The heads and rows of the table of arms."""
     arms = source.summary["arms"]
     measures = {head: name for head, name in _MEASURES.items() if any(arm[name]["median"] for arm in arms)}
-    published = any(arm["published"] for arm in arms)
+    published, compared = any(arm["published"] for arm in arms), _compared(arms)
     grid = any(not arm["selected"] for arm in arms)
     heads = [
-        "arm",
+        *("arm", "runs", "diverged"),
+        *(["finishing runs"] if compared else []),
         *measures,
-        *(["finishing runs", "their chunk-mean"] if _compared(arms) else []),
+        *(["their chunk-mean"] if compared else []),
         *(["published", "ours / published"] if published else []),
-        "diverged",
-        "runs",
         "tokens/s",
     ]
     rows = []
     for arm in arms:
-        row = [
-            arm["arm"] + (" *" if grid and arm["selected"] else ""),
-            *(_spread(arm, name) for name in measures.values()),
-        ]
-        if _compared(arms):
-            row += [shown_finishing(arm), _spread(arm["finishing"], "valid_chunk_mean")]
+        row = [arm["arm"] + (" *" if grid and arm["selected"] else ""), str(arm["runs"]), str(arm["diverged"])]
+        row += [shown_finishing(arm)] if compared else []
+        row += [_spread(arm, name) for name in measures.values()]
+        row += [_spread(arm["finishing"], "valid_chunk_mean")] if compared else []
         if published:
             ours, theirs = arm["valid_chunk_mean"]["median"], arm["published"]
             row += [f"{theirs:g}" if theirs else "", shown(ours / theirs, 3) if ours and theirs else ""]
-        row += [str(arm["diverged"]), str(arm["runs"])]
         rows.append([*row, f"{arm['tokens_per_second']:,.0f}" if arm["tokens_per_second"] else ""])
     return heads, rows
 

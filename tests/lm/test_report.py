@@ -168,17 +168,16 @@ def test_the_page_is_whole_and_needs_nothing_else(written, read):
 def test_the_table_is_of_the_results(read, written):
     arms, tests, runs = read.tables[:3]
     rows = {row[0]: row[1:] for row in arms + tests}
-    heads = ["test", "valid", "valid, chunk-mean", "published", "ours / published", "diverged", "runs", "tokens/s"]
+    heads = ["runs", "diverged", "test", "valid", "valid, chunk-mean", "published", "ours / published", "tokens/s"]
     assert rows["arm"] == heads
     assert rows["lstm-online"] == [
-        *["42.00 [41.5, 42.5]"] * 2,
-        *["43.00 [42.5, 43.5]", "30", "1.433", "0", "3", "2,000"],
+        *["3", "0", "42.00 [41.5, 42.5]", "42.00 [41.5, 42.5]"],
+        *["43.00 [42.5, 43.5]", "30", "1.433", "2,000"],
     ]
-    assert rows["lstm-none"][:2] == ["43.00 [42.0, ∞]"] * 2
-    assert rows["lstm-none"][5:7] == ["1", "3"]
+    assert rows["lstm-none"][:4] == ["3", "1", "43.00 [42.0, ∞]", "43.00 [42.0, ∞]"]
     assert rows["lstm-online against lstm-none"] == ["1", "0", "2", "1"]
     assert "lstm-online against rnn-online" not in rows
-    assert "| rnn-online | 42.00 [41.5, 42.5] |" in (written / "table.md").read_text()
+    assert "| rnn-online | 3 | 0 | 42.00 [41.5, 42.5] |" in (written / "table.md").read_text()
     assert runs[0] == ["arm", "seed", "best epoch", "test", "valid", "valid, chunk-mean"]
     assert ["lstm-online", "2", "3 of 3", "42.00", "42.00", "43.00"] in runs
     assert ["lstm-none", "2", "diverged: loss", "-", "-", "-"] in runs
@@ -251,10 +250,10 @@ def test_medians_are_told_over_all_and_over_those_that_finish(started, tmp_path,
     monkeypatch.setattr(figures, "all_of", lambda _: {})
     assert main(["report", str(started), "--out", str(tmp_path)]) == 0
     read = reader(tmp_path / "index.html")
-    head, online, none = (row[3:7] for row in read.tables[0])
-    assert head == ["valid, chunk-mean", "finishing runs", "their chunk-mean", "published"]
-    assert online == ["91.00 [42.0, 2.0e+07]", "3 of 5", "42.00 [41.5, 66.5]", "30"]
-    assert none == ["61.00 [61.0, 61.0]", "5 of 5", "61.00 [61.0, 61.0]", ""]
+    head, online, none = ([row[3], *row[6:9]] for row in read.tables[0])
+    assert head == ["finishing runs", "valid, chunk-mean", "their chunk-mean", "published"]
+    assert online == ["3 of 5", "91.00 [42.0, 2.0e+07]", "42.00 [41.5, 66.5]", "30"]
+    assert none == ["5 of 5", "61.00 [61.0, 61.0]", "61.00 [61.0, 61.0]", ""]
     rows = read.tables[2]
     assert rows[0][:8] == [
         *("arm", "seed", "T0", "largest loss", "largest gradient", "‖W_hh‖", "overflow at step", "best epoch")
@@ -346,8 +345,8 @@ def test_runs_by_themselves(folder, tmp_path, monkeypatch):
     assert (tmp_path / "out/runs/figures/curves-lstm.png").exists()
     assert (tmp_path / "out/paper/runs.csv").exists()
     table = (tmp_path / "out/runs/table.md").read_text()
-    assert table.splitlines()[0] == "| arm | valid | diverged | runs | tokens/s |"
-    assert "| one | 50.00 | 0 | 1 | 1,000 |" in table
+    assert table.splitlines()[0] == "| arm | runs | diverged | valid | tokens/s |"
+    assert "| one | 1 | 0 | 50.00 | 1,000 |" in table
     assert "train --preset one/config.toml --run ANOTHER" in text
     assert "python -m lm study paper.toml --seeds 3 --data FOLDER" in text
     with pytest.raises(UserError, match="a report shows each run and study once"):
