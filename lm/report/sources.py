@@ -67,22 +67,21 @@ def load(folders: Sequence[Path]) -> list[Source]:
     """Reads study folders, each by itself, and run folders, all together.
 
     Raises:
-        UserError: a folder that is neither, or that comes twice; a study none of whose runs is over, or one that is
-            damaged.
+        UserError: a folder that is neither, or that is given twice; a study that has no result yet, or is damaged.
     """
     studies = [_study(folder) for folder in folders if (folder / SUMMARY).is_file()]
     runs = [folder for folder in folders if not (folder / SUMMARY).is_file()]
     for folder in runs:
         if not (folder / "config.toml").is_file():
             raise UserError(
-                f"a report is of run folders and of studies with a run that is over; {folder} is neither; "
+                f"a report must be of run folders and of studies that have a result; got {folder}, which is neither; "
                 "check the path"
             )
     return _apart(studies + ([_runs(runs)] if runs else []))
 
 
 def _apart(sources: list[Source]) -> list[Source]:
-    """The sources with names of their own: a name that comes twice is told with the study's folder."""
+    """The sources with names of their own: a name that occurs twice is followed by the study's folder."""
     names = [source.name for source in sources]
     for name in {name for name in names if names.count(name) > 1}:
         folders = [source.folder for source in sources if source.name == name and source.folder is not None]
@@ -134,7 +133,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise UserError(
-        f"a report shows each run and study once; {', '.join(map(str, folders))} came; name each of them once"
+        f"a report shows each run and study once; got {', '.join(map(str, folders))}; name each of them once"
     )
 
 

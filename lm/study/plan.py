@@ -90,10 +90,13 @@ def read(path: Path, *, seeds: int | None = None, data: str | None = None, assig
     if not (isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows)):
         raise UserError(f"a study must have [[arms]]; {path} has none; write one table for each")
     if not (isinstance(grid, Mapping) and all(isinstance(values, list) and values for values in grid.values())):
-        raise UserError(f'[grid] must hold lists of values under names such as "train.lr"; {path}: {grid!r} came')
+        raise UserError(
+            f'[grid] must hold lists of values under names such as "train.lr"; got {grid!r} in {path}; '
+            "write each list in brackets"
+        )
     count = tables.get("seeds", 1) if seeds is None else seeds
     if not (isinstance(count, int) and not isinstance(count, bool) and count >= 1):
-        raise UserError(f"seeds must be a whole number from 1 on; {count!r} came; say how many runs an arm has")
+        raise UserError(f"seeds must be a whole number from 1 on; got {count!r}; say how many runs an arm has")
     last = ([] if data is None else [config.assignment("data.source", data)]) + list(assignments)
     arms = tuple(arm for row in rows for arm in _arms(tables, row, grid, last, path))
     names = [arm.name for arm in arms]
@@ -111,13 +114,13 @@ def _arms(
     if not (isinstance(name, str) and re.fullmatch(r"[^\W_][\w.-]*", name)):  # it names folders: not `..`
         raise UserError(
             "an arm's name must be letters, digits, '.', '_' and '-', a letter or digit first; "
-            f"{name!r} came in {path}; rename it"
+            f"got {name!r} in {path}; rename it"
         )
     _text(row, ("preset",), f"{path}, arm {name}")
     preset, published = row.get("preset", tables.get("preset", "default")), row.get("published")
     if published is not None and not (_is_number(published) and 0 < published < math.inf):
         raise UserError(
-            f"{path}, arm {name}: published must be a perplexity, a number above 0; {published!r} came; correct it"
+            f"{path}, arm {name}: published must be a perplexity, a number above 0; got {published!r}; correct it"
         )
     shared = [*_assignments(tables), *_assignments(row)]
     for values in itertools.product(*grid.values()):
@@ -131,7 +134,7 @@ def _arms(
         kept = {line.partition("=")[0].strip(): line for line in given}  # the last one of each key is what counts
         if "train.seed" in kept:  # every run of the arm would be the same one
             raise UserError(
-                f"{path}, arm {name}: seeds must be the study's own, 1, 2 …; {kept['train.seed']} came; remove it, "
+                f"{path}, arm {name}: seeds must be the study's own, 1, 2 …; got {kept['train.seed']}; remove it, "
                 "and say how many with --seeds, or which with --seed"
             )
         yield Arm("_".join([name, *parts]), name, preset, tuple(kept.values()), published, settings)
@@ -155,13 +158,13 @@ def _is_number(value: Any) -> bool:
 def _text(tables: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
     for key in keys:
         if not isinstance(tables.get(key, ""), str):
-            raise UserError(f"{where}: {key} must be text; {tables[key]!r} came; write it in quotes")
+            raise UserError(f"{where}: {key} must be text; got {tables[key]!r}; write it in quotes")
 
 
 def _known(tables: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
     for key in tables:
         if key not in keys:
-            raise UserError(f"{where}: a key must be one of {', '.join(keys)}; {key!r} came; rename or remove it")
+            raise UserError(f"{where}: a key must be one of {', '.join(keys)}; got {key!r}; rename or remove it")
     for name in _SECTIONS:
         if not isinstance(tables.get(name, {}), Mapping):
-            raise UserError(f"{where}: {name} must be a table of settings; {tables[name]!r} came; write [{name}]")
+            raise UserError(f"{where}: {name} must be a table of settings; got {tables[name]!r}; write [{name}]")

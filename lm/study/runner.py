@@ -104,10 +104,10 @@ def _wanted(study: Study, arms: Sequence[str], seeds: Sequence[int]) -> list[Job
     names = {name for arm in study.arms for name in (arm.name, arm.base)}
     if unknown := [name for name in arms if name not in names]:
         known = ", ".join(arm.name for arm in study.arms)
-        raise UserError(f"an arm must be one of {known}; {', '.join(unknown)} came; correct --arm")
+        raise UserError(f"an arm must be one of {known}; got {', '.join(unknown)}; correct --arm")
     if unknown_seeds := [str(seed) for seed in seeds if not 1 <= seed <= study.seeds]:
         raise UserError(
-            f"a seed must be one of 1 to {study.seeds}; {', '.join(unknown_seeds)} came; correct --seed, or ask for "
+            f"a seed must be one of 1 to {study.seeds}; got {', '.join(unknown_seeds)}; correct --seed, or ask for "
             "more --seeds"
         )
     return [

@@ -404,7 +404,7 @@ def test_studies_of_one_name_lie_apart(folder, tmp_path, monkeypatch):
         assert (tmp_path / "out" / ours / "summary.json").read_text() == (tmp_path / place / "summary.json").read_text()
         assert (tmp_path / "out" / ours / "table.md").exists()
     assert "| one |" in (tmp_path / "out/runs/table.md").read_text()
-    with pytest.raises(UserError, match="a report shows each run and study once; u/S1, u/S1 came"):
+    with pytest.raises(UserError, match="a report shows each run and study once; got u/S1, u/S1"):
         report.load([Path("u/S1"), Path("u/S1")])
 
 
@@ -432,10 +432,10 @@ def test_a_damaged_file_of_a_study_is_named(folder, tmp_path, capsys, name, what
 
 
 def test_a_folder_that_is_neither(tmp_path, capsys):
-    with pytest.raises(UserError, match="a report is of run folders and of studies"):
+    with pytest.raises(UserError, match="a report must be of run folders and of studies"):
         report.load([tmp_path])
     assert main(["report", str(tmp_path)]) == 2
-    assert "is neither; check the path" in capsys.readouterr().err
+    assert "which is neither; check the path" in capsys.readouterr().err
 
 
 def test_markdown_has_a_column_of_dashes_for_each_head(folder):

@@ -145,29 +145,29 @@ def test_the_fair_study_shares_all_but_cell_norm_and_decays():
     ("text", "message"),
     [
         ("seeds = 1", r"a study must have \[\[arms\]\]"),
-        ("seds = 1\n[[arms]]\nname='a'", "a key must be one of description, seeds, .*'seds' came"),
-        ("[[arms]]\nname='a'\nlr=1", "arm 'a': a key must be one of name, preset, .*'lr' came"),
-        ("[[arms]]\nname='a b'", "an arm's name must be letters.*'a b' came"),
-        ("[[arms]]\nname='..'", "a letter or digit first; '..' came"),
-        ("[[arms]]\nname='.a'", "a letter or digit first; '.a' came"),
-        ("[[arms]]\nname='_a'", "a letter or digit first; '_a' came"),
-        ("[[arms]]\nname='-a'", "a letter or digit first; '-a' came"),
-        ("[[arms]]\nname='a'\npublished='113.4'", "arm a: published must be a perplexity, .*; '113.4' came"),
-        ("[[arms]]\nname='a'\npublished=true", "published must be a perplexity, a number above 0; True came"),
-        ("[[arms]]\nname='a'\npublished=nan", "published must be a perplexity, a number above 0; nan came"),
-        ("[[arms]]\nname='a'\npublished=0", "published must be a perplexity, a number above 0; 0 came"),
-        ("[[arms]]\nname='a'\npreset=3", "arm a: preset must be text; 3 came; write it in quotes"),
-        ("preset=3\n[[arms]]\nname='a'", "preset must be text; 3 came; write it in quotes"),
-        ("description=3\n[[arms]]\nname='a'", "description must be text; 3 came; write it in quotes"),
-        ("seeds=true\n[[arms]]\nname='a'", "seeds must be a whole number from 1 on; True came"),
-        ("[train]\nseed=3\n[[arms]]\nname='a'", "arm a: seeds must be the study's own, .*; train.seed=3 came; remove"),
-        ("[[arms]]\nname='a'\ntrain.seed=3", "arm a: seeds must be the study's own, .*; train.seed=3 came"),
-        ("[grid]\n'train.seed'=[1, 2]\n[[arms]]\nname='a'", "seeds must be the study's own, .*; train.seed=1 came"),
+        ("seds = 1\n[[arms]]\nname='a'", "a key must be one of description, seeds, .*got 'seds'"),
+        ("[[arms]]\nname='a'\nlr=1", "arm 'a': a key must be one of name, preset, .*got 'lr'"),
+        ("[[arms]]\nname='a b'", "an arm's name must be letters.*got 'a b'"),
+        ("[[arms]]\nname='..'", "a letter or digit first; got '..'"),
+        ("[[arms]]\nname='.a'", "a letter or digit first; got '.a'"),
+        ("[[arms]]\nname='_a'", "a letter or digit first; got '_a'"),
+        ("[[arms]]\nname='-a'", "a letter or digit first; got '-a'"),
+        ("[[arms]]\nname='a'\npublished='113.4'", "arm a: published must be a perplexity, .*; got '113.4'"),
+        ("[[arms]]\nname='a'\npublished=true", "published must be a perplexity, a number above 0; got True"),
+        ("[[arms]]\nname='a'\npublished=nan", "published must be a perplexity, a number above 0; got nan"),
+        ("[[arms]]\nname='a'\npublished=0", "published must be a perplexity, a number above 0; got 0"),
+        ("[[arms]]\nname='a'\npreset=3", "arm a: preset must be text; got 3; write it in quotes"),
+        ("preset=3\n[[arms]]\nname='a'", "preset must be text; got 3; write it in quotes"),
+        ("description=3\n[[arms]]\nname='a'", "description must be text; got 3; write it in quotes"),
+        ("seeds=true\n[[arms]]\nname='a'", "seeds must be a whole number from 1 on; got True"),
+        ("[train]\nseed=3\n[[arms]]\nname='a'", "arm a: seeds must be the study's own, .*; got train.seed=3; remove"),
+        ("[[arms]]\nname='a'\ntrain.seed=3", "arm a: seeds must be the study's own, .*; got train.seed=3"),
+        ("[grid]\n'train.seed'=[1, 2]\n[[arms]]\nname='a'", "seeds must be the study's own, .*; got train.seed=1"),
         ("[[arms]]\nname='a'\n[[arms]]\nname='a'", "a twice; rename"),
         ("[[arms]]\nname='a'\ntrain.lrr=1", "arm a: train.lrr must be a known key"),
         ("[[arms]]\nname='a'\npreset='papr'", "arm a: a preset must be one of"),
-        ("[[arms]]\nname='a'\ntrain=1", "train must be a table of settings; 1 came"),
-        ("seeds=0\n[[arms]]\nname='a'", "seeds must be a whole number from 1 on; 0 came"),
+        ("[[arms]]\nname='a'\ntrain=1", "train must be a table of settings; got 1"),
+        ("seeds=0\n[[arms]]\nname='a'", "seeds must be a whole number from 1 on; got 0"),
         ("[grid]\n'train.lr'=1\n[[arms]]\nname='a'", r"\[grid\] must hold lists"),
         ("[[arms]", "a study must be TOML"),
     ],
@@ -179,9 +179,7 @@ def test_a_study_file_with_a_fault(read, text, message):
 
 @pytest.mark.parametrize("assignment", ["train.seed=7", " train.seed = 7"])
 def test_a_seed_by_assignment_is_refused(read, assignment):
-    with pytest.raises(
-        UserError, match=r"seeds must be the study's own, 1, 2 …; .*7 came; remove it, and say how many"
-    ):
+    with pytest.raises(UserError, match=r"seeds must be the study's own, 1, 2 …; got .*7; remove it, and say how many"):
         read(assignments=[assignment])
 
 
@@ -355,9 +353,9 @@ def test_a_study_runs_once_and_a_diverged_run_is_a_result(read, corpus, tmp_path
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     plan = read(SMALL, seeds=1, data=str(corpus))
     folder, said = tmp_path / "study", []
-    with pytest.raises(UserError, match="an arm must be one of good, bad; better came; correct --arm"):
+    with pytest.raises(UserError, match="an arm must be one of good, bad; got better; correct --arm"):
         study.run(plan, folder, arms=["good", "better"], say=said.append)
-    with pytest.raises(UserError, match="a seed must be one of 1 to 1; 0, 2 came; correct --seed, or ask for more"):
+    with pytest.raises(UserError, match="a seed must be one of 1 to 1; got 0, 2; correct --seed, or ask for more"):
         study.run(plan, folder, seeds=[0, 1, 2], say=said.append)
     part, _ = study.run(plan, folder, arms=["bad"], seeds=[1], say=said.append)
     assert (part["runs"], [path.name for path in (folder / "runs").iterdir()]) == (1, ["bad"])
