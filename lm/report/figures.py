@@ -203,6 +203,7 @@ def first_windows(source: Source, cell: str) -> "Figure | None":
     measure = "valid_chunk_mean" if any(arm["published"] for arm in source.selected) else "valid_exact"
     arms = [arm for arm in source.selected if arm["cell"] == cell]
     runs = [[entry.result["row"] for entry in source.of(arm)] for arm in arms]
+    runs = [[row for row in rows if row["diverged"] or row[measure] is not None] for rows in runs]
     runs = [[row for row in rows if row["first_window"] is not None] for rows in runs]
     if len({row["first_window"] for rows in runs for row in rows}) < 2:  # of older versions, or the windows are equal
         return None

@@ -283,7 +283,11 @@ def test_final_perplexity_against_the_first_window(started):
     labels = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
     assert labels == ["lstm-online", "lstm-none", "published median", "the authors' program stops", "diverged"]
     assert axes.get_ylabel() == "perplexity, valid, chunk-mean"
-    # of an older version, or all alike
+    # a run without a score, of an older version, or all windows alike
+    source.of(source.selected[1])[0].result["row"]["valid_chunk_mean"] = None
+    assert "lstm-none (4 of 5 known)" in [
+        line.get_label() for line in figures.first_windows(source, "lstm").axes[0].lines
+    ]
     for entry in source.of(source.selected[0]):
         entry.result["row"]["first_window"] = None
     known = figures.first_windows(source, "lstm").axes[0]
