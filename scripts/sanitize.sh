@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh dev
 export RNNORM_CACHE=${RNNORM_SANITIZED_CACHE:-$PWD/build/sanitized}
-export RNNORM_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+export RNNORM_CXXFLAGS="-Werror -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 python -m rnnorm.ops.build
 # Python itself is not built with the sanitizer: its run time must come first, and its own leaks are not ours.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"

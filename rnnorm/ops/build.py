@@ -1,10 +1,11 @@
 """Compiling the C++ operators, at first use: one library in a per-user cache, published by one atomic rename.
 
-There is no lock: processes that build at the same time each build their own and publish the same thing; one that is
-killed leaves a folder that nobody reads. `python -m rnnorm.ops.build` builds ahead of time.
+Threads of a process wait for one build and share its library. Between processes there is no lock: those that build at
+the same time each build their own and publish the same thing; one that is killed leaves a folder that nobody reads.
+A process forked after the load has the operators; one forked before loads them itself.
+`python -m rnnorm.ops.build` builds ahead of time.
 """
 
-import functools
 import hashlib
 import os
 import platform
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +29,10 @@ _STALE_SECONDS = 24 * 3600
 
 class BuildError(RuntimeError):
     """The operators cannot be built here; the text says why, with the compiler's last lines."""
+
+
+class CacheError(BuildError):
+    """The cache folder cannot be written, or is full."""
 
 
 def cache_folder() -> Path:
@@ -48,7 +54,16 @@ def _flags() -> list[str]:
     arithmetic = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     return [
-        *("-std=c++20", "-O3", "-fPIC", "-fopenmp", *arithmetic, *machine.get(platform.machine(), [])),
+        *(
+            "-std=c++20",
+            "-O3",
+            "-Wall",
+            "-Wextra",
+            "-fPIC",
+            "-fopenmp",
+            *arithmetic,
+            *machine.get(platform.machine(), []),
+        ),
         *shlex.split(os.environ.get("RNNORM_CXXFLAGS", "")),
         *(abi, f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"),
     ]
@@ -125,6 +140,11 @@ def _build_in(cache: Path, compiler: str, name: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     _sweep(cache)
     folder = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
+    print(
+        f"rnnorm: building its CPU operators with {compiler}, once for this torch; this takes up to a minute ...",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         built = folder / name
         _compile(compiler, folder, built)
@@ -136,11 +156,8 @@ def _build_in(cache: Path, compiler: str, name: str) -> Path:
     return cache / name
 
 
-def library(quiet: bool = False) -> Path:
-    """The built library, from the cache or built now. Raises `BuildError`."""
-    compiler = _compiler()
-    name = _name(compiler)
-    cache = cache_folder()
+def _made(compiler: str | None, name: str, cache: Path) -> Path:
+    """The library in `cache`, found or built now. Raises `BuildError`."""
     if found := sorted(cache.glob(name)):
         return found[0]
     if compiler is None:
@@ -148,33 +165,61 @@ def library(quiet: bool = False) -> Path:
             f"no C++ compiler was found ({os.environ.get('CXX') or 'g++, c++, clang++'}) and {cache} holds no library "
             "built for these sources; install g++, or set CXX"
         )
-    if not quiet:
-        print(
-            f"rnnorm: building its CPU operators with {compiler}, once for this torch; this takes up to a minute ...",
-            file=sys.stderr,
-            flush=True,
-        )
     try:
         return _build_in(cache, compiler, name)
     except (OSError, BuildError) as problem:
-        # A folder that is read-only or full must not cost the user the operators: build for this process alone.
         full = isinstance(problem, OSError) or "No space left" in str(problem) or "Read-only" in str(problem)
         if not full:
             raise
-        try:
-            return _build_in(Path(tempfile.mkdtemp(prefix="rnnorm-")), compiler, name)
-        except OSError as second:
-            raise BuildError(f"neither {cache} nor the temporary folder can be written: {problem}; {second}") from None
+        raise CacheError(f"{cache} cannot be written: {problem}; set RNNORM_CACHE to a folder that can") from None
 
 
-@functools.cache
-def load() -> Failure | None:
-    """Load the operators into this process; None if they are there, else why not."""
+def library() -> Path:
+    """The built library, from the cache or built now. Raises `BuildError`."""
+    compiler = _compiler()
+    return _made(compiler, _name(compiler), cache_folder())
+
+
+def _load() -> Failure | None:
+    compiler = _compiler()
+    name = _name(compiler)
     try:
-        torch.ops.load_library(str(library()))
+        try:
+            torch.ops.load_library(str(_made(compiler, name, cache_folder())))
+        except CacheError as problem:
+            # A folder that is read-only or full must not cost the user the operators: build for this process alone.
+            # A library that is loaded needs its file no longer.
+            try:
+                with tempfile.TemporaryDirectory(prefix="rnnorm-") as folder:
+                    torch.ops.load_library(str(_made(compiler, name, Path(folder))))
+            except CacheError as second:
+                raise BuildError(f"neither folder can be used: {problem}; {second}") from None
     except (BuildError, OSError) as problem:
         return Failure(problem)
     return None
+
+
+_lock = threading.Lock()
+_outcome: list[Failure | None] = []  # of the one attempt to load
+
+
+def load() -> Failure | None:
+    """Load the operators into this process, once; None if they are there, else why not. Threads wait for the first."""
+    if not _outcome:
+        with _lock:  # torch ends a process that loads a second library of the same operators
+            if not _outcome:
+                _outcome.append(_load())
+    return _outcome[0]
+
+
+def _unlocked() -> None:
+    """A child that is forked while another thread holds the lock would wait for it for ever."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlocked)
 
 
 if __name__ == "__main__":

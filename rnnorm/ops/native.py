@@ -13,6 +13,24 @@ use_micro_kernel = True
 threads = 0
 
 
+def widths(operands: Operands, spec: CallSpec) -> dict[str, int]:
+    """Columns of what is kept of every sample, by its name in C++ and in that order; 0 where it does not apply."""
+    G, C, P = spec.gates, operands.weight_ih.size(0), operands.h.size(1)
+    H = C // G
+    normed, online, scaled = spec.norm != "none", spec.norm == "online", spec.guard == "scale"
+    return {
+        "hidden": P,
+        "cell_state": H if "c" in spec.declared.states else 0,
+        "new_part": H if spec.declared.apart else 0,
+        "y": C,
+        "rstd": (C if online else G) if normed else 0,
+        "scale": G if scaled else 0,
+        "cell_y": H if spec.cell_norm else 0,
+        "cell_rstd": (H if online else 1) if spec.cell_norm else 0,
+        "cell_scale": 1 if spec.cell_norm and scaled else 0,
+    }
+
+
 class Native:
     name = "cpu"
     differentiable = False
@@ -29,25 +47,10 @@ class Native:
         return build.load()
 
     def saved_like(self, operands: Operands, spec: CallSpec) -> list[Tensor]:
-        x, G = operands.x, spec.gates
-        S, C, P = x.size(0) * x.size(1), operands.weight_ih.size(0), operands.h.size(1)
-        H = C // G
-        normed, online = spec.norm != "none", spec.norm == "online"
-        scaled = normed and spec.guard == "scale"
-        widths = {
-            "hidden": P,
-            "cell_state": H if "c" in spec.declared.states else 0,
-            "new_part": H if spec.declared.apart else 0,
-            "y": C,
-            "rstd": (C if online else G) if normed else 0,
-            "scale": G if scaled else 0,
-            "cell_y": H if spec.cell_norm else 0,
-            "cell_rstd": (H if online else 1) if spec.cell_norm else 0,
-            "cell_scale": 1 if spec.cell_norm and scaled else 0,
-        }
-        dtype = statistics_dtype(x.dtype)
-        kept = [x.new_empty((S, width) if width else (0,), dtype=dtype) for width in widths.values()]
-        return [*kept, x.new_empty(1, dtype=dtype)]  # the last: a count of threads
+        x = operands.x
+        S, dtype = x.size(0) * x.size(1), statistics_dtype(x.dtype)
+        kept = [x.new_empty((S, width) if width else (0,), dtype=dtype) for width in widths(operands, spec).values()]
+        return [*kept, x.new_empty(1, dtype=dtype)]  # partition, a count of threads
 
     def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
         found = torch.ops.rnnorm_cpu.forward(

@@ -84,13 +84,90 @@ def test_two_processes_at_once_and_one_killed_in_the_middle(tmp_path):
     assert again.stderr == "", "a built library is found without a word"
 
 
+def _caches(folder: Path) -> dict[str, Path]:
+    """A cache that can be written, and one that cannot."""
+    (folder / "file").write_text("")
+    return {"empty": folder / "cache", "unwritable": folder / "file" / "cache"}
+
+
+THREADS = """
+import threading
+import rnnorm, torch
+outputs = []
+start = threading.Barrier(4)
+
+def call():
+    layer = rnnorm.LSTM(3, 4, backend="cpu")
+    start.wait()
+    outputs.append(layer(torch.ones(2, 2, 3))[0])
+
+threads = [threading.Thread(target=call) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(outputs))
+"""
+
+
+@pytest.mark.parametrize("cache", ["empty", "unwritable"])
+def test_first_use_from_several_threads_builds_and_loads_once(tmp_path, cache):
+    builds, temporary = tmp_path / "builds", tmp_path / "temporary"
+    temporary.mkdir()
+    compiler = _stand_in(tmp_path, f'echo build >> {builds}; sleep .5; cp "$real" "$out"')
+    environment = {**_environment(_caches(tmp_path)[cache], compiler), "TMPDIR": str(temporary)}
+    # A second library of the same operators would end the process.
+    found = subprocess.run(
+        [sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == "4\n"
+    assert builds.read_text() == "build\n"
+    assert found.stderr.count("building its CPU operators") == 1
+    assert not list(temporary.iterdir()), "a library built for one process leaves nothing behind"
+
+
+FORK = """
+import os, threading
+import rnnorm, torch
+from rnnorm.ops import build
+layer = rnnorm.LSTM(3, 4, norm="none", backend="cpu").eval()
+x = torch.ones(2, 2, 3)
+expected = layer(x)[0] if {loaded} else None
+if not {loaded}:
+    build._lock.acquire()  # as another thread of the parent would hold it
+child = os.fork()
+if child == 0:
+    with torch.no_grad():
+        found = layer(x)[0]
+    os._exit(0 if expected is None or torch.equal(found, expected) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_forked_child(tmp_path, loaded):
+    environment = _environment(tmp_path / "cache", _stand_in(tmp_path, 'cp "$real" "$out"'))
+    found = subprocess.run(
+        [sys.executable, "-c", FORK.format(loaded=loaded)],
+        **{"env": environment, "capture_output": True, "text": True, "timeout": 60, "check": False},
+    )
+    assert found.returncode == 0, found.stderr
+
+
 def test_a_cache_that_cannot_be_written(tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    compiler = _stand_in(tmp_path, 'cp "$real" "$out"')
-    found = _run(_environment(blocked / "cache", compiler))
+    environment = _environment(_caches(tmp_path)["unwritable"], _stand_in(tmp_path, 'cp "$real" "$out"'))
+    found = _run(environment)
     assert found.returncode == 0, found.stderr
     assert "'cpu': True" in found.stdout
+    # Built ahead, it would be of no use to anyone.
+    ahead = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "rnnorm.ops.build"],
+        **{"env": environment, "capture_output": True, "text": True, "check": False},
+    )
+    assert ahead.returncode == 1
+    assert "cannot be written" in ahead.stderr
+    assert "set RNNORM_CACHE" in ahead.stderr
 
 
 def test_a_full_cache(tmp_path):
@@ -137,6 +214,12 @@ def test_a_library_built_ahead_needs_no_compiler(tmp_path):
     found = _run({**environment, "CXX": str(tmp_path / "none")})
     assert found.returncode == 0, found.stderr
     assert "'cpu': True" in found.stdout
+
+
+def test_a_warning_of_the_compiler_is_a_fault_in_the_scripts():
+    assert {"-Wall", "-Wextra"} <= set(build._flags())
+    for script in ("test.sh", "sanitize.sh"):
+        assert "-Werror" in (Path(__file__).parents[2] / "scripts" / script).read_text()
 
 
 def test_old_leftovers_are_swept(tmp_path):

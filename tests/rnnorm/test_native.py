@@ -1,15 +1,19 @@
 """The C++ backend where parity does not reach: slices that do not divide, threads, both products, extreme values."""
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
+import cases
 import pytest
 import torch
 from torch import Tensor
 
 import rnnorm
 from rnnorm import norms
+from rnnorm._cells import CELLS
 from rnnorm.ops import build, native
+from rnnorm.ops.call import Operands
 
 pytestmark = pytest.mark.skipif(build.load() is not None, reason=f"the C++ backend cannot run here: {build.load()}")
 
@@ -176,13 +180,26 @@ def test_backward_keeps_at_most_12_tnh():
     assert 9 * T * N * H <= held <= 12 * T * N * H
 
 
-def test_names_are_those_of_the_tables():
-    from rnnorm._cells import CELLS
+def test_names_are_those_of_the_python_side():
+    layer = rnnorm.LSTM(2, 3)
+    operands = layer._operands(layer._own("_l0"), torch.zeros(1, 1, 2), *torch.zeros(2, 1, 3), None)
+    assert torch.ops.rnnorm_cpu.names() == {
+        "operands": list(Operands._fields),
+        "kept": [*native.widths(operands, layer._spec()), "partition"],
+        "constants": list(norms.Constants._fields),
+        "cells": list(CELLS),
+        "norms": list(norms.KINDS),
+        "guards": list(norms.GUARDS),
+    }
 
-    text = (build._SOURCES / "cell.h").read_text()
-    for label, names in (("cell_names", CELLS), ("kind_names", norms.KINDS), ("guard_names", norms.GUARDS)):
-        quoted = ", ".join(f'"{name}"' for name in names)
-        assert f"{label}{{{quoted}}}" in text, label
+
+@pytest.mark.parametrize("case", [case for case in cases.PRODUCT if case.id.endswith(("plain", "eval"))], ids=str)
+def test_what_is_kept_is_what_the_fake_kernel_says(case):
+    layer = case.build("cpu")
+    operands, spec = _given(layer, case.T, case.N)
+    found = native.Native().forward(operands, spec, True)[1]
+    expected = native.Native().saved_like(operands, spec)
+    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in expected]
 
 
 def test_refuses_what_it_cannot_run():
@@ -200,13 +217,6 @@ def test_lengths_past_the_modules_are_still_checked(length):
         native.Native().forward(operands, layer._spec(), True)
 
 
-def test_shapes_past_the_modules_are_still_checked():
-    layer = rnnorm.LSTM(2, 3, backend="cpu")
-    operands = layer._operands(layer._own("_l0"), torch.randn(4, 1, 2), torch.zeros(2, 3), torch.zeros(1, 3), None)
-    with pytest.raises(ValueError, match="operand 1 must have shape"):
-        native.Native().forward(operands, layer._spec(), True)
-
-
 def test_long_horizons_keep_their_digits():
     """1 - alpha is formed in double: in float32 a horizon of a million samples would be off by a hundredth."""
     results = []
@@ -219,12 +229,230 @@ def test_long_horizons_keep_their_digits():
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["bias_hh", "norm_shift", "norm_var", "norm_u", "cell_norm_v", "c"])
-def test_operands_that_are_missing_past_the_modules_are_refused(name):
-    layer = rnnorm.LSTM(2, 3, norm="online", cell_norm=True, backend="cpu")
-    operands = layer._operands(layer._own("_l0"), torch.randn(4, 2, 2), torch.zeros(2, 3), torch.zeros(2, 3), None)
-    with pytest.raises(ValueError, match="is missing, or another that goes with it"):
-        native.Native().forward(operands._replace(**{name: None}), layer._spec(), True)
+def _given(layer: rnnorm.LSTM | rnnorm.GRU | rnnorm.RNN, T: int, N: int, lengths: Tensor | None = None):
+    """Operands and specification of a call of the layer's first direction, as they reach the backend."""
+    h = torch.zeros(N, getattr(layer, "proj_size", 0) or layer.hidden_size)
+    c = torch.zeros(N, layer.hidden_size) if layer.cell == "lstm" else None
+    x = torch.randn(T, N, layer.input_size)
+    operands = layer._operands(layer._own("_l0"), x.to(layer.weight_ih_l0), h.to(x), c, lengths)
+    return operands, layer._spec()
+
+
+# With all that each cell can have, and in the RNN as little as there can be.
+FUZZED = {
+    "lstm": lambda: _given(
+        rnnorm.LSTM(2, 5, norm="online", cell_norm=True, proj_size=3), 4, 3, torch.tensor([3, 1, 2])
+    ),
+    "lstm-eval": lambda: _given(rnnorm.LSTM(2, 5, norm="online").eval(), 4, 3),
+    "gru": lambda: _given(rnnorm.GRU(2, 5, norm="layer"), 4, 3),
+    "rnn": lambda: _given(rnnorm.RNN(2, 5, norm="none"), 4, 3),
+}
+# What may be left out without another thing that goes with it.
+OPTIONAL = {"lengths"}
+
+
+def _wrong(tensor: Tensor) -> dict[str, Tensor]:
+    """Tensors that cannot stand in its place."""
+    return {
+        "empty": tensor.new_empty(0),
+        "no rows": tensor[:0],
+        "scalar": tensor.new_zeros(()),
+        "a row less": tensor[:-1],
+        "a row more": torch.cat([tensor, tensor[:1]]),
+        "a dimension more": tensor.unsqueeze(0),
+        "a column more": torch.cat([tensor, tensor[..., :1]], -1),
+        "int32": tensor.int(),
+        "complex": tensor.to(torch.complex64),
+        "meta": tensor.to("meta"),
+        "sparse": tensor.to_sparse(),
+    }
+
+
+def _replaced(tensors: list[Tensor | None], k: int) -> dict[str, list[Tensor | None]]:
+    """The list with its k-th tensor replaced by all that cannot stand there."""
+    tensor = tensors[k]
+    assert tensor is not None
+    return {name: [*tensors[:k], wrong, *tensors[k + 1 :]] for name, wrong in _wrong(tensor).items()}
+
+
+def _miscounted(tensors: list[Tensor | None]) -> dict[str, list[Tensor | None]]:
+    return {"none": [], "one less": tensors[:-1], "one more": [*tensors, tensors[0]]}
+
+
+class Raw:
+    """The operators themselves, with what a call hands them."""
+
+    def __init__(self, case: str) -> None:
+        operands, spec = FUZZED[case]()
+        with torch.no_grad():
+            results, self.saved = native.Native().forward(operands, spec, True)
+        self.operands = list(operands)
+        self.grads = [torch.ones_like(t) if t.numel() else None for t in results[:3]]
+        self.names = {"cell": spec.cell, "norm": spec.norm, "guard": spec.guard}
+        self.constants = list(spec.constants)
+        self.flags = (spec.cell_norm, spec.training, spec.reverse)
+
+    def forward(self, **changed) -> list[Tensor]:
+        a = {**vars(self), "threads": 0, **changed}
+        names, cell_norm, *rest = a["names"], *a["flags"]
+        return torch.ops.rnnorm_cpu.forward(
+            a["operands"], *names.values(), a["constants"], cell_norm, *rest, True, True, a["threads"]
+        )
+
+    def backward(self, **changed) -> list[Tensor]:
+        a = {**vars(self), "threads": 0, **changed}
+        return torch.ops.rnnorm_cpu.backward(
+            *(a["grads"], a["operands"], a["saved"], *a["names"].values(), a["constants"], *a["flags"]),
+            *(True, a["threads"], True, True),
+        )
+
+
+def _refused(call, *labels: object, **changed) -> None:
+    fault = None
+    with torch.no_grad():
+        try:
+            call(**changed)
+        except RuntimeError as raised:
+            fault = raised
+    assert "rnnorm" in str(fault), (labels, fault)
+
+
+@pytest.mark.parametrize("case", FUZZED)
+def test_wrong_operands_are_refused(case):
+    raw = Raw(case)
+    for call in (raw.forward, raw.backward):
+        for k, (name, operand) in enumerate(zip(Operands._fields, raw.operands, strict=True)):
+            if operand is None:
+                continue
+            wrong = _replaced(raw.operands, k)
+            if name not in OPTIONAL:
+                wrong["missing"] = [*raw.operands[:k], None, *raw.operands[k + 1 :]]
+            if name == "x" and call == raw.forward:
+                del wrong["a row less"], wrong["a row more"]  # another T is another call
+            for how, operands in wrong.items():
+                _refused(call, call.__name__, name, how, operands=operands)
+        for how, operands in _miscounted(raw.operands).items():
+            _refused(call, call.__name__, how, operands=operands)
+
+
+@pytest.mark.parametrize("case", FUZZED)
+def test_wrong_kept_tensors_and_gradients_are_refused(case):
+    raw = Raw(case)
+    for k, saved in enumerate(raw.saved):
+        wrong = _replaced(raw.saved, k)
+        wrong["double"] = [*raw.saved[:k], saved.double(), *raw.saved[k + 1 :]]
+        wrong["not contiguous"] = [*raw.saved[:k], torch.stack([saved, saved], -1)[..., 0], *raw.saved[k + 1 :]]
+        if saved.numel() == 0:  # nothing is smaller or of another order than nothing
+            wrong = {
+                how: wrong[how]
+                for how in ("scalar", "a dimension more", "int32", "complex", "meta", "sparse", "double")
+            }
+        if saved.numel() == 1:
+            del wrong["not contiguous"]
+        for how, tensors in wrong.items():
+            _refused(raw.backward, torch.ops.rnnorm_cpu.names()["kept"][k], how, saved=tensors)
+    for how, tensors in _miscounted(raw.saved).items():
+        _refused(raw.backward, how, saved=tensors)
+    for k, grad in enumerate(raw.grads):
+        if grad is not None:
+            for how, grads in _replaced(raw.grads, k).items():
+                _refused(raw.backward, "gradient", k, how, grads=grads)
+    for how, grads in _miscounted(raw.grads).items():
+        _refused(raw.backward, "gradient", how, grads=grads)
+    for threads in (0, -1, 1.5, 6, 1e30, float("nan")):
+        _refused(raw.backward, "partition", threads, saved=[*raw.saved[:-1], torch.tensor([threads]).to(raw.saved[0])])
+    assert all(grad.isfinite().all() for grad in raw.backward())
+
+
+@pytest.mark.parametrize("case", FUZZED)
+def test_wrong_names_and_constants_are_refused(case):
+    raw = Raw(case)
+    for call in (raw.forward, raw.backward):
+        for name in raw.names:
+            for wrong in ("", "x", "LSTM", "none "):
+                _refused(call, name, wrong, names={**raw.names, name: wrong})
+        for constants in ([], raw.constants[:-1], [*raw.constants, 1.0]):
+            _refused(call, constants, constants=constants)
+        for threads in (-1, 10**9):
+            _refused(call, threads, threads=threads)
+    kept_by_others = Raw("rnn" if case != "rnn" else "gru").saved
+    _refused(raw.backward, "kept by another cell", saved=kept_by_others)
+    if raw.names["norm"] != "online":
+        _refused(raw.forward, "guard", names={**raw.names, "guard": "scale"})
+    if raw.names["cell"] != "lstm":
+        _refused(raw.forward, "cell norm", flags=(True, True, False))
+
+
+def test_errors_say_what_was_expected_and_got():
+    raw = Raw("gru")
+    operands = list(raw.operands)
+    operands[1] = torch.zeros(2, 5)
+    with pytest.raises(RuntimeError, match=re.escape("rnnorm: operand h must have shape [3, 5]; got [2, 5]")):
+        raw.forward(operands=operands)
+    saved = [*raw.saved[:3], raw.saved[3][:-1], *raw.saved[4:]]
+    with pytest.raises(RuntimeError, match=re.escape("rnnorm: kept tensor y must have shape [12, 15]; got [11, 15]")):
+        raw.backward(saved=saved)
+    with pytest.raises(RuntimeError, match="rnnorm: there must be 10 kept tensors; got 0"):
+        raw.backward(saved=[])
+
+
+@pytest.mark.parametrize("M", [0, 3])
+def test_linear_cross_entropy_refuses_what_it_cannot_read(M):
+    given = {
+        "hidden": torch.randn(M, 4),
+        "weight": torch.randn(7, 4),
+        "bias": torch.randn(7),
+        "targets": torch.randint(7, (M,)),
+        "weights": torch.rand(M),
+    }
+
+    def call(**changed):
+        return torch.ops.rnnorm_cpu.linear_cross_entropy(*{**given, **changed}.values(), True, True, True, True, 0)
+
+    assert all(found.isfinite().all() for found in call())
+    for name, tensor in given.items():
+        wrong = {**_wrong(tensor), "half": tensor.half()}
+        if M == 0 and name in ("hidden", "targets", "weights"):
+            wrong = {
+                how: wrong[how] for how in ("scalar", "a dimension more", "int32", "complex", "meta", "sparse", "half")
+            }
+        if tensor.dim() == 2 and tensor.numel():
+            wrong["not contiguous"] = torch.stack([tensor, tensor], -1)[..., 0]
+        for how, replacement in wrong.items():
+            _refused(call, name, how, **{name: replacement})
+    if M:
+        for target in (-1, 7, 2**62):
+            with pytest.raises(ValueError, match=f"targets must lie in 0..6; got {target}"):
+                call(targets=torch.full((M,), target))
+
+
+@pytest.mark.parametrize("case", FUZZED)
+@pytest.mark.parametrize("save", [True, False])
+def test_what_is_returned_is_nobody_elses(case, save):
+    operands, spec = FUZZED[case]()
+    with torch.no_grad():
+        results, saved = native.Native().forward(operands, spec, save)
+    returned = [tensor for tensor in results if tensor.numel()]
+    others = [tensor for tensor in (*operands, *saved) if tensor is not None and tensor.numel()]
+    places = [tensor.untyped_storage().data_ptr() for tensor in (*returned, *others)]
+    for k in range(len(returned)):
+        assert places.count(places[k]) == 1
+        assert returned[k]._base is None
+        assert returned[k].untyped_storage().nbytes() == returned[k].nbytes
+
+
+@pytest.mark.parametrize("lengths", [None, [4, 1, 2]], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_outputs_can_be_changed_in_place(kind, lengths):
+    grads = []
+    for change in (False, True):
+        torch.manual_seed(0)
+        layer = getattr(rnnorm, kind)(2, 3, backend="cpu")
+        x = torch.randn(4, 3, 2, requires_grad=True)
+        y = layer(x, lengths=lengths)[0]
+        (y.mul_(2) if change else y * 2).sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
 
 
 # Large enough for its memory to come from the pool.

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "gemm.h"
 #include "math.h"
 #include "pool.h"
@@ -335,7 +336,7 @@ std::vector<int64_t> counted(const Tensor& targets, const T* weights, int64_t V)
   const int64_t* target = targets.data_ptr<int64_t>();
   for (int64_t m = 0; m < targets.size(0); ++m) {
     if (weights != nullptr && weights[m] == 0) continue;
-    TORCH_CHECK_VALUE(target[m] >= 0 && target[m] < V, "targets must lie in 0 ... ", V - 1, "; ", target[m], " came");
+    TORCH_CHECK_VALUE(target[m] >= 0 && target[m] < V, "targets must lie in 0..", V - 1, "; got ", target[m]);
     rows.push_back(m);
   }
   return rows;
@@ -346,8 +347,6 @@ std::vector<Tensor> run(const Tensor& hidden, const Tensor& weight, const std::o
                         const Tensor& targets, const std::optional<Tensor>& weights, bool need_hidden, bool need_weight,
                         bool need_bias, bool micro, int64_t threads) {
   const int64_t M = hidden.size(0);
-  TORCH_CHECK_VALUE(hidden.size(1) == weight.size(1) && targets.size(0) == M && (!weights || weights->size(0) == M) &&
-                        (!bias || bias->size(0) == weight.size(0)), "rnnorm: linear_cross_entropy: shapes do not agree");
   const T* of_rows = weights ? weights->data_ptr<T>() : nullptr;
   std::vector<int64_t> rows = counted(targets, of_rows, weight.size(0));
   const bool all = static_cast<int64_t>(rows.size()) == M, none = rows.empty();
@@ -369,11 +368,29 @@ std::vector<Tensor> run(const Tensor& hidden, const Tensor& weight, const std::o
   return {nats, grad_hidden, grad_weight, grad_bias};
 }
 
-// Every tensor is contiguous and on the CPU; hidden, weight, bias and the rows' weights of one dtype; targets int64.
+void check_tensor(const Tensor& tensor, const char* name, at::ScalarType dtype, at::IntArrayRef shape) {
+  const Label label{"linear_cross_entropy's", name};
+  check_memory(tensor, label);
+  check_dtype(tensor, label, dtype);
+  check_shape(tensor, label, shape);
+  check_contiguous(tensor, label);
+}
+
 std::vector<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                                          const Tensor& targets, const std::optional<Tensor>& weights, bool need_hidden,
                                          bool need_weight, bool need_bias, bool micro, int64_t threads) {
-  const auto chosen = hidden.scalar_type() == at::kDouble ? &run<double> : &run<float>;
+  TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2,
+              "rnnorm: linear_cross_entropy's hidden and weight must have shapes [M, E] and [V, E]; got ", hidden.sizes(),
+              " and ", weight.sizes());
+  const at::ScalarType dtype = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const int64_t M = hidden.size(0), V = weight.size(0);
+  check_tensor(hidden, "hidden", dtype, hidden.sizes());
+  check_tensor(weight, "weight", dtype, {V, hidden.size(1)});
+  if (bias) check_tensor(*bias, "bias", dtype, {V});
+  check_tensor(targets, "targets", at::kLong, {M});
+  if (weights) check_tensor(*weights, "weights", dtype, {M});
+  check_threads(threads);
+  const auto chosen = dtype == at::kDouble ? &run<double> : &run<float>;
   return chosen(hidden, weight, bias, targets, weights, need_hidden, need_weight, need_bias, micro, threads);
 }
 

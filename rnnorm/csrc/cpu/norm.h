@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "../cell.h"
+#include "../names.h"
 #include "team.h"
 
 namespace rnnorm {
@@ -176,7 +176,7 @@ inline T stream_row(const Norm<T>& norm, Worker<T>& me, int64_t gate, int64_t sa
 template <typename T>
 void moments_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld,
                      const T* bias) {
-  const int64_t u = me.units.size(), C = norm.G * norm.H, gates = g1 - g0, cells = n * gates;
+  const int64_t u = me.units.size(), gates = g1 - g0, cells = n * gates;
   T* mine = me.partial();
   for (int64_t i = 0; i < n; ++i)
     for (int64_t g = 0; g < gates; ++g) {
@@ -268,7 +268,7 @@ void norm_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sa
 // The guarded values `q` [gates * units] of one sample again, from what was kept.
 template <typename T>
 void norm_recompute(const Norm<T>& norm, const Worker<T>& me, int64_t sample, T* q) {
-  const int64_t u = me.units.size(), C = norm.G * norm.H;
+  const int64_t u = me.units.size();
   for (int64_t g = 0; g < norm.G; ++g) {
     const int64_t channel = g * norm.H + me.units.begin;
     const T* __restrict y = norm.y + norm.place(me.units, sample, g);
@@ -300,7 +300,7 @@ struct Gradients {
 template <bool scaled, typename T>
 inline void stream_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_t gate, int64_t sample,
                                 const T* __restrict a, T* __restrict d, T mean) {
-  const int64_t count = me.units.size(), C = norm.G * norm.H, channel = gate * norm.H + me.units.begin;
+  const int64_t count = me.units.size(), channel = gate * norm.H + me.units.begin;
   const int64_t row = norm.place(me.units, sample, gate);
   const T* __restrict y = norm.y + row;
   const T* __restrict rstd = norm.rstd + row;
@@ -340,7 +340,7 @@ inline void affine_backward(const Norm<T>& norm, const Worker<T>& me, int64_t ga
 // Through the guard `clamp` of all rows: `g` becomes the gradient of the affine map's output.
 template <typename T>
 void clamp_backward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, Gradients<T> g) {
-  const int64_t u = me.units.size(), C = norm.G * norm.H;
+  const int64_t u = me.units.size();
   for (int64_t i = 0; i < n; ++i)
     for (int64_t k = 0; k < g1 - g0; ++k) {
       const int64_t channel = (g0 + k) * norm.H + me.units.begin;
@@ -386,7 +386,7 @@ void scale_backward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, in
 
 template <typename T>
 void moments_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, Gradients<T> g) {
-  const int64_t u = me.units.size(), gates = g1 - g0, C = norm.G * norm.H;
+  const int64_t u = me.units.size(), gates = g1 - g0;
   T* mine = me.partial();
   for (int64_t i = 0; i < n; ++i)
     for (int64_t k = 0; k < gates; ++k) {

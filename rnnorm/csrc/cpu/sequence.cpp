@@ -7,13 +7,13 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 
-#include "../cell.h"
+#include "../names.h"
+#include "check.h"
 #include "gemm.h"
 #include "math.h"
 #include "norm.h"
@@ -27,113 +27,175 @@ namespace {
 using at::Tensor;
 using Operands = c10::List<std::optional<Tensor>>;
 
-// The order of rnnorm.ops.call.Operands.
-enum Operand {
-  X, H0, C0, WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, WEIGHT_HR, NORM_WEIGHT, NORM_BIAS, CELL_WEIGHT, CELL_BIAS,
-  MEAN, VAR, U, V, CELL_MEAN, CELL_VAR, CELL_U, CELL_V, LENGTHS
-};
-// The order of what the forward keeps for the backward.
-enum Kept { HIDDEN, CELL_STATE, NEW_PART, Y, RSTD, SCALE, CELL_Y, CELL_RSTD, CELL_SCALE, PARTITION, KEPT };
-
 struct Options {
   Cell cell;
   Kind kind;
   Guard guard;
-  double eps, alpha_fwd, alpha_bwd, scale_eps, limit, control_floor;
+  Constants constants;
   bool cell_norm, training, reverse, save, micro;
   int64_t threads;  // 0: as many as are useful
+
+  bool lstm() const { return cell == Cell::lstm; }
 };
+
+// One tensor for each member of an enum; those that are not there are undefined.
+template <typename Enum>
+class Table {
+ public:
+  Tensor& operator[](Enum which) { return tensors_[index(which)]; }
+  const Tensor& operator[](Enum which) const { return tensors_[index(which)]; }
+  std::vector<Tensor> list() const { return {tensors_.begin(), tensors_.end()}; }
+
+ private:
+  std::array<Tensor, names<Enum>.size()> tensors_;
+};
+
+template <typename T>
+inline constexpr at::ScalarType dtype = c10::CppTypeToScalarType<T>::value;
 
 template <typename T>
 T* pointer(const Tensor& tensor) {
   return tensor.defined() && tensor.numel() > 0 ? tensor.data_ptr<T>() : nullptr;
 }
 
-// The tensors and sizes of one call, every operand made contiguous and of the dtype that is computed in.
+// As a kernel reads it: of the dtype that is computed in, and contiguous.
 template <typename T>
-struct Call {
+Tensor ready(const Tensor& tensor, Label label) {
+  check_memory(tensor, label);
+  TORCH_CHECK(tensor.is_floating_point(), label, " must be of floating point; got dtype ", tensor.scalar_type());
+  return tensor.to(dtype<T>).contiguous();
+}
+
+// The operands of one call and their sizes.
+template <typename T>
+struct Given {
   Options options;
-  std::vector<Tensor> tensors;
+  Table<Operand> tensors;
+  int64_t sequence, N, I, P, G, H, C;
+
+  Given(const Operands& operands, const Options& options) : options(options), G(gates_of(options.cell)) {
+    for (size_t k = 0; k < operands.size(); ++k) {
+      const Operand which = static_cast<Operand>(k);
+      const std::optional<Tensor> operand = operands.get(k);
+      if (!operand) continue;
+      const Label label{"operand", name_of(which)};
+      if (which != Operand::lengths) {
+        tensors[which] = ready<T>(*operand, label);
+        continue;
+      }
+      check_memory(*operand, label);
+      check_dtype(*operand, label, at::kLong);
+      tensors[which] = operand->contiguous();
+    }
+    needed({Operand::x, Operand::h, Operand::weight_ih, Operand::weight_hh});
+    const Tensor &x = tensors[Operand::x], &h = tensors[Operand::h], &weight = tensors[Operand::weight_ih];
+    TORCH_CHECK(x.dim() == 3 && x.size(0) > 0, "rnnorm: operand x must have shape [T, N, I], T > 0; got ", x.sizes());
+    TORCH_CHECK(h.dim() == 2 && h.size(1) > 0, "rnnorm: operand h must have shape [N, P], P > 0; got ", h.sizes());
+    TORCH_CHECK(weight.dim() == 2 && weight.size(0) > 0 && weight.size(0) % G == 0,
+                "rnnorm: operand weight_ih must have shape [", G, "*H, I], H > 0; got ", weight.sizes());
+    sequence = x.size(0);
+    N = x.size(1);
+    I = x.size(2);
+    P = h.size(1);
+    C = weight.size(0);
+    H = C / G;
+    for (size_t k = 0; k < names<Operand>.size(); ++k) {
+      const Operand which = static_cast<Operand>(k);
+      if (tensors[which].defined()) check_shape(tensors[which], {"operand", name_of(which)}, shape(which));
+    }
+    TORCH_CHECK(H == P || tensors[Operand::weight_hr].defined(), "rnnorm: h must have H = ", H,
+                " columns without weight_hr; got ", P);
+    check_together();
+  }
+
+  at::DimVector shape(Operand which) const {
+    switch (which) {
+      case Operand::x: return {sequence, N, I};
+      case Operand::h: return {N, P};
+      case Operand::c: return {N, H};
+      case Operand::weight_ih: return {C, I};
+      case Operand::weight_hh: return {C, P};
+      case Operand::weight_hr: return {P, H};
+      case Operand::lengths: return {N};
+      case Operand::cell_norm_scale: case Operand::cell_norm_shift: case Operand::cell_norm_mean:
+      case Operand::cell_norm_var: case Operand::cell_norm_u: case Operand::cell_norm_v: return {H};
+      default: return {C};
+    }
+  }
+
+  void needed(std::initializer_list<Operand> all) const {
+    for (Operand which : all)
+      TORCH_CHECK(tensors[which].defined(), "rnnorm: operand ", name_of(which), " is missing");
+  }
+
+  void together(Operand one, Operand other) const {
+    TORCH_CHECK(tensors[one].defined() == tensors[other].defined(), "rnnorm: operands ", name_of(one), " and ",
+                name_of(other), " go together, but one of them is missing");
+  }
+
+  void check_together() const {
+    together(Operand::bias_ih, Operand::bias_hh);
+    together(Operand::norm_scale, Operand::norm_shift);
+    together(Operand::cell_norm_scale, Operand::cell_norm_shift);
+    if (options.lstm()) needed({Operand::c});
+    for (Operand which : {Operand::c, Operand::weight_hr})
+      TORCH_CHECK(options.lstm() || !tensors[which].defined(), "rnnorm: operand ", name_of(which),
+                  " is an LSTM's alone; leave it out");
+    if (options.kind != Kind::online) return;
+    needed({Operand::norm_mean, Operand::norm_var});
+    if (options.training) needed({Operand::norm_u, Operand::norm_v});
+    if (!options.cell_norm) return;
+    needed({Operand::cell_norm_mean, Operand::cell_norm_var});
+    if (options.training) needed({Operand::cell_norm_u, Operand::cell_norm_v});
+  }
+
+  T* get(Operand which) const { return pointer<T>(tensors[which]); }
+  const int64_t* lengths() const { return pointer<int64_t>(tensors[Operand::lengths]); }
+
+  // What is kept for the backward; empty where it does not apply.
+  at::DimVector shape(Kept which) const {
+    const int64_t S = sequence * N;  // not only the real samples: shapes do not depend on the values of lengths
+    const bool normed = options.kind != Kind::none, scaled = options.guard == Guard::scale;
+    const bool online = options.kind == Kind::online, cell = options.cell_norm;
+    const auto rows = [S](bool applies, int64_t width) { return applies ? at::DimVector{S, width} : at::DimVector{0}; };
+    switch (which) {
+      case Kept::hidden: return rows(true, P);
+      case Kept::cell_state: return rows(options.lstm(), H);
+      case Kept::new_part: return rows(options.cell == Cell::gru, H);
+      case Kept::y: return rows(true, C);
+      case Kept::rstd: return rows(normed, online ? C : G);
+      case Kept::scale: return rows(scaled, G);
+      case Kept::cell_y: return rows(cell, H);
+      case Kept::cell_rstd: return rows(cell, online ? H : 1);
+      case Kept::cell_scale: return rows(cell && scaled, 1);
+      case Kept::partition: return {1};  // the number of threads whose blocks y, rstd and the cell's are made of
+    }
+    return {};
+  }
+};
+
+// Also what is the same for a forward and its backward.
+template <typename T>
+struct Call : Given<T> {
+  using Given<T>::options, Given<T>::tensors, Given<T>::I, Given<T>::P, Given<T>::G, Given<T>::H, Given<T>::C, Given<T>::get;
+
   Walk walk;
-  int64_t I, H, P, G, C;
   Tensor samples;  // [S, I]
   std::vector<T> unit, zero;  // [C] in place of an affine map or of biases that are not there
 
   Call(const Operands& operands, const Options& options)
-      : options(options), tensors(unpacked(operands)),
-        walk(tensors[X].size(0), tensors[X].size(1), lengths(), options.reverse),
-        I(tensors[X].size(2)), P(tensors[H0].size(1)), G(gates_of(options.cell)) {
-    C = tensors[WEIGHT_IH].size(0);
-    H = C / G;
-    unit.assign(C, T(1));
-    zero.assign(C, T(0));
-    check();
-    samples = tensors[X];
+      : Given<T>(operands, options), walk(this->sequence, this->N, this->lengths(), options.reverse), unit(C, T(1)),
+        zero(C, T(0)) {
+    samples = tensors[Operand::x];
     if (!walk.dense) {
       samples = scratch({walk.S, I});
-      gather(get(X), I, walk.position, samples.data_ptr<T>());
+      gather(get(Operand::x), I, walk.position, samples.data_ptr<T>());
     }
   }
 
-  // The modules check what users give; this keeps a call past them from reading other memory.
-  void check() const {
-    const auto shaped = [&](Operand which, at::IntArrayRef shape) {
-      const Tensor& tensor = tensors[which];
-      TORCH_CHECK_VALUE(!tensor.defined() || tensor.sizes() == shape, "rnnorm: operand ", static_cast<int>(which),
-                        " must have shape ", shape, "; got ", tensor.sizes());
-    };
-    TORCH_CHECK_VALUE(C == G * H, "rnnorm: weight_ih must have G*H rows; got ", C);
-    shaped(H0, {walk.N, P});
-    shaped(C0, {walk.N, H});
-    shaped(WEIGHT_IH, {C, I});
-    shaped(WEIGHT_HH, {C, P});
-    shaped(WEIGHT_HR, {P, H});
-    for (Operand which : {BIAS_IH, BIAS_HH, NORM_WEIGHT, NORM_BIAS, MEAN, VAR, U, V}) shaped(which, {C});
-    for (Operand which : {CELL_WEIGHT, CELL_BIAS, CELL_MEAN, CELL_VAR, CELL_U, CELL_V}) shaped(which, {H});
-    const auto needed = [&](bool all, std::initializer_list<Operand> together) {
-      for (Operand which : together)
-        TORCH_CHECK_VALUE(tensors[which].defined() == tensors[*together.begin()].defined() &&
-                              (tensors[which].defined() || !all),
-                          "rnnorm: operand ", static_cast<int>(which), " is missing, or another that goes with it");
-    };
-    needed(true, {X, H0, WEIGHT_IH, WEIGHT_HH});
-    if (options.cell == Cell::lstm) needed(true, {C0});
-    needed(false, {BIAS_IH, BIAS_HH});
-    needed(false, {NORM_WEIGHT, NORM_BIAS});
-    needed(false, {CELL_WEIGHT, CELL_BIAS});
-    if (options.kind != Kind::online) return;
-    needed(true, {MEAN, VAR});
-    if (options.training) needed(true, {U, V});
-    if (!options.cell_norm) return;
-    needed(true, {CELL_MEAN, CELL_VAR});
-    if (options.training) needed(true, {CELL_U, CELL_V});
-  }
-
-  const int64_t* lengths() const {
-    const Tensor &given = tensors[LENGTHS], &x = tensors[X];
-    TORCH_CHECK_VALUE(!given.defined() || given.numel() == x.size(1), "rnnorm: lengths must hold N = ", x.size(1),
-                      " values; got ", given.numel());
-    return pointer<int64_t>(given);
-  }
-
-  static std::vector<Tensor> unpacked(const Operands& operands) {
-    std::vector<Tensor> found;
-    found.reserve(operands.size());
-    for (const std::optional<Tensor>& operand : operands) {
-      Tensor tensor = operand.value_or(Tensor());
-      if (tensor.defined()) {
-        if (tensor.is_floating_point()) tensor = tensor.to(c10::CppTypeToScalarType<T>::value);
-        tensor = tensor.contiguous();
-      }
-      found.push_back(std::move(tensor));
-    }
-    return found;
-  }
-
-  T* get(Operand which) const { return pointer<T>(tensors[which]); }
-  Tensor empty(at::IntArrayRef shape) const { return at::empty(shape, tensors[X].options()); }
-  Tensor scratch(at::IntArrayRef shape) const { return pooled(shape, c10::CppTypeToScalarType<T>::value); }
-  Tensor zeros(at::IntArrayRef shape) const { return at::zeros(shape, tensors[X].options()); }
+  Tensor empty(at::IntArrayRef shape) const { return at::empty(shape, dtype<T>); }
+  Tensor zeros(at::IntArrayRef shape) const { return at::zeros(shape, dtype<T>); }
+  Tensor scratch(at::IntArrayRef shape) const { return pooled(shape, dtype<T>); }
 
   static void gather(const T* rows, int64_t width, const std::vector<int64_t>& index, T* out) {
     for (size_t s = 0; s < index.size(); ++s) std::copy_n(rows + index[s] * width, width, out + s * width);
@@ -154,50 +216,62 @@ struct Call {
     return previous < 0 ? initial + walk.row[s] * width : history + previous * width;
   }
 
-  Norm<T> norm(bool of_cell, const std::vector<Tensor>& kept) const {
+  Norm<T> norm(bool of_cell, const Table<Kept>& kept) const {
+    const Constants& constants = options.constants;
     Norm<T> norm;
     norm.kind = of_cell && !options.cell_norm ? Kind::none : options.kind;
     norm.guard = norm.kind == Kind::none ? Guard::none : options.guard;
     norm.training = options.training;
-    norm.eps = options.eps;
-    norm.alpha_fwd = options.alpha_fwd;
-    norm.rest_fwd = 1 - options.alpha_fwd;
-    norm.rest_bwd = 1 - options.alpha_bwd;
-    norm.scale_eps = options.scale_eps;
-    norm.limit = options.limit;
-    norm.control_floor = options.control_floor;
+    norm.eps = constants.eps;
+    norm.alpha_fwd = constants.alpha_fwd;
+    norm.rest_fwd = 1 - constants.alpha_fwd;
+    norm.rest_bwd = 1 - constants.alpha_bwd;
+    norm.scale_eps = constants.scale_eps;
+    norm.limit = constants.clamp_limit;
+    norm.control_floor = constants.control_floor;
     norm.G = of_cell ? 1 : G;
     norm.H = H;
     norm.S = walk.S;
-    const T *weight = get(of_cell ? CELL_WEIGHT : NORM_WEIGHT), *bias = get(of_cell ? CELL_BIAS : NORM_BIAS);
+    const T *weight = get(of_cell ? Operand::cell_norm_scale : Operand::norm_scale), *bias = get(of_cell ? Operand::cell_norm_shift : Operand::norm_shift);
     norm.weight = weight != nullptr ? weight : unit.data();
     norm.bias = bias != nullptr ? bias : zero.data();
-    norm.u = get(of_cell ? CELL_U : U);
-    norm.v = get(of_cell ? CELL_V : V);
-    if (!kept.empty() && (norm.kind != Kind::none || !of_cell)) {
-      norm.y = pointer<T>(kept[of_cell ? CELL_Y : Y]);
-      norm.rstd = pointer<T>(kept[of_cell ? CELL_RSTD : RSTD]);
-      norm.scale = pointer<T>(kept[of_cell ? CELL_SCALE : SCALE]);
+    norm.u = get(of_cell ? Operand::cell_norm_u : Operand::norm_u);
+    norm.v = get(of_cell ? Operand::cell_norm_v : Operand::norm_v);
+    if (norm.kind != Kind::none || !of_cell) {
+      norm.y = pointer<T>(kept[of_cell ? Kept::cell_y : Kept::y]);
+      norm.rstd = pointer<T>(kept[of_cell ? Kept::cell_rstd : Kept::rstd]);
+      norm.scale = pointer<T>(kept[of_cell ? Kept::cell_scale : Kept::scale]);
     }
     return norm;
   }
 
-  std::vector<Tensor> kept() const {
-    const int64_t S = walk.T * walk.N;  // not only the real samples: shapes do not depend on the values of lengths
-    const bool normed = options.kind != Kind::none, scaled = options.guard == Guard::scale;
-    const bool online = options.kind == Kind::online, lstm = options.cell == Cell::lstm;
-    const bool cell = options.cell_norm;
-    std::vector<Tensor> kept(KEPT);
-    kept[HIDDEN] = scratch({S, P});
-    kept[CELL_STATE] = lstm ? scratch({S, H}) : scratch({0});
-    kept[NEW_PART] = options.cell == Cell::gru ? scratch({S, H}) : scratch({0});
-    kept[Y] = scratch({S, C});
-    kept[RSTD] = normed ? scratch({S, online ? C : G}) : scratch({0});
-    kept[SCALE] = normed && scaled ? scratch({S, G}) : scratch({0});
-    kept[CELL_Y] = cell ? scratch({S, H}) : scratch({0});
-    kept[CELL_RSTD] = cell ? scratch({S, online ? H : 1}) : scratch({0});
-    kept[CELL_SCALE] = cell && scaled ? scratch({S, 1}) : scratch({0});
-    kept[PARTITION] = zeros({1});  // the number of threads whose blocks Y, RSTD and the cell's are made of
+  // Made for a backward.
+  Table<Kept> kept() const {
+    Table<Kept> kept;
+    for (size_t k = 0; k < names<Kept>.size() && options.save; ++k) {
+      const Kept which = static_cast<Kept>(k);
+      kept[which] = scratch(this->shape(which));
+    }
+    if (options.save) *kept[Kept::partition].template data_ptr<T>() = 1;
+    return kept;
+  }
+
+  // Handed back by the backward.
+  Table<Kept> kept(const std::vector<Tensor>& saved) const {
+    check_count(saved.size(), names<Kept>.size(), "kept tensors");
+    Table<Kept> kept;
+    for (size_t k = 0; k < names<Kept>.size(); ++k) {
+      const Kept which = static_cast<Kept>(k);
+      const Label label{"kept tensor", name_of(which)};
+      check_memory(saved[k], label);
+      check_dtype(saved[k], label, dtype<T>);
+      check_shape(saved[k], label, this->shape(which));
+      check_contiguous(saved[k], label);
+      kept[which] = saved[k];
+    }
+    const T threads = *kept[Kept::partition].template data_ptr<T>();
+    TORCH_CHECK(threads >= 1 && threads <= H && threads == std::floor(threads),
+                "rnnorm: kept tensor partition must be a number of threads in 1..", H, "; got ", threads);
     return kept;
   }
 };
@@ -206,20 +280,23 @@ template <typename T>
 struct Forward {
   Call<T> call;
   Gemm<T> gemm;
-  std::vector<Tensor> kept;
+  Table<Kept> kept;
   Norm<T> norm, cell_norm;
+  Tensor y;                              // [T, N, P]
   Tensor hidden, cell_state, projected;  // [S, P], [S, H], [S, H] before projection
   std::vector<T> frozen, cell_frozen;
   std::vector<Tensor> statistics;        // mean, var, cell mean, cell var: copies that move
 
   Forward(const Operands& operands, const Options& options)
-      : call(operands, options), gemm{options.micro}, kept(options.save ? call.kept() : std::vector<Tensor>()),
+      : call(operands, options), gemm{options.micro}, kept(call.kept()),
         norm(call.norm(false, kept)), cell_norm(call.norm(true, kept)) {
     const int64_t S = call.walk.S;
-    hidden = options.save ? kept[HIDDEN] : call.empty({S, call.P});
-    cell_state = options.save ? kept[CELL_STATE] : call.scratch({options.cell == Cell::lstm ? S : 0, call.H});
-    if (call.get(WEIGHT_HR) != nullptr) projected = call.scratch({S, call.H});
-    for (Operand which : {MEAN, VAR, CELL_MEAN, CELL_VAR}) {
+    const at::DimVector shape{call.walk.T, call.walk.N, call.P};
+    y = call.walk.dense ? call.empty(shape) : call.zeros(shape);
+    hidden = options.save ? kept[Kept::hidden] : call.walk.dense ? y : call.scratch({S, call.P});
+    cell_state = options.save ? kept[Kept::cell_state] : call.scratch({options.lstm() ? S : 0, call.H});
+    if (call.get(Operand::weight_hr) != nullptr) projected = call.scratch({S, call.H});
+    for (Operand which : {Operand::norm_mean, Operand::norm_var, Operand::cell_norm_mean, Operand::cell_norm_var}) {
       const Tensor& statistic = call.tensors[which];
       statistics.push_back(statistic.defined() && call.options.training ? statistic.clone() : statistic);
     }
@@ -248,7 +325,7 @@ struct Forward {
     const Walk& walk = call.walk;
     const int64_t H = call.H, P = call.P, G = call.G, N = walk.N;
     const Range units = part_of(H, id, team.size()), outputs = part_of(P, id, team.size());
-    if (id == 0 && call.options.save) *kept[PARTITION].template data_ptr<T>() = static_cast<T>(team.size());
+    if (id == 0 && call.options.save) *kept[Kept::partition].template data_ptr<T>() = static_cast<T>(team.size());
     const int64_t u = units.size(), W = G * u;
     const bool gru = call.options.cell == Cell::gru;
     Worker<T> me(id, team, exchange, units, norm, cell_norm, 2 * N * G);
@@ -257,13 +334,13 @@ struct Forward {
     // The GRU's recurrent part of n meets its reset gate before it meets the input part.
     const int64_t joined = gru ? 2 * u : W;
     Panels<T> recurrent(P, joined), fresh(P, gru ? u : 0), projection(H, projected.defined() ? outputs.size() : 0);
-    const T* weight = call.get(WEIGHT_HH);
+    const T* weight = call.get(Operand::weight_hh);
     for (int64_t g = 0; g < G; ++g) {
       Panels<T>& panels = gru && g == 2 ? fresh : recurrent;
       panels.pack_rows(gru && g == 2 ? 0 : g * u, u, weight + (g * H + units.begin) * P, P);
     }
     if (projected.defined())
-      projection.pack_rows(0, outputs.size(), call.get(WEIGHT_HR) + outputs.begin * H, H);
+      projection.pack_rows(0, outputs.size(), call.get(Operand::weight_hr) + outputs.begin * H, H);
 
     std::vector<T> gathered(walk.dense ? 0 : N * P), new_part(gru ? N * u : 0), c(N * u);
     T* h = hidden.data_ptr<T>();
@@ -289,8 +366,18 @@ struct Forward {
                             h + step.first * P + outputs.begin, P, false);
         team.wait();
       }
+      publish(step, outputs);
     }
     gemm.release();
+  }
+
+  // What is returned is the caller's to change: it shares no memory with what is kept.
+  void publish(const Step& step, Range columns) {
+    const T* from = hidden.data_ptr<T>() + columns.begin;
+    T* to = y.data_ptr<T>() + columns.begin;
+    if (from == to) return;
+    for (int64_t s = step.first; s < step.first + step.count; ++s)
+      std::copy_n(from + s * call.P, columns.size(), to + call.walk.position[s] * call.P);
   }
 
   // The input part of this thread's units, computed for many samples at a time: enough for a good product,
@@ -301,11 +388,11 @@ struct Forward {
         : forward_(forward), W_(forward.call.G * units.size()), panels_(forward.call.I, W_), bias_(W_),
           capacity_(std::min(std::max<int64_t>(256, forward.call.walk.N), forward.call.walk.S)), part_(capacity_ * W_) {
       const Call<T>& call = forward.call;
-      const T *b = call.get(BIAS_IH), *b_hidden = call.get(BIAS_HH);
+      const T *b = call.get(Operand::bias_ih), *b_hidden = call.get(Operand::bias_hh);
       const int64_t u = units.size();
       for (int64_t g = 0; g < call.G; ++g) {
         const int64_t channel = g * call.H + units.begin;
-        panels_.pack_rows(g * u, u, call.get(WEIGHT_IH) + channel * call.I, call.I);
+        panels_.pack_rows(g * u, u, call.get(Operand::weight_ih) + channel * call.I, call.I);
         // The GRU's recurrent bias of n stays with its recurrent part.
         const bool apart = call.options.cell == Cell::gru && g == 2;
         for (int64_t j = 0; j < u && b != nullptr; ++j)
@@ -340,7 +427,7 @@ struct Forward {
 
   // h of the step's rows before it, [count, P] contiguous.
   const T* state_before(const Step& step, std::vector<T>& gathered) const {
-    const T *initial = call.get(H0), *history = hidden.data_ptr<T>();
+    const T *initial = call.get(Operand::h), *history = hidden.data_ptr<T>();
     if (call.walk.dense) return call.before(initial, history, call.P, step.first);
     for (int64_t i = 0; i < step.count; ++i)
       std::copy_n(call.before(initial, history, call.P, step.first + i), call.P, gathered.data() + i * call.P);
@@ -354,7 +441,7 @@ struct Forward {
     T* history = cell_state.data_ptr<T>();
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
-      const T *q = pre + i * 4 * u, *c = call.before(call.get(C0), history, H, s) + first;
+      const T *q = pre + i * 4 * u, *c = call.before(call.get(Operand::c), history, H, s) + first;
       T* gates = norm.y != nullptr ? norm.y + norm.place(me.units, s, 0) : pre + i * 4 * u;
       T *kept_c = history + s * H + first, *h = out + s * H + first;
 #pragma omp simd
@@ -379,7 +466,7 @@ struct Forward {
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
       const T* __restrict q = pre + i * W;
-      const T* __restrict c = call.before(call.get(C0), history, H, s) + first;
+      const T* __restrict c = call.before(call.get(Operand::c), history, H, s) + first;
       T* __restrict now = c_new + i * u;
 #pragma omp simd
       for (int64_t j = 0; j < u; ++j)
@@ -402,7 +489,7 @@ struct Forward {
 
   void gru_step(Worker<T>& me, const Step& step, T* pre, const T* bias, T* new_part, const T* h_before, T* out) {
     const int64_t u = me.units.size(), H = call.H, W = 3 * u, first = me.units.begin;
-    const T* hidden_bias = call.get(BIAS_HH);
+    const T* hidden_bias = call.get(Operand::bias_hh);
     norm_forward(me.norm, me, 0, 2, step.first, step.count, pre, W, bias);
     for (int64_t i = 0; i < step.count; ++i) {
       T* __restrict q = pre + i * W;
@@ -415,7 +502,7 @@ struct Forward {
 #pragma omp simd
       for (int64_t j = 0; j < u; ++j) q[2 * u + j] += sigmoid(q[j]) * part[j];
       if (call.options.save)
-        std::copy_n(part, u, kept[NEW_PART].template data_ptr<T>() + (step.first + i) * H + first);
+        std::copy_n(part, u, kept[Kept::new_part].template data_ptr<T>() + (step.first + i) * H + first);
     }
     norm_forward(me.norm, me, 2, 3, step.first, step.count, pre + 2 * u, W, bias + 2 * u);
     for (int64_t i = 0; i < step.count; ++i) {
@@ -450,15 +537,7 @@ struct Forward {
   std::vector<Tensor> results() {
     const Walk& walk = call.walk;
     const int64_t P = call.P, H = call.H;
-    Tensor y;
-    // Not a view of what nobody else sees: autograd would refuse to change it in place.
-    if (walk.dense) y = at::_unsafe_view(call.options.save ? hidden.clone() : hidden, {walk.T, walk.N, P});
-    if (!walk.dense) {
-      y = call.zeros({walk.T, walk.N, P});
-      for (int64_t s = 0; s < walk.S; ++s)
-        std::copy_n(hidden.data_ptr<T>() + s * P, P, y.data_ptr<T>() + walk.position[s] * P);
-    }
-    const bool lstm = call.options.cell == Cell::lstm;
+    const bool lstm = call.options.lstm();
     Tensor h = call.empty({walk.N, P}), c = lstm ? call.empty({walk.N, H}) : call.empty({0});
     call.gather(hidden.data_ptr<T>(), P, walk.last, h.data_ptr<T>());
     if (lstm) call.gather(cell_state.data_ptr<T>(), H, walk.last, c.data_ptr<T>());
@@ -466,7 +545,7 @@ struct Forward {
     const bool moved = call.options.training && call.options.kind == Kind::online;
     for (const Tensor& statistic : statistics)
       out.push_back(moved && statistic.defined() ? statistic : call.empty({0}));
-    out.insert(out.end(), kept.begin(), kept.end());
+    for (size_t k = 0; k < names<Kept>.size() && call.options.save; ++k) out.push_back(kept[static_cast<Kept>(k)]);
     return out;
   }
 };
@@ -475,7 +554,7 @@ template <typename T>
 struct Backward {
   Call<T> call;
   Gemm<T> gemm;
-  std::vector<Tensor> kept;
+  Table<Kept> kept;
   Norm<T> norm, cell_norm;
   Tensor grad_y, grad_h, grad_c;                  // [S, P] or undefined, [N, P], [N, H] moved in place
   Tensor grad_input_part, grad_hidden_part;       // [S, C]; the second differs from the first only in a GRU
@@ -484,24 +563,34 @@ struct Backward {
   Tensor grad_x, grad_weight_ih, grad_weight_hh, grad_weight_hr, grad_bias_ih, grad_bias_hh;
   bool need_input, need_weights;
 
-  Backward(const Operands& grads, const Operands& operands, const std::vector<Tensor>& kept, const Options& options,
+  Backward(const Operands& grads, const Operands& operands, const std::vector<Tensor>& saved, const Options& options,
            bool need_input, bool need_weights)
-      : call(operands, options), gemm{options.micro}, kept(kept), norm(call.norm(false, kept)),
+      : call(operands, options), gemm{options.micro}, kept(call.kept(saved)), norm(call.norm(false, kept)),
         cell_norm(call.norm(true, kept)), need_input(need_input), need_weights(need_weights) {
     const Walk& walk = call.walk;
     const int64_t S = walk.S, P = call.P, H = call.H, C = call.C, I = call.I;
-    const std::vector<Tensor> given = Call<T>::unpacked(grads);
-    grad_y = given[0];
+    check_count(grads.size(), 3, "gradients, those of y, h and c");
+    const auto gradient = [&](size_t k, const char* name, at::IntArrayRef shape) {
+      const std::optional<Tensor> given = grads.get(k);
+      if (!given) return Tensor();
+      check_shape(*given, {"gradient of", name}, shape);
+      return ready<T>(*given, {"gradient of", name});
+    };
+    const auto moved = [&](const Tensor& given, at::IntArrayRef shape) {
+      return given.defined() ? given.clone() : call.zeros(shape);
+    };
+    grad_y = gradient(0, "y", {walk.T, walk.N, P});
     if (grad_y.defined() && !walk.dense) {
+      const Tensor padded = grad_y;
       grad_y = call.scratch({S, P});
-      call.gather(given[0].data_ptr<T>(), P, walk.position, grad_y.template data_ptr<T>());
+      call.gather(padded.data_ptr<T>(), P, walk.position, grad_y.template data_ptr<T>());
     }
-    grad_h = given[1].defined() ? given[1].clone() : call.zeros({walk.N, P});
-    const bool lstm = options.cell == Cell::lstm;
-    grad_c = lstm ? (given[2].defined() ? given[2].clone() : call.zeros({walk.N, H})) : call.empty({0});
+    grad_h = moved(gradient(1, "h", {walk.N, P}), {walk.N, P});
+    const at::DimVector c_shape = options.lstm() ? at::DimVector{walk.N, H} : at::DimVector{0};
+    grad_c = moved(gradient(2, "c", c_shape), c_shape);
     grad_input_part = call.scratch({S, C});
     grad_hidden_part = options.cell == Cell::gru ? call.scratch({S, C}) : grad_input_part;
-    if (call.get(WEIGHT_HR) != nullptr) {
+    if (call.get(Operand::weight_hr) != nullptr) {
       grad_hidden = call.scratch({S, P});
       projected = call.scratch({S, H});
     }
@@ -517,7 +606,7 @@ struct Backward {
     grad_weight_ih = product({C, I});
     grad_weight_hh = product({C, P});
     if (projected.defined()) grad_weight_hr = product({P, H});
-    if (call.get(BIAS_IH) != nullptr) {
+    if (call.get(Operand::bias_ih) != nullptr) {
       grad_bias_ih = call.zeros({C});
       grad_bias_hh = call.zeros({C});
     }
@@ -543,8 +632,8 @@ struct Backward {
     me.own.take(bias_ih, true);
     me.own.take(bias_hh, true);
     Panels<T> recurrent(C, p), projection(P, projected.defined() ? u : 0);
-    recurrent.pack_columns(call.get(WEIGHT_HH) + outputs.begin, P);
-    if (projected.defined()) projection.pack_columns(call.get(WEIGHT_HR) + units.begin, H);
+    recurrent.pack_columns(call.get(Operand::weight_hh) + outputs.begin, P);
+    if (projected.defined()) projection.pack_columns(call.get(Operand::weight_hr) + units.begin, H);
 
     // By row of the step: gradients of h (own outputs), of what the projection takes in (own units), of pre-activations and
     // of what goes past them. All that is worked on lies here: in shared rows the threads would fight for the lines between.
@@ -597,11 +686,11 @@ struct Backward {
 
   // Where the forward ran with another number of threads, what it kept moves to these ones' blocks.
   void take_over(int threads) {
-    T& partition = *kept[PARTITION].template data_ptr<T>();
+    T& partition = *kept[Kept::partition].template data_ptr<T>();
     const int from = static_cast<int>(partition);
     if (from == threads) return;
-    for (Kept which : {Y, RSTD, CELL_Y, CELL_RSTD}) {
-      const bool of_cell = which == CELL_Y || which == CELL_RSTD, of_units = which == Y || which == CELL_Y || norm.kind == Kind::online;
+    for (Kept which : {Kept::y, Kept::rstd, Kept::cell_y, Kept::cell_rstd}) {
+      const bool of_cell = which == Kept::cell_y || which == Kept::cell_rstd, of_units = which == Kept::y || which == Kept::cell_y || norm.kind == Kind::online;
       if (of_units && kept[which].numel() > 0)
         repartition(kept[which].template data_ptr<T>(), call.walk.S, of_cell ? 1 : call.G, call.H, from, threads);
     }
@@ -649,13 +738,13 @@ struct Backward {
   // From the gates that the forward kept.
   void plain_lstm_step(Worker<T>& me, const Step& step, const T* dh, Gradients<T> d, T* later) {
     const int64_t u = me.units.size(), H = call.H, first = me.units.begin;
-    const T* history = kept[CELL_STATE].template data_ptr<T>();
+    const T* history = kept[Kept::cell_state].template data_ptr<T>();
     T* inside = projected.defined() ? projected.data_ptr<T>() : nullptr;
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
       const T* __restrict gates = norm.y + norm.place(me.units, s, 0);
       const T* __restrict now = history + s * H + first;
-      const T* __restrict before = call.before(call.get(C0), history, H, s) + first;
+      const T* __restrict before = call.before(call.get(Operand::c), history, H, s) + first;
       const T* __restrict dhi = dh + i * u;
       T* __restrict di = d.at(i, 0);
       T* __restrict carried = later + call.walk.row[s] * u;
@@ -676,7 +765,7 @@ struct Backward {
 
   void lstm_step(Worker<T>& me, const Step& step, const T* dh, T* q, Gradients<T> d, T* dc, T* carried) {
     const int64_t u = me.units.size(), H = call.H, W = 4 * u, first = me.units.begin;
-    const T* history = kept[CELL_STATE].template data_ptr<T>();
+    const T* history = kept[Kept::cell_state].template data_ptr<T>();
     T* inside = projected.defined() ? projected.data_ptr<T>() : nullptr;
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
@@ -700,7 +789,7 @@ struct Backward {
                   Gradients<T>{dc, u, u});
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t s = step.first + i;
-      const T* __restrict c = call.before(call.get(C0), history, H, s) + first;
+      const T* __restrict c = call.before(call.get(Operand::c), history, H, s) + first;
       const T* __restrict qi = q + i * W;
       T* __restrict di = d.at(i, 0);
       const T* __restrict dci = dc + i * u;
@@ -720,8 +809,8 @@ struct Backward {
   // Leaves dh * z, the direct path to h before the step, in `direct` [count, units].
   void gru_step(Worker<T>& me, const Step& step, const T* dh, T* q, Gradients<T> d, T* direct) {
     const int64_t u = me.units.size(), H = call.H, W = 3 * u, first = me.units.begin;
-    const T *initial = call.get(H0), *history = kept[HIDDEN].template data_ptr<T>();
-    const T* parts = kept[NEW_PART].template data_ptr<T>();
+    const T *initial = call.get(Operand::h), *history = kept[Kept::hidden].template data_ptr<T>();
+    const T* parts = kept[Kept::new_part].template data_ptr<T>();
     for (int64_t i = 0; i < step.count; ++i) {
       norm_recompute(me.norm, me, step.first + i, q + i * W);
       const T* __restrict qi = q + i * W;
@@ -785,7 +874,7 @@ struct Backward {
   void multiply_inputs(int id, int threads) {
     const Slices slices(call.I);
     const Range share = part_of(call.walk.S, id, threads);
-    const T *parts = grad_input_part.data_ptr<T>(), *weight = call.get(WEIGHT_IH);
+    const T *parts = grad_input_part.data_ptr<T>(), *weight = call.get(Operand::weight_ih);
     const int64_t I = call.I, C = call.C;
     const Array<T> packed(block_depth * Slices::widest);
     for (int64_t k = 0; k < C; k += block_depth) {
@@ -833,10 +922,10 @@ struct Backward {
   void multiply_weights(int id, int threads) {
     const int64_t S = call.walk.S;
     Product inputs{std::vector<const T*>(S), call.I, grad_weight_ih}, states{std::vector<const T*>(S), call.P, grad_weight_hh};
-    const T *samples = call.samples.template data_ptr<T>(), *history = kept[HIDDEN].template data_ptr<T>();
+    const T *samples = call.samples.template data_ptr<T>(), *history = kept[Kept::hidden].template data_ptr<T>();
     for (int64_t s = 0; s < S; ++s) {
       inputs.right[s] = samples + s * call.I;
-      states.right[s] = call.before(call.get(H0), history, call.P, s);
+      states.right[s] = call.before(call.get(Operand::h), history, call.P, s);
     }
     if (call.options.cell == Cell::gru) {
       multiply_transposed(id, threads, grad_input_part, {inputs});
@@ -865,8 +954,8 @@ struct Backward {
       return call.tensors[which].defined() ? both.select(0, row).clone() : Tensor();
     };
     std::vector<Tensor> out{grad_x, grad_h, grad_c, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh,
-                            grad_weight_hr, affine(NORM_WEIGHT, grad_affine, 0), affine(NORM_BIAS, grad_affine, 1),
-                            affine(CELL_WEIGHT, grad_cell_affine, 0), affine(CELL_BIAS, grad_cell_affine, 1)};
+                            grad_weight_hr, affine(Operand::norm_scale, grad_affine, 0), affine(Operand::norm_shift, grad_affine, 1),
+                            affine(Operand::cell_norm_scale, grad_cell_affine, 0), affine(Operand::cell_norm_shift, grad_cell_affine, 1)};
     for (Tensor& gradient : out)
       if (!gradient.defined()) gradient = call.empty({0});
     return out;
@@ -875,21 +964,33 @@ struct Backward {
 
 Options options_of(std::string_view cell, std::string_view norm, std::string_view guard, at::ArrayRef<double> constants,
                    bool cell_norm, bool training, bool reverse, bool save, bool micro, int64_t threads) {
-  return {named<Cell>(cell_names, cell), named<Kind>(kind_names, norm), named<Guard>(guard_names, guard),
-          constants[0], constants[1], constants[2], constants[3], constants[4], constants[5],
-          cell_norm, training, reverse, save, micro && micro_kernel_works(), threads};
+  check_count(constants.size(), names<Constants>.size(), "constants");
+  Options options{named<Cell>("cell", cell), named<Kind>("norm", norm), named<Guard>("guard", guard), {}, cell_norm,
+                  training, reverse, save, micro && micro_kernel_works(), threads};
+  std::memcpy(&options.constants, constants.data(), sizeof(Constants));
+  TORCH_CHECK(options.guard == Guard::none || options.kind == Kind::online, "rnnorm: guard must be none where norm is ",
+              norm, "; got ", guard);
+  TORCH_CHECK(!cell_norm || (options.lstm() && options.kind != Kind::none),
+              "rnnorm: cell_norm must be false where cell is ", cell, " and norm is ", norm);
+  check_threads(threads);
+  return options;
 }
 
-at::ScalarType dtype_of(const Operands& operands) { return std::optional<Tensor>(operands.get(X))->scalar_type(); }
+at::ScalarType dtype_of(const Operands& operands) {
+  check_count(operands.size(), names<Operand>.size(), "operands");
+  const std::optional<Tensor> x = operands.get(index(Operand::x));
+  TORCH_CHECK(x, "rnnorm: operand x is missing");
+  return x->scalar_type();
+}
 
 std::vector<Tensor> forward(const Operands& operands, std::string_view cell, std::string_view norm,
                             std::string_view guard, at::ArrayRef<double> constants, bool cell_norm, bool training,
                             bool reverse, bool save, bool micro, int64_t threads) {
   const Options options = options_of(cell, norm, guard, constants, cell_norm, training, reverse, save, micro, threads);
-  const at::ScalarType dtype = dtype_of(operands);
+  const at::ScalarType found_dtype = dtype_of(operands);
   std::vector<Tensor> found =
-      dtype == at::kDouble ? Forward<double>(operands, options).run() : Forward<float>(operands, options).run();
-  for (int k = 0; k < 3; ++k) found[k] = found[k].to(dtype);  // y, h and c
+      found_dtype == at::kDouble ? Forward<double>(operands, options).run() : Forward<float>(operands, options).run();
+  for (int k = 0; k < 3; ++k) found[k] = found[k].to(found_dtype);  // y, h and c
   return found;
 }
 
@@ -898,12 +999,12 @@ std::vector<Tensor> gradients(const Operands& grads, const Operands& operands, c
                               const Options& options, bool need_input, bool need_weights) {
   Backward<T> pass(grads, operands, kept, options, need_input, need_weights);
   std::vector<Tensor> found = pass.run();
-  const auto given = [&](size_t which) { return std::optional<Tensor>(operands.get(which)); };
-  for (Operand which : {U, V, CELL_U, CELL_V})  // what moved may be a copy, made for its dtype or strides
+  const auto given = [&](Operand which) { return std::optional<Tensor>(operands.get(index(which))); };
+  for (Operand which : {Operand::norm_u, Operand::norm_v, Operand::cell_norm_u, Operand::cell_norm_v})  // what moved may be a copy, made for its dtype or strides
     if (auto buffer = given(which); buffer && !buffer->is_same(pass.call.tensors[which]))
       buffer->copy_(pass.call.tensors[which]);
   for (size_t k = 0; k < found.size(); ++k)
-    if (auto operand = given(k)) found[k] = found[k].to(operand->scalar_type());
+    if (auto operand = given(static_cast<Operand>(k))) found[k] = found[k].to(operand->scalar_type());
   return found;
 }
 

@@ -1,0 +1,47 @@
+// Nothing that an operator is handed is trusted: what its kernel reads through pointers is checked here.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+
+namespace rnnorm {
+
+// What an error calls a tensor: its role, such as "operand", and its name.
+struct Label {
+  const char* role;
+  std::string_view name;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Label& label) {
+  return out << "rnnorm: " << label.role << ' ' << label.name;
+}
+
+inline void check_memory(const at::Tensor& tensor, Label label) {
+  TORCH_CHECK(tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor._is_zerotensor(), label,
+              " must be a dense tensor on the CPU; got one of layout ", tensor.layout(), " on ", tensor.device());
+}
+
+inline void check_dtype(const at::Tensor& tensor, Label label, at::ScalarType dtype) {
+  TORCH_CHECK(tensor.scalar_type() == dtype, label, " must have dtype ", dtype, "; got ", tensor.scalar_type());
+}
+
+inline void check_shape(const at::Tensor& tensor, Label label, at::IntArrayRef shape) {
+  TORCH_CHECK(tensor.sizes() == shape, label, " must have shape ", shape, "; got ", tensor.sizes());
+}
+
+inline void check_contiguous(const at::Tensor& tensor, Label label) {
+  TORCH_CHECK(tensor.is_contiguous(), label, " must be contiguous; got strides ", tensor.strides());
+}
+
+inline void check_count(size_t found, size_t expected, const char* what) {
+  TORCH_CHECK(found == expected, "rnnorm: there must be ", expected, ' ', what, "; got ", found);
+}
+
+// More than any machine would be asked for; the OpenMP library ends the process where it cannot start them.
+inline void check_threads(int64_t threads) {
+  constexpr int64_t most = 1024;
+  TORCH_CHECK(threads >= 0 && threads <= most, "rnnorm: threads must lie in 0..", most, "; got ", threads);
+}
+
+}  // namespace rnnorm
