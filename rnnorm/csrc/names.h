@@ -1,4 +1,5 @@
-// Every list of names that Python and C++ share. `rnnorm_cpu::names` hands them out; a test compares both sides.
+// The lists of names that Python and C++ share; that of the cells is in cpu/cells.h. The operator rnnorm_cpu::names returns
+// all of them, and a test compares names and order with Python's.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -8,47 +9,46 @@
 #include <string_view>
 
 // rnnorm.ops.call.Operands
-#define RNNORM_OPERANDS(_)                                                                                 \
+#define RNNORM_OPERANDS(_)                                                                                \
   _(x) _(h) _(c) _(weight_ih) _(weight_hh) _(bias_ih) _(bias_hh) _(weight_hr) _(norm_scale) _(norm_shift) \
   _(cell_norm_scale) _(cell_norm_shift) _(norm_mean) _(norm_var) _(norm_u) _(norm_v) _(cell_norm_mean)    \
   _(cell_norm_var) _(cell_norm_u) _(cell_norm_v) _(lengths)
 
-// What the forward keeps for the backward: rnnorm.ops.native.KEPT
-#define RNNORM_KEPT(_)                                                                                    \
-  _(hidden) _(cell_state) _(new_part) _(y) _(rstd) _(scale) _(cell_y) _(cell_rstd) _(cell_scale) _(partition)
+// What the forward pass keeps for the backward pass: rnnorm.ops.native.widths
+#define RNNORM_KEPT(_) \
+  _(hidden) _(cell_state) _(apart) _(y) _(rstd) _(scale) _(cell_y) _(cell_rstd) _(cell_scale) _(partition)
 
-// rnnorm.ops.native.CONSTANTS
+// rnnorm.norms.Constants
 #define RNNORM_CONSTANTS(_) _(eps) _(alpha_fwd) _(alpha_bwd) _(scale_eps) _(clamp_limit) _(control_floor)
 
-// rnnorm._cells.CELLS, rnnorm.norms.KINDS and GUARDS
-#define RNNORM_CELLS(_) _(lstm) _(gru) _(rnn_tanh) _(rnn_relu)
+// rnnorm.norms.KINDS and GUARDS
 #define RNNORM_NORMS(_) _(none) _(online) _(layer) _(rms)
 #define RNNORM_GUARDS(_) _(none) _(scale) _(clamp)
-
-namespace rnnorm {
 
 #define RNNORM_MEMBER(name) name,
 #define RNNORM_STRING(name) #name,
 #define RNNORM_FIELD(name) double name;
-#define RNNORM_ENUM(Enum, LIST)      \
+#define RNNORM_NAMES(LIST) std::to_array<std::string_view>({LIST(RNNORM_STRING)})
+#define RNNORM_ENUM(Enum, LIST)            \
   enum class Enum { LIST(RNNORM_MEMBER) }; \
-  template <>                        \
-  inline constexpr auto names<Enum> = std::to_array<std::string_view>({LIST(RNNORM_STRING)});
+  template <>                              \
+  inline constexpr auto names<Enum> = RNNORM_NAMES(LIST);
+
+namespace rnnorm {
+
+template <typename Names>
+inline constexpr auto names = nullptr;
+
+RNNORM_ENUM(Operand, RNNORM_OPERANDS)
+RNNORM_ENUM(Kept, RNNORM_KEPT)
+RNNORM_ENUM(Kind, RNNORM_NORMS)
+RNNORM_ENUM(Guard, RNNORM_GUARDS)
 
 struct Constants {
   RNNORM_CONSTANTS(RNNORM_FIELD)
 };
-
-template <typename Names>
-inline constexpr auto names = nullptr;
 template <>
-inline constexpr auto names<Constants> = std::to_array<std::string_view>({RNNORM_CONSTANTS(RNNORM_STRING)});
-
-RNNORM_ENUM(Operand, RNNORM_OPERANDS)
-RNNORM_ENUM(Kept, RNNORM_KEPT)
-RNNORM_ENUM(Cell, RNNORM_CELLS)
-RNNORM_ENUM(Kind, RNNORM_NORMS)
-RNNORM_ENUM(Guard, RNNORM_GUARDS)
+inline constexpr auto names<Constants> = RNNORM_NAMES(RNNORM_CONSTANTS);
 
 template <typename Enum>
 constexpr size_t index(Enum member) {
@@ -66,7 +66,5 @@ Enum named(const char* what, std::string_view name) {
     if (names<Enum>[i] == name) return static_cast<Enum>(i);
   TORCH_CHECK(false, "rnnorm: ", what, " must be one of ", at::ArrayRef(names<Enum>), "; got ", name);
 }
-
-inline int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
 
 }  // namespace rnnorm

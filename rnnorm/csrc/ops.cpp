@@ -1,11 +1,13 @@
-// The schemas of the CPU operators; kernels are registered beside their code in cpu/.
+// The CPU operators: schemas and kernels. A call's operands are checked here and its type is chosen.
 #include <torch/library.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "cpu/gemm.h"
-#include "names.h"
+#include "cpu/linear_cross_entropy.h"
+#include "cpu/sequence.h"
 
 namespace rnnorm {
 namespace {
@@ -24,6 +26,32 @@ c10::Dict<std::string, std::vector<std::string>> all_names() {
   return all;
 }
 
+std::vector<Tensor> run_forward(const Tensors& operands, std::string_view cell, std::string_view norm,
+                                std::string_view guard, at::ArrayRef<double> constants, bool cell_norm, bool training,
+                                bool reverse, bool save, bool micro, int64_t threads) {
+  const Call call(operands, {cell, norm, guard, constants, cell_norm, training, reverse, save, micro, threads});
+  std::vector<Tensor> found = call.dtype == at::kDouble ? forward<double>(call) : forward<float>(call);
+  const at::ScalarType given = std::optional<Tensor>(operands.get(index(Operand::x)))->scalar_type();
+  for (int k = 0; k < 3; ++k) found[k] = found[k].to(given);  // y, h and c
+  return found;
+}
+
+std::vector<Tensor> run_backward(const Tensors& grads, const Tensors& operands, const std::vector<Tensor>& kept,
+                                 std::string_view cell, std::string_view norm, std::string_view guard,
+                                 at::ArrayRef<double> constants, bool cell_norm, bool training, bool reverse, bool micro,
+                                 int64_t threads, bool need_input, bool need_weights) {
+  const Call call(operands, {cell, norm, guard, constants, cell_norm, training, reverse, true, micro, threads});
+  const auto pass = call.dtype == at::kDouble ? &backward<double> : &backward<float>;
+  std::vector<Tensor> found = pass(call, call.checked(grads), call.checked(kept), need_input, need_weights);
+  const auto given = [&](Operand which) { return std::optional<Tensor>(operands.get(index(which))); };
+  for (Operand which : {Operand::norm_u, Operand::norm_v, Operand::cell_norm_u, Operand::cell_norm_v})
+    if (auto moved = given(which); moved && !moved->is_same(call.tensors[which]))  // a copy, for its dtype or strides
+      moved->copy_(call.tensors[which]);
+  for (size_t k = 0; k < found.size(); ++k)
+    if (auto operand = given(static_cast<Operand>(k))) found[k] = found[k].to(operand->scalar_type());
+  return found;
+}
+
 }  // namespace
 }  // namespace rnnorm
 
@@ -38,5 +66,11 @@ TORCH_LIBRARY(rnnorm_cpu, library) {
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? weights, bool need_hidden, "
       "bool need_weight, bool need_bias, bool micro, int threads) -> Tensor[]");
   library.def("names() -> Dict(str, str[])", &rnnorm::all_names);
-  library.def("has_micro_kernel() -> bool", [] { return rnnorm::micro_kernel_works(); });
+  library.def("has_micro_kernel() -> bool", &rnnorm::micro_kernel_works);
+}
+
+TORCH_LIBRARY_IMPL(rnnorm_cpu, CPU, library) {
+  library.impl("forward", &rnnorm::run_forward);
+  library.impl("backward", &rnnorm::run_backward);
+  library.impl("linear_cross_entropy", &rnnorm::linear_cross_entropy);
 }

@@ -53,17 +53,9 @@ def _flags() -> list[str]:
     # No -ffast-math: infinities and NaN must stay what they are.
     arithmetic = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    warnings = ["-Wall", "-Wextra"]
     return [
-        *(
-            "-std=c++20",
-            "-O3",
-            "-Wall",
-            "-Wextra",
-            "-fPIC",
-            "-fopenmp",
-            *arithmetic,
-            *machine.get(platform.machine(), []),
-        ),
+        *("-std=c++20", "-O3", "-fPIC", "-fopenmp", *warnings, *arithmetic, *machine.get(platform.machine(), [])),
         *shlex.split(os.environ.get("RNNORM_CXXFLAGS", "")),
         *(abi, f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"),
     ]

@@ -21,7 +21,7 @@ def widths(operands: Operands, spec: CallSpec) -> dict[str, int]:
     return {
         "hidden": P,
         "cell_state": H if "c" in spec.declared.states else 0,
-        "new_part": H if spec.declared.apart else 0,
+        "apart": H if spec.declared.apart else 0,
         "y": C,
         "rstd": (C if online else G) if normed else 0,
         "scale": G if scaled else 0,
@@ -50,7 +50,7 @@ class Native:
         x = operands.x
         S, dtype = x.size(0) * x.size(1), statistics_dtype(x.dtype)
         kept = [x.new_empty((S, width) if width else (0,), dtype=dtype) for width in widths(operands, spec).values()]
-        return [*kept, x.new_empty(1, dtype=dtype)]  # partition, a count of threads
+        return [*kept, x.new_empty(1, dtype=torch.int64)]  # partition, a count of threads
 
     def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
         found = torch.ops.rnnorm_cpu.forward(

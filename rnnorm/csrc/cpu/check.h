@@ -1,4 +1,4 @@
-// Nothing that an operator is handed is trusted: what its kernel reads through pointers is checked here.
+// Checks of operator arguments: kernels read them through pointers, so nothing may be taken on trust.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -38,7 +38,7 @@ inline void check_count(size_t found, size_t expected, const char* what) {
   TORCH_CHECK(found == expected, "rnnorm: there must be ", expected, ' ', what, "; got ", found);
 }
 
-// More than any machine would be asked for; the OpenMP library ends the process where it cannot start them.
+// More threads than this are a mistake, and OpenMP ends a process for which it cannot start them.
 inline void check_threads(int64_t threads) {
   constexpr int64_t most = 1024;
   TORCH_CHECK(threads >= 0 && threads <= most, "rnnorm: threads must lie in 0..", most, "; got ", threads);

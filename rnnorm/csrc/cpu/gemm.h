@@ -1,11 +1,7 @@
 // Matrix products of one thread: row-major A [M, K] times packed B, by oneDNN's micro-kernel or by at::addmm.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/native/CPUBlas.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -19,24 +15,11 @@
 namespace rnnorm {
 
 // Whether the micro-kernel exists in this torch and can be generated for this processor.
-inline bool micro_kernel_works() {
-#if defined(CPUBLAS_BRGEMM_F32F32F32)
-  static const bool works = [] {
-    try {
-      const float a[16 * 16] = {}, b[16 * 16] = {};
-      float c[16 * 16];
-      at::native::cpublas::brgemm(16, 16, 16, 16, 16, 16, false, a, b, c, false);
-      at::native::cpublas::brgemm_release(false);
-      return true;
-    } catch (const std::exception&) {
-      return false;
-    }
-  }();
-  return works;
-#else
-  return false;
-#endif
-}
+bool micro_kernel_works();
+
+// C [M, N] (+)= A [M, K] B [K, N] by at::addmm.
+template <typename T>
+void blas(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc, bool add);
 
 template <typename T>
 struct Gemm {
@@ -59,12 +42,7 @@ struct Gemm {
       }
     }
 #endif
-    const at::AutoDispatchBelowAutograd below;
-    const auto options = at::TensorOptions(c10::CppTypeToScalarType<T>::value);
-    const at::Tensor a = at::from_blob(const_cast<T*>(A), {M, K}, {lda, 1}, options);
-    const at::Tensor b = at::from_blob(const_cast<T*>(B), {K, N}, {ldb, 1}, options);
-    at::Tensor c = at::from_blob(C, {M, N}, {ldc, 1}, options);
-    at::addmm_out(c, c, a, b, add ? 1 : 0, 1);
+    blas(M, N, K, A, lda, B, ldb, C, ldc, add);
   }
 
   // The micro-kernel may hold a hardware context on this thread.
@@ -75,12 +53,12 @@ struct Gemm {
   }
 };
 
-// What one call of the micro-kernel takes: eight times seven rows, and so much of K that a slice of B, which every seven rows
-// pass over anew, stays in the second cache.
+// The block of one micro-kernel call: eight times seven rows, and as much of K as keeps a slice of B, which is read again for
+// every seven rows, in the L2 cache.
 inline constexpr int64_t block_rows = 56, block_depth = 512;
 
-// Columns cut into slices for the micro-kernel: at most four vectors of 16 wide, so that registers are left for seven rows
-// at a time, and of even width, since a narrow rest would run at a fraction of the speed.
+// Columns cut into slices for the micro-kernel: at most four vectors of 16 wide, which leaves registers for seven rows at a
+// time, and of equal width, since a narrow remainder would run at a fraction of the speed.
 class Slices {
  public:
   static constexpr int64_t widest = 64;
@@ -95,7 +73,7 @@ class Slices {
   int64_t columns_, vectors_, count_;
 };
 
-// `count` rows of `width` values, one behind the other: each from `column` of its own pointer, or `ld` apart.
+// Copy `count` rows of `width` values into contiguous memory: each from `column` of its own pointer, or `ld` apart.
 template <typename T>
 void copy_rows(const T* const* rows, int64_t column, int64_t count, int64_t width, T* out) {
   for (int64_t k = 0; k < count; ++k) std::copy_n(rows[k] + column, width, out + k * width);
@@ -108,7 +86,7 @@ void copy_rows(const T* source, int64_t ld, int64_t count, int64_t width, T* out
 #if defined(__AVX512F__)
 using Lanes = float __attribute__((vector_size(64)));
 
-// Of 2 x 2 blocks of `step` x `step` values, the two off the diagonal change places.
+// Swap the two off-diagonal blocks of 2 x 2 blocks of `step` x `step` values.
 template <int step, std::size_t... j>
 inline void exchange(Lanes& a, Lanes& b, std::index_sequence<j...>) {
   const Lanes first = __builtin_shufflevector(a, b, (j & step ? 16 + j - step : j)...);
@@ -126,7 +104,7 @@ inline void transpose_lanes(Lanes* rows) {
 }
 #endif
 
-// The transpose of one tile of 16 x 16 values, by shuffles where that is faster; whether it was.
+// Transpose one tile of 16 x 16 values by shuffles, if this type and processor have them; returns whether it did.
 template <typename T>
 bool transpose_tile(const T* in, int64_t ld, T* out, int64_t out_ld) {
 #if defined(__AVX512F__)
@@ -147,7 +125,7 @@ class Panels {
  public:
   Panels(int64_t K, int64_t columns) : K_(K), slices_(columns), data_(K * columns) {}
 
-  // Columns [first, first + count) become the transpose of `count` rows of `source` (row stride `ld`).
+  // Fill columns [first, first + count) with the transpose of `count` rows of `source` (row stride `ld`).
   void pack_rows(int64_t first, int64_t count, const T* source, int64_t ld) {
     constexpr int64_t tile = 16;
     for (int64_t slice = 0; slice < slices_.count(); ++slice) {
@@ -164,7 +142,7 @@ class Panels {
     }
   }
 
-  // All columns are those of `source` (row stride `ld`).
+  // Fill all columns with those of `source` (row stride `ld`).
   void pack_columns(const T* source, int64_t ld) {
     for (int64_t slice = 0; slice < slices_.count(); ++slice) {
       const int64_t start = slices_.begin(slice), w = slices_.width(slice);
@@ -172,7 +150,7 @@ class Panels {
     }
   }
 
-  // C [M, columns] = A [M, K] B, plus what C holds (`add`).
+  // C [M, columns] = A [M, K] B, or += with `add`.
   void multiply(const Gemm<T>& gemm, int64_t M, const T* A, int64_t lda, T* C, int64_t ldc, bool add) const {
     for (int64_t slice = 0; slice < slices_.count(); ++slice) {
       const int64_t start = slices_.begin(slice), w = slices_.width(slice);

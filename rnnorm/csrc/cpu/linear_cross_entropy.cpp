@@ -1,15 +1,9 @@
-// A linear decoder and its cross entropy on the CPU, with gradients, without ever holding all the logits.
-//
-// Threads own slices of the vocabulary for the whole call and take the rows block by block. In a block each thread walks
-// over tiles of its slice: logits (transposed: [tile, rows], so that weights and gradients are used as they lie in memory),
-// their exponentials relative to a reference that is known before the maximum is, and their product with the weights.
-// Then the threads meet, the sums become the log-sum-exp, and the exponentials that were kept give the gradients of weights
-// and bias, with what is missing to probabilities folded into the narrow factor, hidden.
+#include "linear_cross_entropy.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
@@ -28,36 +22,36 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t vector = 16, tallest_tile = 128, least_rows = 64, most_rows = 128, group = 32;
-// How far, in nats, a logit may rise above its row's reference: far enough to be rare, and sums stay finite in float32.
+// How far, in nats, a logit may exceed its row's reference: rarely reached, and sums stay finite in float32.
 constexpr int headroom = 40;
 
 template <typename T>
 struct Problem {
-  const T *hidden, *weight, *bias;  // [., E], [V, E], [V] or null
+  const T *hidden, *weight, *bias;  // [M, E], [V, E], [V] or null
   const int64_t* targets;
-  const T* weights;           // [.] of the rows, or null: all 1
-  std::vector<int64_t> rows;  // those that count
+  const T* weights;           // [M] of the rows; null: all 1
+  std::vector<int64_t> rows;  // with a weight other than 0
   int64_t E, V;
-  int64_t threads;  // 0: as many as are useful
+  int64_t threads;  // 0: as many as pay off
   double* nats;
-  T *grad_hidden, *grad_weight, *grad_bias;  // null: not wanted
+  T *grad_hidden, *grad_weight, *grad_bias;  // null: not needed
   Gemm<T> gemm;
 
   bool keeps() const { return grad_weight != nullptr || grad_bias != nullptr; }
   T weight_of(int64_t row) const { return weights == nullptr ? T(1) : weights[row]; }
 };
 
-// What the threads tell each other of a block.
+// One thread's results for a block, read by all.
 template <typename T>
 struct Report {
   std::vector<T> reference;    // [rows]
   std::vector<double> sum;     // [rows] of e^(logit - reference) over the slice
-  Tensor weighted;             // [rows, E] the same sums of e^(logit - reference) weight
+  Tensor weighted;             // [rows, E] sums of e^(logit - reference) * weight
 };
 
 template <typename T>
 struct Board {
-  std::vector<Report<T>> reports;  // one a thread
+  std::vector<Report<T>> reports;  // of each thread
   std::vector<T> chosen;           // [rows] the targets' logits
 };
 
@@ -90,7 +84,7 @@ class Decoder {
     }
   }
 
-  // Rows `first` to `first + count` of those that count, for this thread's slice of the vocabulary.
+  // Counted rows [first, first + count), over this thread's slice of the vocabulary.
   void logits(int64_t first, int64_t count, int turn) {
     first_ = first;
     count_ = count;
@@ -120,7 +114,7 @@ class Decoder {
     }
   }
 
-  // When all threads have done the above.
+  // Called when all threads have computed their logits.
   void gradients() {
     const Report<T>& mine = board_->reports[id_];
     for (int64_t r = 0; r < width_; ++r)
@@ -187,7 +181,7 @@ class Decoder {
     }
   }
 
-  // Whether some logit of the tile is too high above its row's reference; what was summed so far then follows.
+  // Raise the references that a logit of the tile exceeds by too much, and rescale earlier sums; returns whether any was raised.
   bool raise(bool started) {
     Report<T>& mine = board_->reports[id_];
     bool any = false;
@@ -204,7 +198,7 @@ class Decoder {
     return true;
   }
 
-  // log sum exp of a row's logits.
+  // The log-sum-exp of a row's logits.
   double normalizer(int64_t r) const {
     double highest = -std::numeric_limits<double>::infinity(), sum = 0;
     for (int t = 0; t < threads_; ++t) highest = std::max<double>(highest, board_->reports[t].reference[r]);
@@ -270,7 +264,7 @@ class Decoder {
     }
   }
 
-  // Exponentials of a tile that came before its reference was raised.
+  // Rescale the exponentials of a tile that was computed before its reference was raised.
   void follow(int64_t index, Range tile, T* exponentials) {
     const T *before = references_.data() + index * width_, *now = board_->reports[id_].reference.data();
     if (std::equal(before, before + width_, now)) return;
@@ -288,14 +282,14 @@ class Decoder {
   const int64_t tiles_, units_;
   int64_t first_ = 0, count_ = 0;
   Tensor columns_;  // [E, rows] hidden, transposed
-  Tensor scaled_;   // [rows, E] hidden times what makes probabilities of exponentials
+  Tensor scaled_;   // [rows, E] hidden times the factor from exponentials to weighted probabilities
   Tensor logits_, turned_;
-  Tensor kept_;  // [slice, rows] exponentials, or [tile, rows] where no gradient needs them later
+  Tensor kept_;  // exponentials [slice, rows], or [tile, rows] if no gradient needs them later
   std::vector<T> references_, highest_, sums_, factors_;
-  std::vector<std::pair<int64_t, int64_t>> targets_;  // those in the slice, with their rows in the block
+  std::vector<std::pair<int64_t, int64_t>> targets_;  // targets in the slice, with their rows in the block
 };
 
-// Rows of a block: what they need stays below an eighth of all the logits, or is what `least_rows` need.
+// Rows of a block: at least `least_rows`, and as many as need less memory than an eighth of all logits.
 template <typename T>
 int64_t block_rows(const Problem<T>& problem, int threads) {
   const int64_t M = problem.rows.size();
@@ -308,7 +302,7 @@ int64_t block_rows(const Problem<T>& problem, int threads) {
 template <typename T>
 void solve(const Problem<T>& problem) {
   const int64_t M = problem.rows.size();
-  constexpr int64_t worthwhile = 2'000'000;  // multiplications of one product; below, a second thread costs more than it does
+  constexpr int64_t worthwhile = 2'000'000;  // multiplications of one product: below, a second thread does not pay off
   const int64_t useful = std::min(1 + M * problem.V * problem.E / worthwhile, int64_t{at::get_num_threads()});
   const int most = static_cast<int>(std::min(problem.threads > 0 ? problem.threads : useful, (problem.V + 63) / 64));
   const int64_t width = block_rows(problem, most);
@@ -329,7 +323,7 @@ void solve(const Problem<T>& problem) {
   });
 }
 
-// The rows whose weight is not 0. Targets are checked here: nothing past the weights may ever be read.
+// The rows whose weight is not 0. Checks their targets, which index the weights.
 template <typename T>
 std::vector<int64_t> counted(const Tensor& targets, const T* weights, int64_t V) {
   std::vector<int64_t> rows;
@@ -376,6 +370,8 @@ void check_tensor(const Tensor& tensor, const char* name, at::ScalarType dtype, 
   check_contiguous(tensor, label);
 }
 
+}  // namespace
+
 std::vector<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                                          const Tensor& targets, const std::optional<Tensor>& weights, bool need_hidden,
                                          bool need_weight, bool need_bias, bool micro, int64_t threads) {
@@ -392,12 +388,6 @@ std::vector<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& wei
   check_threads(threads);
   const auto chosen = dtype == at::kDouble ? &run<double> : &run<float>;
   return chosen(hidden, weight, bias, targets, weights, need_hidden, need_weight, need_bias, micro, threads);
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(rnnorm_cpu, CPU, library) {
-  library.impl("linear_cross_entropy", &linear_cross_entropy);
 }
 
 }  // namespace rnnorm

@@ -1,11 +1,11 @@
-// Nonlinearities in plain arithmetic that a compiler turns into vectors, for float; the standard library's for double.
+// Nonlinearities: for float in plain arithmetic, which the compiler vectorizes; for double the standard library's.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-// A call would keep the loop around it from becoming vectors.
+// A call inside a loop would keep it from being vectorized.
 #define RNNORM_INLINE inline __attribute__((always_inline))
 
 namespace rnnorm {
@@ -35,8 +35,8 @@ RNNORM_INLINE float exponential(float x) {
 
 RNNORM_INLINE float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
 
-// An odd rational function (minimax over where float32 tells tanh from 1), relative error a few units of the last place.
-RNNORM_INLINE float tangent(float x) {
+// An odd rational function, minimax on the range where float32 distinguishes tanh from 1; relative error a few ulp.
+RNNORM_INLINE float tanh(float x) {
   x = x < -7.9f ? -7.9f : x;
   x = x > 7.9f ? 7.9f : x;
   const float z = x * x;
@@ -56,6 +56,6 @@ RNNORM_INLINE float tangent(float x) {
 
 RNNORM_INLINE double exponential(double x) { return std::exp(x); }
 RNNORM_INLINE double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
-RNNORM_INLINE double tangent(double x) { return std::tanh(x); }
+RNNORM_INLINE double tanh(double x) { return std::tanh(x); }
 
 }  // namespace rnnorm

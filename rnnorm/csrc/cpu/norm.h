@@ -1,5 +1,5 @@
 // One step of a normalization for the units of one thread, forward and backward.
-// Samples come one by one, in order; channels are independent in a stream, and make the vectors.
+// Samples are processed one by one, in order; vectors run over channels, which are independent in online normalization.
 #pragma once
 
 #include <algorithm>
@@ -12,15 +12,22 @@
 #include "../names.h"
 #include "team.h"
 
+// One copy for all cells: inlined into each of them, sums over units would be vectorized in different ways and round differently.
+#if defined(__clang__)
+#define RNNORM_ONE_COPY __attribute__((noinline))
+#else
+#define RNNORM_ONE_COPY __attribute__((noinline, noclone))
+#endif
+
 namespace rnnorm {
 
-// Where the values of some units lie in `y` and, where each unit has one, in `rstd`: a block [S, G, units] for each thread.
-// Each then writes and reads one stream of memory, and none a line of another's.
+// Where the values of some units lie in `y` and, where each unit has one, in `rstd`: a block [S, G, units] for each thread,
+// so that a thread reads and writes memory in order and shares no cache line with another.
 inline int64_t kept_place(int64_t S, int64_t G, const Range& units, int64_t sample, int64_t gate) {
   return G * (units.begin * S + sample * units.size()) + gate * units.size();
 }
 
-// Values that lie in the blocks of `from` threads move to those of `to`.
+// Move values from the blocks of `from` threads to those of `to` threads.
 template <typename T>
 void repartition(T* values, int64_t S, int64_t G, int64_t H, int from, int to) {
   const std::vector<T> old(values, values + S * G * H);
@@ -44,19 +51,16 @@ struct Norm {
   T eps = 0, alpha_fwd = 1, rest_fwd = 0, rest_bwd = 0, scale_eps = 0, limit = 0, control_floor = 0;
   int64_t G = 0, H = 0, S = 0;
   const T *weight = nullptr, *bias = nullptr;                      // [C]; 1 and 0 without an affine map
-  const T* frozen = nullptr;                                       // [C] 1 / sqrt(var + eps), where it does not move
-  T *mean = nullptr, *var = nullptr, *u = nullptr, *v = nullptr;  // [C], moved; in a worker's copy its own [G, units]
+  const T* frozen = nullptr;                                       // [C] 1 / sqrt(var + eps) in evaluation
+  T *mean = nullptr, *var = nullptr, *u = nullptr, *v = nullptr;  // [C], updated in place; in a worker's copy [G, units]
   T *y = nullptr, *rstd = nullptr, *scale = nullptr;              // kept for the backward, or null; `scale` is [S, G]
-  T *grad_weight = nullptr, *grad_bias = nullptr;                 // [C], added to; in a worker's copy as mean
+  T *grad_weight = nullptr, *grad_bias = nullptr;                 // [C], added to; in a worker's copy [G, units]
 
   int64_t place(const Range& units, int64_t sample, int64_t gate) const { return kept_place(S, G, units, sample, gate); }
-
-  bool per_gate() const { return kind == Kind::layer || kind == Kind::rms; }
-  bool reduces() const { return per_gate() || guard == Guard::scale; }
 };
 
-// Copies of one thread's part of arrays [G * H] that change with every sample, [G, units] each, written back in the end.
-// In the arrays themselves the threads would fight for the lines at their borders, sample after sample.
+// Copies [G, units] of one thread's part of arrays [G * H] that change with every sample, written back at the end: updated in
+// place, the cache lines at the borders between threads would suffer false sharing.
 template <typename T>
 class Own {
  public:
@@ -68,7 +72,7 @@ class Own {
         std::copy_n(copy.get() + line + g * units_.size(), units_.size(), array + g * H_ + units_.begin);
   }
 
-  // `array` becomes the copy.
+  // Copy the thread's part of `array`, and let it point to the copy.
   void take(T*& array, bool back) {
     if (array == nullptr) return;
     std::unique_ptr<T[]> copy(new T[G_ * units_.size() + 2 * line]);
@@ -96,7 +100,7 @@ class Own {
   std::vector<Copy> copies_;
 };
 
-// What one thread needs to work on its units: who it is, its norms, and the exchange of partial sums with the others.
+// One thread's state: its units, its norms, and the exchange of partial sums with the others.
 template <typename T>
 struct Worker {
   int id;
@@ -104,8 +108,8 @@ struct Worker {
   Exchange<T>& exchange;
   Range units;
   Norm<T> norm, cell_norm;
-  std::vector<T> total;  // as many values as one exchange holds
-  std::vector<T> spare;  // two rows, for what is not kept
+  std::vector<T> total;  // size: the number of values in one exchange
+  std::vector<T> spare;  // two rows, written where nothing is kept
   Own<T> own, cell_own;
   int turn = 0;
 
@@ -117,7 +121,7 @@ struct Worker {
   }
 
   T* partial() { return exchange.mine(id, turn); }
-  // After all have written `count` partial values: the sum of each over the threads, in a fixed order.
+  // Once every thread has written `count` partial values: their sums over the threads, in a fixed order.
   const T* sum(int64_t count) {
     team.wait();
     std::fill_n(total.data(), count, T(0));
@@ -135,13 +139,14 @@ inline void clamp_row(const Norm<T>& norm, int64_t count, T* __restrict q) {
   const T limit = norm.limit;
 #pragma omp simd
   for (int64_t j = 0; j < count; ++j) {
-    // Comparisons, not min and max: a NaN stays one.
+    // Comparisons, not min and max: NaN stays NaN.
     const T low = q[j] < -limit ? -limit : q[j];
     q[j] = low > limit ? limit : low;
   }
 }
 
-// One sample of the online stream and its affine map, biases `b` not yet added; returns the sum of squares of the result.
+// Online normalization of one sample `x`, to which the biases `b` are still to be added, and the affine map; returns the sum
+// of squares of the result.
 template <bool moves, typename T>
 inline T stream_row(const Norm<T>& norm, Worker<T>& me, int64_t gate, int64_t sample, T* __restrict x,
                     const T* __restrict b) {
@@ -171,9 +176,9 @@ inline T stream_row(const Norm<T>& norm, Worker<T>& me, int64_t gate, int64_t sa
   return squares;
 }
 
-// Layer and RMS normalization: moments over the H units of a gate, gathered from all threads.
-// Means and squares about them combine exactly, so no digits are lost as with sums of squares.
-template <typename T>
+// Layer and RMS normalization: moments over the H units of a gate, combined from the threads' own means and sums of squared
+// deviations, which loses no digits.
+template <bool centred, typename T>
 void moments_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld,
                      const T* bias) {
   const int64_t u = me.units.size(), gates = g1 - g0, cells = n * gates;
@@ -185,7 +190,7 @@ void moments_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t
 #pragma omp simd
       for (int64_t j = 0; j < u; ++j) x[j] += b[j];
       T sum = 0, squares = 0;
-      if (norm.kind == Kind::layer) {
+      if (centred) {
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < u; ++j) sum += x[j];
       }
@@ -221,7 +226,7 @@ void moments_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t
   ++me.turn;
 }
 
-// Without a norm only the biases are added; what is kept for the backward are the pre-activations themselves.
+// Without a norm: add the biases, and keep the pre-activations for the backward pass.
 template <typename T>
 void plain_forward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld,
                    const T* bias) {
@@ -236,13 +241,9 @@ void plain_forward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, int
     }
 }
 
-// Add the biases [gates * units] to the pre-activations `q` [n, gates * units] (row stride `ld`) of gates g0..g1 of a step and
-// normalize them, in place.
 template <typename T>
-void norm_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld,
-                  const T* bias) {
-  if (norm.kind == Kind::none) return plain_forward(norm, me, g0, g1, sample, n, q, ld, bias);
-  if (norm.per_gate()) return moments_forward(norm, me, g0, g1, sample, n, q, ld, bias);
+void online_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld,
+                    const T* bias) {
   const int64_t u = me.units.size(), gates = g1 - g0;
   const auto row = norm.training ? &stream_row<true, T> : &stream_row<false, T>;
   T* squares = norm.guard == Guard::scale ? me.partial() : nullptr;
@@ -265,15 +266,25 @@ void norm_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sa
     }
 }
 
-// The guarded values `q` [gates * units] of one sample again, from what was kept.
-template <typename T>
+// Add the biases [gates * units] to the pre-activations `q` [n, gates * units] (row stride `ld`) of gates g0..g1 of a step and
+// normalize them, in place.
+template <Kind kind, typename T>
+RNNORM_ONE_COPY void norm_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld,
+                  const T* bias) {
+  if constexpr (kind == Kind::none) plain_forward(norm, me, g0, g1, sample, n, q, ld, bias);
+  else if constexpr (kind == Kind::online) online_forward(norm, me, g0, g1, sample, n, q, ld, bias);
+  else moments_forward<kind == Kind::layer>(norm, me, g0, g1, sample, n, q, ld, bias);
+}
+
+// Recompute the guarded values `q` [gates * units] of one sample from what was kept.
+template <Kind kind, typename T>
 void norm_recompute(const Norm<T>& norm, const Worker<T>& me, int64_t sample, T* q) {
   const int64_t u = me.units.size();
   for (int64_t g = 0; g < norm.G; ++g) {
     const int64_t channel = g * norm.H + me.units.begin;
     const T* __restrict y = norm.y + norm.place(me.units, sample, g);
     T* __restrict x = q + g * u;
-    if (norm.kind == Kind::none) {
+    if constexpr (kind == Kind::none) {
       std::copy_n(y, u, x);
       continue;
     }
@@ -286,17 +297,17 @@ void norm_recompute(const Norm<T>& norm, const Worker<T>& me, int64_t sample, T*
   }
 }
 
-// Where in each gate a step's gradients lie: rows `ld` apart, gates `gate` apart.
+// The gradients of a step by row (`ld` apart) and gate (`gate` apart).
 template <typename T>
 struct Gradients {
-  T* data;
-  int64_t ld, gate;
+  T* data = nullptr;
+  int64_t ld = 0, gate = 0;
 
   T* at(int64_t row, int64_t g) const { return data + row * ld + g * gate; }
 };
 
-// For one sample and gate: the derivative of the guard `scale` (`mean` of gradient times guarded value `a`), of the affine
-// map, and the control process.
+// For one sample and gate: the derivatives of the guard `scale` (`mean` is that of gradient times guarded value `a`) and of the
+// affine map, then the control process.
 template <bool scaled, typename T>
 inline void stream_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_t gate, int64_t sample,
                                 const T* __restrict a, T* __restrict d, T mean) {
@@ -323,7 +334,7 @@ inline void stream_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_
   }
 }
 
-// Through the affine map of one row: gradients of weight and bias are added, `g` becomes that of y.
+// Back through the affine map of one row: adds the gradients of weight and bias; `g` becomes the gradient of y.
 template <typename T>
 inline void affine_backward(const Norm<T>& norm, const Worker<T>& me, int64_t gate, const T* __restrict y, T* __restrict g) {
   const int64_t u = me.units.size();
@@ -337,7 +348,7 @@ inline void affine_backward(const Norm<T>& norm, const Worker<T>& me, int64_t ga
   }
 }
 
-// Through the guard `clamp` of all rows: `g` becomes the gradient of the affine map's output.
+// Back through the guard `clamp` of all rows: `g` becomes the gradient of the affine map's output.
 template <typename T>
 void clamp_backward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, Gradients<T> g) {
   const int64_t u = me.units.size();
@@ -353,7 +364,7 @@ void clamp_backward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, in
     }
 }
 
-// For each row and gate, the sum over all units of gradient times guarded value, which the guard `scale` needs.
+// For each row and gate the sum over all units of gradient times guarded value, for the guard `scale`.
 template <typename T>
 const T* scale_sums(Worker<T>& me, int64_t gates, int64_t n, const T* q, int64_t q_ld, Gradients<T> g) {
   const int64_t u = me.units.size();
@@ -369,7 +380,7 @@ const T* scale_sums(Worker<T>& me, int64_t gates, int64_t n, const T* q, int64_t
   return me.sum(n * gates);
 }
 
-// Through the guard `scale` of all rows, as with clamp; `q` are the guarded values.
+// Back through the guard `scale` of all rows, as with clamp; `q` are the guarded values.
 template <typename T>
 void scale_backward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, const T* q,
                     int64_t q_ld, Gradients<T> g, const T* sums) {
@@ -384,7 +395,7 @@ void scale_backward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, in
     }
 }
 
-template <typename T>
+template <bool centred, typename T>
 void moments_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, Gradients<T> g) {
   const int64_t u = me.units.size(), gates = g1 - g0;
   T* mine = me.partial();
@@ -403,7 +414,7 @@ void moments_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_
   const T* total = me.sum(2 * n * gates);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t k = 0; k < gates; ++k) {
-      const T mean = norm.kind == Kind::layer ? total[(i * gates + k) * 2] / norm.H : 0;
+      const T mean = centred ? total[(i * gates + k) * 2] / norm.H : 0;
       const T product = total[(i * gates + k) * 2 + 1] / norm.H, r = norm.rstd[(sample + i) * norm.G + g0 + k];
       const T* y = norm.y + norm.place(me.units, sample + i, g0 + k);
       T* __restrict d = g.at(i, k);
@@ -412,16 +423,14 @@ void moments_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_
     }
 }
 
-// `g`, the gradient of the guarded values `q` of a step, becomes that of the pre-activations, in place.
 template <typename T>
-void norm_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, const T* q,
-                   int64_t q_ld, Gradients<T> g) {
-  if (norm.kind == Kind::none) return;
+void online_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, const T* q,
+                     int64_t q_ld, Gradients<T> g) {
   const int64_t u = me.units.size(), gates = g1 - g0;
   const bool scaled = norm.guard == Guard::scale;
   if (norm.guard == Guard::clamp) clamp_backward(norm, me, g0, g1, sample, n, g);
   const T* sums = scaled ? scale_sums(me, gates, n, q, q_ld, g) : nullptr;
-  if (norm.kind == Kind::online && norm.training) {
+  if (norm.training) {
     const auto row = scaled ? &stream_row_backward<true, T> : &stream_row_backward<false, T>;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t k = 0; k < gates; ++k)
@@ -434,13 +443,24 @@ void norm_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t s
       T* d = g.at(i, k);
       const int64_t row = norm.place(me.units, sample + i, g0 + k);
       affine_backward(norm, me, g0 + k, norm.y + row, d);
-      if (norm.kind == Kind::online) {
-        const T* rstd = norm.rstd + row;
+      const T* rstd = norm.rstd + row;
 #pragma omp simd
-        for (int64_t j = 0; j < u; ++j) d[j] *= rstd[j];
-      }
+      for (int64_t j = 0; j < u; ++j) d[j] *= rstd[j];
     }
-  if (norm.per_gate()) moments_backward(norm, me, g0, g1, sample, n, g);
+}
+
+// Turn `g`, the gradient of a step's guarded values `q`, into that of its pre-activations, in place.
+template <Kind kind, typename T>
+RNNORM_ONE_COPY void norm_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, const T* q,
+                   int64_t q_ld, Gradients<T> g) {
+  if constexpr (kind == Kind::online) {
+    online_backward(norm, me, g0, g1, sample, n, q, q_ld, g);
+  } else if constexpr (kind != Kind::none) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int k = 0; k < g1 - g0; ++k)
+        affine_backward(norm, me, g0 + k, norm.y + norm.place(me.units, sample + i, g0 + k), g.at(i, k));
+    moments_backward<kind == Kind::layer>(norm, me, g0, g1, sample, n, g);
+  }
 }
 
 }  // namespace rnnorm

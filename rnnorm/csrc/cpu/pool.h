@@ -1,4 +1,4 @@
-// Memory that calls leave to the calls after them.
+// Memory blocks that later calls use again.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,14 +13,14 @@
 
 namespace rnnorm {
 
-// malloc gives big blocks back to the system, and when the next call asks for as much, each page of it is a fault and a
-// clearing again: an eighth of a GRU's training call. Here blocks stay, some of each power of two; one that nobody but the
-// pool holds is free. What is never touched of a block takes no memory.
+// malloc returns large blocks to the system, so the next call pays page faults and zeroing for the same memory: an eighth of
+// a GRU's training call. The pool keeps blocks, whose sizes are powers of two; one is free when nobody but the pool refers to
+// it. Pages of a block that are never touched take no memory.
 class Pool {
  public:
   static at::Storage take(size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
-    return fresh(bytes);  // a block that is longer than what was asked for would hide what runs over its end
+    return fresh(bytes);  // a block longer than asked for would hide an overrun
 #endif
     if (bytes < least || bytes > most) return fresh(bytes);
     static Pool& pool = *new Pool;  // tensors may outlive what is destroyed at exit
@@ -28,7 +28,7 @@ class Pool {
   }
 
  private:
-  static constexpr size_t least = size_t{128} << 10, most = size_t{256} << 20;  // below, malloc keeps what it has
+  static constexpr size_t least = size_t{128} << 10, most = size_t{256} << 20;  // smaller blocks malloc keeps itself
 
   static at::Storage fresh(size_t bytes) {
     return at::Storage(at::Storage::use_byte_size_t(), bytes, c10::GetCPUAllocator(), /*resizable=*/false);
@@ -38,7 +38,7 @@ class Pool {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const at::Storage& block : blocks_)
       if (block.nbytes() == bytes && idle(block)) return block;
-    // Room is made of sizes that were asked for once and are not now.
+    // Make room: drop free blocks of sizes that are no longer asked for.
     for (size_t k = 0; k < blocks_.size() && held_ + bytes > most;) {
       if (idle(blocks_[k])) {
         held_ -= blocks_[k].nbytes();
@@ -57,7 +57,7 @@ class Pool {
 
   static bool idle(const at::Storage& block) {
     if (block.use_count() != 1) return false;
-    std::atomic_thread_fence(std::memory_order_acquire);  // after all that its last holder did
+    std::atomic_thread_fence(std::memory_order_acquire);  // after everything its last user did
     return true;
   }
 
@@ -66,7 +66,7 @@ class Pool {
   size_t held_ = 0;
 };
 
-// An uninitialized tensor of the pool's memory: for what stays inside of calls, or between a forward and its backward.
+// An uninitialized tensor in the pool's memory, for temporaries of a call and for what a forward pass keeps.
 inline at::Tensor pooled(at::IntArrayRef shape, at::ScalarType dtype) {
   int64_t count = 1;
   for (const int64_t size : shape) count *= size;
@@ -76,7 +76,7 @@ inline at::Tensor pooled(at::IntArrayRef shape, at::ScalarType dtype) {
   return tensor;
 }
 
-// An uninitialized array of the pool's memory.
+// An uninitialized array in the pool's memory.
 template <typename T>
 class Array {
  public:

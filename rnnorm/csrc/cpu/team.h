@@ -1,4 +1,4 @@
-// The threads of one call: they live for the whole time loop and meet at a barrier that spins.
+// The threads of one call, which run for the whole time loop and synchronize at a spinning barrier.
 #pragma once
 
 #include <omp.h>
@@ -22,7 +22,7 @@ inline Range part_of(int64_t count, int id, int threads) {
   return {count * id / threads, count * (id + 1) / threads};
 }
 
-// Between two steps there are microseconds of work: a system call would cost more than the wait.
+// A step takes microseconds: a system call would cost more than the wait.
 class Team {
  public:
   int size() const { return size_; }
@@ -71,8 +71,8 @@ class Team {
   std::atomic<bool> failed_{false};
 };
 
-// Sums over all units, which are spread over the threads: each writes its partial values, all meet, each reads all.
-// Two buffers in turn: a thread may still read one while another already writes the next.
+// For sums over units of all threads: each thread writes its partial values, and after a barrier reads those of all.
+// The two buffers alternate: a thread may still be reading one while another writes the next.
 template <typename T>
 class Exchange {
  public:

@@ -1,4 +1,4 @@
-// The walk over a padded batch: which rows are active at each step, and where their samples lie.
+// The order of a padded batch: which rows are active at each step, and where their samples lie.
 // Samples are numbered s = 0..S-1 over the real positions only, by step and then by row, so a dense batch has s = t*N + n.
 #pragma once
 

@@ -1,0 +1,291 @@
+// The backward pass over a sequence.
+#pragma once
+
+#include <vector>
+
+#include "pass.h"
+#include "sequence.h"
+#include "team.h"
+
+namespace rnnorm {
+
+template <typename T>
+struct Backward : Pass<T> {
+  using Pass<T>::call, Pass<T>::walk, Pass<T>::N, Pass<T>::I, Pass<T>::P, Pass<T>::G, Pass<T>::H, Pass<T>::C, Pass<T>::S;
+  using Pass<T>::gemm, Pass<T>::kept, Pass<T>::norm, Pass<T>::cell_norm, Pass<T>::get;
+
+  States<T> h, c;
+  Tensor grad_y, grad_h, grad_c;             // [S, P] or undefined, [N, P], [N, H]; the last two updated in place
+  Tensor grad_input_part, grad_hidden_part;  // [S, C]; the same tensor unless a recurrent part stays apart
+  Tensor grad_hidden, projected;             // with a projection: [S, P], [S, H]
+  Tensor grad_affine, grad_cell_affine;      // [2, C], [2, H]
+  Tensor grad_x, grad_weight_ih, grad_weight_hh, grad_weight_hr, grad_bias_ih, grad_bias_hh;
+  bool need_input, need_weights;
+
+  Backward(const Call& call, const Gradient& grads, const Table<Kept>& kept, bool need_input, bool need_weights)
+      : Pass<T>(call, kept), h{get(Operand::h), get(Kept::hidden), P, walk},
+        c{get(Operand::c), get(Kept::cell_state), H, walk}, grad_y(grads.y), need_input(need_input),
+        need_weights(need_weights) {
+    if (grad_y.defined() && !walk.dense) {
+      grad_y = call.scratch({S, P});
+      this->gather(grads.y.data_ptr<T>(), P, walk.position, grad_y.template data_ptr<T>());
+    }
+    grad_h = grads.h.defined() ? grads.h.clone() : call.zeros({N, P});
+    grad_c = grads.c.defined() ? grads.c.clone() : call.cell.has_c ? call.zeros({N, H}) : call.empty({0});
+    grad_input_part = call.scratch({S, C});
+    grad_hidden_part = call.cell.apart ? call.scratch({S, C}) : grad_input_part;
+    if (call.has(Operand::weight_hr)) {
+      grad_hidden = call.scratch({S, P});
+      projected = call.scratch({S, H});
+    }
+    grad_affine = call.zeros({2, C});
+    grad_cell_affine = call.zeros({2, H});
+    norm.grad_weight = grad_affine.template data_ptr<T>();
+    norm.grad_bias = norm.grad_weight + C;
+    cell_norm.grad_weight = grad_cell_affine.template data_ptr<T>();
+    cell_norm.grad_bias = cell_norm.grad_weight + H;
+    grad_x = !need_input ? call.empty({0}) : walk.dense ? call.empty({call.T, N, I}) : call.scratch({S, I});
+    if (!need_weights) return;
+    const auto product = [&](at::IntArrayRef shape) { return S > 0 ? call.empty(shape) : call.zeros(shape); };
+    grad_weight_ih = product({C, I});
+    grad_weight_hh = product({C, P});
+    if (projected.defined()) grad_weight_hr = product({P, H});
+    if (call.has(Operand::bias_ih)) {
+      grad_bias_ih = call.zeros({C});
+      grad_bias_hh = call.zeros({C});
+    }
+  }
+
+  std::vector<Tensor> run() {
+    using Work = void (Backward::*)(int, Team&, Exchange<T>&);
+    const Work work = choose(call.options.cell, call.options.kind,
+                             []<typename Chosen, Kind kind>() -> Work { return &Backward::work<Chosen, kind>; });
+    const int threads = call.threads();
+    Exchange<T> exchange(threads, 2 * N * G);
+    if (S > 0) Team::run(threads, [&](int id, Team& team) { (this->*work)(id, team, exchange); });
+    return results();
+  }
+
+  template <typename Chosen, Kind kind>
+  void work(int id, Team& team, Exchange<T>& exchange) {
+    const Range units = part_of(H, id, team.size()), outputs = part_of(P, id, team.size());
+    const int64_t u = units.size(), p = outputs.size();
+    if (id == 0) take_over(team.size());
+    team.wait();
+    Worker<T> me(id, team, exchange, units, norm, cell_norm, 2 * N * G);
+    T *bias_ih = pointer<T>(grad_bias_ih), *bias_hh = Chosen::apart ? pointer<T>(grad_bias_hh) : nullptr;
+    me.own.take(bias_ih, true);
+    me.own.take(bias_hh, true);
+    Panels<T> recurrent(C, p), projection(P, projected.defined() ? u : 0);
+    recurrent.pack_columns(get(Operand::weight_hh) + outputs.begin, P);
+    if (projected.defined()) projection.pack_columns(get(Operand::weight_hr) + units.begin, H);
+
+    // This thread's part of a step: gradients of h (own outputs), of the projection's input (own units), of pre-activations, and
+    // of h past its product. Copies, since rows that threads share would suffer false sharing.
+    std::vector<T> dh(N * p), d_out(projected.defined() ? N * u : 0), q(N * G * u), grads(N * G * u), dc(N * u);
+    std::vector<T> direct(Chosen::reads_h ? N * u : 0);
+    std::vector<T> later = own_columns(grad_h, outputs), carried = own_columns(grad_c, units);  // by sequence
+    for (size_t k = walk.steps.size(); k-- > 0;) {
+      const Step step = walk.steps[k];
+      if (step.count == 0) continue;
+      gradient_of_output(step, outputs, later, dh);
+      if (projected.defined()) {
+        for (int64_t i = 0; i < step.count; ++i)
+          std::copy_n(&dh[i * p], p, grad_hidden.data_ptr<T>() + (step.first + i) * P + outputs.begin);
+        team.wait();
+        projection.multiply(gemm, step.count, grad_hidden.data_ptr<T>() + step.first * P, P, d_out.data(), u, false);
+      }
+      const int64_t own = step.first * H + units.begin;  // of rows [S, H]
+      BackwardStep<T, kind> at(me, step, h, c);
+      at.dh = {projected.defined() ? d_out.data() : dh.data(), 0, u};
+      at.q = {q.data(), 0, G * u};
+      at.d = {grads.data(), G * u, u};
+      at.dc = {dc.data(), 0, u};
+      at.direct = {direct.data(), 0, u};
+      at.apart = {get(Kept::apart), own, H};
+      at.projected = {pointer<T>(projected), own, H};
+      at.carried = carried.data();
+      Chosen::backward(at);
+      store(at, grad_input_part, bias_ih);
+      if constexpr (Chosen::apart) {
+        Chosen::recurrent_gradient(at);
+        store(at, grad_hidden_part, bias_hh);
+      }
+      team.wait();
+      // Own columns of the gradient of h before the step; written to its rows directly if all of them are active.
+      const T* parts = grad_hidden_part.data_ptr<T>() + step.first * C;
+      const bool in_place = walk.dense && !Chosen::reads_h;
+      recurrent.multiply(gemm, step.count, parts, C, in_place ? later.data() : dh.data(), p, false);
+      if (!in_place) finish_state(step, p, dh, Chosen::reads_h ? direct.data() : nullptr, later);
+    }
+    give_back(later, grad_h, outputs);
+    give_back(carried, grad_c, units);
+    team.wait();
+    if (need_input) multiply_inputs(id, team.size());
+    if (need_weights) multiply_weights(id, team.size());
+    gemm.release();
+  }
+
+  // If the forward pass ran with another number of threads, rearrange what it kept into these threads' blocks.
+  void take_over(int threads) {
+    int64_t& partition = *kept[Kept::partition].template data_ptr<int64_t>();
+    const int from = static_cast<int>(partition);
+    if (from == threads) return;
+    const auto move = [&](Kept which, int64_t gates) {
+      if (kept[which].numel() > 0) repartition(get(which), S, gates, H, from, threads);
+    };
+    move(Kept::y, G);
+    move(Kept::cell_y, 1);
+    if (norm.kind == Kind::online) {  // other norms keep one value for all units of a gate
+      move(Kept::rstd, G);
+      move(Kept::cell_rstd, 1);
+    }
+    partition = threads;
+  }
+
+  // Copy a thread's columns of a tensor [N, *], and write them back.
+  std::vector<T> own_columns(const Tensor& tensor, Range columns) const {
+    std::vector<T> own;
+    for (int64_t n = 0; n < N && tensor.numel() > 0; ++n) {
+      const T* row = tensor.data_ptr<T>() + n * tensor.size(1);
+      own.insert(own.end(), row + columns.begin, row + columns.end);
+    }
+    return own;
+  }
+
+  void give_back(const std::vector<T>& own, const Tensor& tensor, Range columns) const {
+    for (int64_t n = 0; n < N && tensor.numel() > 0; ++n)
+      std::copy_n(own.data() + n * columns.size(), columns.size(), tensor.data_ptr<T>() + n * tensor.size(1) + columns.begin);
+  }
+
+  // dh [count, columns]: the sum of what later steps and y give.
+  void gradient_of_output(const Step& step, Range columns, const std::vector<T>& later, std::vector<T>& dh) const {
+    const T* dy = pointer<T>(grad_y);
+    const int64_t p = columns.size();
+    for (int64_t i = 0; i < step.count; ++i) {
+      const int64_t s = step.first + i;
+      const T* from = later.data() + walk.row[s] * p;
+      for (int64_t j = 0; j < p; ++j) dh[i * p + j] = from[j] + (dy != nullptr ? dy[s * P + columns.begin + j] : T(0));
+    }
+  }
+
+  // Scatter the gradient of h before the step to its rows, adding the part `direct` that does not pass through the product.
+  void finish_state(const Step& step, int64_t p, const std::vector<T>& dh, const T* direct, std::vector<T>& later) const {
+    for (int64_t i = 0; i < step.count; ++i) {
+      T* to = later.data() + walk.row[step.first + i] * p;
+      for (int64_t j = 0; j < p; ++j) to[j] = dh[i * p + j] + (direct != nullptr ? direct[i * p + j] : T(0));
+    }
+  }
+
+  // Copy a step's gradients of pre-activations to `parts` [S, C], and add them to the biases' `sums` [G, units].
+  template <Kind kind>
+  void store(const BackwardStep<T, kind>& at, const Tensor& parts, T* sums) const {
+    const int64_t u = at.units();
+    for (int64_t i = 0; i < at.count(); ++i)
+      for (int64_t g = 0; g < G; ++g) {
+        const T* __restrict from = at.d.at(i, g);
+        T* __restrict to = parts.data_ptr<T>() + (at.step.first + i) * C + g * H + at.me.units.begin;
+        std::copy_n(from, u, to);
+        if (sums == nullptr) continue;
+        T* __restrict sum = sums + g * u;
+#pragma omp simd
+        for (int64_t j = 0; j < u; ++j) sum[j] += from[j];
+      }
+  }
+
+  // grad_x: this thread's share of the samples times the input weights.
+  void multiply_inputs(int id, int threads) {
+    const Slices slices(I);
+    const Range share = part_of(S, id, threads);
+    const T *parts = grad_input_part.data_ptr<T>(), *weight = get(Operand::weight_ih);
+    const Array<T> packed(block_depth * Slices::widest);
+    for (int64_t k = 0; k < C; k += block_depth) {
+      const int64_t depth = std::min(block_depth, C - k);
+      for (int64_t slice = 0; slice < slices.count(); ++slice) {
+        const int64_t column = slices.begin(slice), width = slices.width(slice);
+        copy_rows(weight + k * I + column, I, depth, width, packed.data());
+        for (int64_t s = share.begin; s < share.end; s += block_rows)
+          gemm(std::min(block_rows, share.end - s), width, depth, parts + s * C + k, C, packed.data(), width,
+               grad_x.data_ptr<T>() + s * I + column, I, k > 0);
+      }
+    }
+  }
+
+  struct Product {
+    std::vector<const T*> right;  // [S] rows
+    int64_t K;                    // their width
+    Tensor& gradient;             // [columns of left, K]
+  };
+
+  // For each product: gradient = left' [., S] right [S, K], for this thread's columns of `left` [S, columns].
+  void multiply_transposed(int id, int threads, const Tensor& left, const std::vector<Product>& products) {
+    const int64_t columns = left.size(1);
+    const Range share = part_of(columns, id, threads);
+    const int64_t blocks = (S + block_depth - 1) / block_depth, tall = (S + blocks - 1) / blocks;
+    const Array<T> turned(share.size() * tall);
+    const Array<T> packed(tall * Slices::widest);
+    for (int64_t s = 0; s < S; s += tall) {
+      const int64_t depth = std::min(tall, S - s);
+      transpose(left.data_ptr<T>() + s * columns + share.begin, columns, depth, share.size(), turned.data());
+      for (const Product& product : products) {
+        const int64_t K = product.K;
+        const Slices slices(K);
+        for (int64_t slice = 0; slice < slices.count(); ++slice) {
+          const int64_t k = slices.begin(slice), width = slices.width(slice);
+          copy_rows(product.right.data() + s, k, depth, width, packed.data());
+          for (int64_t c = 0; c < share.size(); c += block_rows)
+            gemm(std::min(block_rows, share.size() - c), width, depth, turned.data() + c * depth, depth, packed.data(),
+                 width, product.gradient.template data_ptr<T>() + (share.begin + c) * K + k, K, s > 0);
+        }
+      }
+    }
+  }
+
+  void multiply_weights(int id, int threads) {
+    Product inputs{std::vector<const T*>(S), I, grad_weight_ih}, states{std::vector<const T*>(S), P, grad_weight_hh};
+    const T* samples = this->samples.template data_ptr<T>();
+    for (int64_t s = 0; s < S; ++s) {
+      inputs.right[s] = samples + s * I;
+      states.right[s] = h.before(s);
+    }
+    if (call.cell.apart) {
+      multiply_transposed(id, threads, grad_input_part, {inputs});
+      multiply_transposed(id, threads, grad_hidden_part, {states});
+    } else {
+      multiply_transposed(id, threads, grad_input_part, {inputs, states});
+    }
+    if (!projected.defined()) return;
+    Product outputs{std::vector<const T*>(S), H, grad_weight_hr};
+    for (int64_t s = 0; s < S; ++s) outputs.right[s] = projected.data_ptr<T>() + s * H;
+    multiply_transposed(id, threads, grad_hidden, {outputs});
+  }
+
+  // In the order of rnnorm.ops.call.DIFFERENTIABLE; empty where it does not apply.
+  std::vector<Tensor> results() {
+    if (need_input && !walk.dense) {
+      const Tensor compact = grad_x;
+      grad_x = call.zeros({call.T, N, I});
+      for (int64_t s = 0; s < S; ++s)
+        std::copy_n(compact.data_ptr<T>() + s * I, I, grad_x.template data_ptr<T>() + walk.position[s] * I);
+    }
+    if (grad_bias_hh.defined() && !call.cell.apart) grad_bias_hh.copy_(grad_bias_ih);
+    const auto affine = [&](Operand which, const Tensor& both, int64_t row) {
+      return call.has(which) ? both.select(0, row).clone() : Tensor();
+    };
+    std::vector<Tensor> out{grad_x, grad_h, grad_c, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, grad_weight_hr,
+                            affine(Operand::norm_scale, grad_affine, 0), affine(Operand::norm_shift, grad_affine, 1),
+                            affine(Operand::cell_norm_scale, grad_cell_affine, 0),
+                            affine(Operand::cell_norm_shift, grad_cell_affine, 1)};
+    for (Tensor& gradient : out)
+      if (!gradient.defined()) gradient = call.empty({0});
+    return out;
+  }
+};
+
+template <typename T>
+std::vector<Tensor> backward(const Call& call, const Gradient& grads, const Table<Kept>& kept, bool need_input,
+                             bool need_weights) {
+  return Backward<T>(call, grads, kept, need_input, need_weights).run();
+}
+
+}  // namespace rnnorm

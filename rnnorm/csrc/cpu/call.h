@@ -1,0 +1,87 @@
+// One call of rnnorm_cpu::forward or backward: its options, its operands with their sizes, and what is kept between the two.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "cells.h"
+#include "walk.h"
+
+namespace rnnorm {
+
+using at::Tensor;
+using Tensors = c10::List<std::optional<Tensor>>;
+
+struct Options {
+  Options(std::string_view cell, std::string_view norm, std::string_view guard, at::ArrayRef<double> constants,
+          bool cell_norm, bool training, bool reverse, bool save, bool micro, int64_t threads);
+
+  Cell cell;
+  Kind kind;
+  Guard guard;
+  Constants constants;
+  bool cell_norm, training, reverse, save, micro;
+  int64_t threads;  // 0: as many as pay off
+};
+
+struct Gradient {
+  Tensor y, h, c;
+};
+
+// One tensor for each member of an enum; undefined where there is none.
+template <typename Enum>
+class Table {
+ public:
+  Tensor& operator[](Enum which) { return tensors_[index(which)]; }
+  const Tensor& operator[](Enum which) const { return tensors_[index(which)]; }
+
+  static constexpr size_t size = names<Enum>.size();
+
+ private:
+  std::array<Tensor, size> tensors_;
+};
+
+template <typename T>
+T* pointer(const Tensor& tensor) {
+  return tensor.defined() && tensor.numel() > 0 ? tensor.data_ptr<T>() : nullptr;
+}
+
+// Its arguments are checked when it is made; kernels trust it.
+class Call {
+ public:
+  Call(const Tensors& operands, const Options& options);
+
+  // The gradients of y, h and c, contiguous and of the call's dtype; undefined where there is none.
+  Gradient checked(const Tensors& grads) const;
+  Table<Kept> make_kept() const;
+  Table<Kept> checked(const std::vector<Tensor>& kept) const;
+  // The number of threads to use.
+  int threads() const;
+
+  bool has(Operand which) const { return tensors[which].defined(); }
+  Tensor empty(at::IntArrayRef shape) const;
+  Tensor zeros(at::IntArrayRef shape) const;
+  Tensor scratch(at::IntArrayRef shape) const;  // uninitialized, for temporaries and for what is kept
+
+  Options options;
+  Traits cell;
+  at::ScalarType dtype;     // of the computation
+  Table<Operand> tensors;   // contiguous and, except lengths, of that dtype
+  int64_t T, N, I, P, G, H, C;
+  Walk walk;
+
+ private:
+  Walk check_operands();
+  Tensor ready(const Tensor& tensor, const char* role, std::string_view name) const;
+  at::DimVector shape(Operand which) const;
+  at::DimVector shape(Kept which) const;
+  void needed(std::initializer_list<Operand> all) const;
+  void together(Operand one, Operand other) const;
+};
+
+}  // namespace rnnorm

@@ -1,0 +1,195 @@
+// The forward pass over a sequence.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "pass.h"
+#include "sequence.h"
+#include "team.h"
+
+namespace rnnorm {
+
+template <typename T>
+struct Forward : Pass<T> {
+  using Pass<T>::call, Pass<T>::walk, Pass<T>::N, Pass<T>::I, Pass<T>::P, Pass<T>::G, Pass<T>::H, Pass<T>::C, Pass<T>::S;
+  using Pass<T>::gemm, Pass<T>::kept, Pass<T>::norm, Pass<T>::cell_norm, Pass<T>::get;
+
+  Tensor y;                              // [T, N, P]
+  Tensor hidden, cell_state, projected;  // [S, P], [S, H], [S, H] before the projection
+  States<T> h, c;
+  std::vector<T> frozen, cell_frozen;
+  std::vector<Tensor> statistics;        // mean, var, cell mean, cell var; copies in training
+
+  explicit Forward(const Call& call)
+      : Pass<T>(call, call.make_kept()), y(walk.dense ? call.empty({call.T, N, P}) : call.zeros({call.T, N, P})),
+        hidden(call.options.save ? kept[Kept::hidden] : walk.dense ? y : call.scratch({S, P})),
+        cell_state(call.options.save ? kept[Kept::cell_state] : call.scratch({call.cell.has_c ? S : 0, H})),
+        projected(call.has(Operand::weight_hr) ? call.scratch({S, H}) : Tensor()),
+        h{get(Operand::h), hidden.data_ptr<T>(), P, walk}, c{get(Operand::c), cell_state.data_ptr<T>(), H, walk} {
+    for (Operand which : {Operand::norm_mean, Operand::norm_var, Operand::cell_norm_mean, Operand::cell_norm_var}) {
+      const Tensor& statistic = call.tensors[which];
+      statistics.push_back(statistic.defined() && call.options.training ? statistic.clone() : statistic);
+    }
+    norm.mean = pointer<T>(statistics[0]);
+    norm.var = pointer<T>(statistics[1]);
+    cell_norm.mean = pointer<T>(statistics[2]);
+    cell_norm.var = pointer<T>(statistics[3]);
+    freeze(norm, C, frozen);
+    freeze(cell_norm, H, cell_frozen);
+  }
+
+  static void freeze(Norm<T>& norm, int64_t channels, std::vector<T>& frozen) {
+    if (norm.kind != Kind::online || norm.training) return;
+    for (int64_t c = 0; c < channels; ++c) frozen.push_back(1 / std::sqrt(norm.var[c] + norm.eps));
+    norm.frozen = frozen.data();
+  }
+
+  std::vector<Tensor> run() {
+    using Work = void (Forward::*)(int, Team&, Exchange<T>&);
+    const Work work = choose(call.options.cell, call.options.kind,
+                             []<typename Chosen, Kind kind>() -> Work { return &Forward::work<Chosen, kind>; });
+    const int threads = call.threads();
+    Exchange<T> exchange(threads, 2 * N * G);
+    if (S > 0) Team::run(threads, [&](int id, Team& team) { (this->*work)(id, team, exchange); });
+    return results();
+  }
+
+  template <typename Chosen, Kind kind>
+  void work(int id, Team& team, Exchange<T>& exchange) {
+    const Range units = part_of(H, id, team.size()), outputs = part_of(P, id, team.size());
+    if (id == 0 && call.options.save) *kept[Kept::partition].template data_ptr<int64_t>() = team.size();
+    const int64_t u = units.size(), W = G * u;
+    Worker<T> me(id, team, exchange, units, norm, cell_norm, 2 * N * G);
+
+    InputPart input(*this, units);
+    const bool projects = projected.defined();
+    Panels<T> joined(P, this->joined_gates() * u), apart(P, Chosen::apart ? u : 0), projection(H, projects ? outputs.size() : 0);
+    for (int64_t g = 0; g < G; ++g) {
+      const T* rows = get(Operand::weight_hh) + (g * H + units.begin) * P;
+      if (Chosen::apart && g == G - 1) apart.pack_rows(0, u, rows, P);
+      else joined.pack_rows(g * u, u, rows, P);
+    }
+    if (projects) projection.pack_rows(0, outputs.size(), get(Operand::weight_hr) + outputs.begin * H, H);
+
+    std::vector<T> gathered(walk.dense ? 0 : N * P), apart_part(Chosen::apart ? N * u : 0), spare(N * u);
+    T* const out = (projects ? projected : hidden).template data_ptr<T>();
+    for (const Step& step : walk.steps) {
+      if (step.count == 0) continue;
+      const T* before = state_before(step, gathered);
+      ForwardStep<T, kind> at(me, step, h, c);
+      at.pre = {input.of(step), 0, W};
+      at.bias = input.bias();
+      at.apart = {apart_part.data(), 0, u};
+      at.spare = {spare.data(), 0, u};
+      at.h = {out, step.first * H + units.begin, H};
+      at.zeros = this->zeros.data();
+      joined.multiply(gemm, step.count, before, P, at.pre.data, W, true);
+      if constexpr (Chosen::apart) {
+        apart.multiply(gemm, step.count, before, P, at.apart.data, u, false);
+        finish_apart(step, units, at.apart);
+      }
+      Chosen::forward(at);
+      team.wait();
+      if (projects) {
+        projection.multiply(gemm, step.count, out + step.first * H, H, h.history + step.first * P + outputs.begin, P, false);
+        team.wait();
+      }
+      publish(step, outputs);
+    }
+    gemm.release();
+  }
+
+  // Add the bias to the last gate's recurrent part, and keep it.
+  void finish_apart(const Step& step, Range units, Rows<T> rows) const {
+    const T* bias = get(Operand::bias_hh);
+    T* keep = get(Kept::apart);
+    for (int64_t i = 0; i < step.count; ++i) {
+      T* __restrict part = rows(i);
+      if (bias != nullptr) {
+        const T* b = bias + (G - 1) * H + units.begin;
+#pragma omp simd
+        for (int64_t j = 0; j < units.size(); ++j) part[j] += b[j];
+      }
+      if (keep != nullptr) std::copy_n(part, units.size(), keep + (step.first + i) * H + units.begin);
+    }
+  }
+
+  // Copy the new h to y, which shares no memory with what is kept: the caller may change it in place.
+  void publish(const Step& step, Range columns) const {
+    const T* from = h.history + columns.begin;
+    T* to = y.data_ptr<T>() + columns.begin;
+    if (from == to) return;
+    for (int64_t s = step.first; s < step.first + step.count; ++s)
+      std::copy_n(from + s * P, columns.size(), to + walk.position[s] * P);
+  }
+
+  // The input part of this thread's units, computed for many samples at once: enough for an efficient product, few enough to
+  // stay in the cache until they are used.
+  class InputPart {
+   public:
+    InputPart(const Forward& pass, Range units)
+        : pass_(pass), W_(pass.G * units.size()), panels_(pass.I, W_), bias_(W_),
+          capacity_(std::min(std::max<int64_t>(256, pass.N), pass.S)), part_(capacity_ * W_) {
+      const T *bias = pass.get(Operand::bias_ih), *hidden_bias = pass.get(Operand::bias_hh);
+      const int64_t u = units.size();
+      for (int64_t g = 0; g < pass.G; ++g) {
+        const int64_t channel = g * pass.H + units.begin;
+        panels_.pack_rows(g * u, u, pass.get(Operand::weight_ih) + channel * pass.I, pass.I);
+        // Where the recurrent part stays apart, so does its bias.
+        for (int64_t j = 0; j < u && bias != nullptr; ++j)
+          bias_[g * u + j] = bias[channel + j] + (g < pass.joined_gates() ? hidden_bias[channel + j] : T(0));
+      }
+    }
+
+    // [count, W] for the samples of a step; may be overwritten.
+    T* of(const Step& step) {
+      if (step.first < first_ || step.first + step.count > end_) {
+        // In a reverse direction the next samples lie before this step.
+        first_ = pass_.call.options.reverse ? std::max<int64_t>(0, step.first + step.count - capacity_) : step.first;
+        end_ = std::min(first_ + capacity_, pass_.S);
+        panels_.multiply(pass_.gemm, end_ - first_, pass_.samples.template data_ptr<T>() + first_ * pass_.I, pass_.I,
+                         part_.data(), W_, false);
+      }
+      return part_.data() + (step.first - first_) * W_;
+    }
+
+    // [W], to be added to the sum of both products.
+    const T* bias() const { return bias_.data(); }
+
+   private:
+    const Forward& pass_;
+    int64_t W_;
+    Panels<T> panels_;
+    std::vector<T> bias_;
+    int64_t capacity_, first_ = 0, end_ = 0;
+    Array<T> part_;
+  };
+
+  // h before the step of its rows, [count, P] contiguous.
+  const T* state_before(const Step& step, std::vector<T>& gathered) const {
+    if (walk.dense) return h.before(step.first);
+    for (int64_t i = 0; i < step.count; ++i) std::copy_n(h.before(step.first + i), P, gathered.data() + i * P);
+    return gathered.data();
+  }
+
+  // y [T, N, P], h [N, P], c [N, H], the four statistics in training, then what was kept.
+  std::vector<Tensor> results() {
+    const Tensor last_h = call.empty({N, P}), last_c = call.cell.has_c ? call.empty({N, H}) : call.empty({0});
+    this->gather(h.history, P, walk.last, last_h.data_ptr<T>());
+    if (call.cell.has_c) this->gather(c.history, H, walk.last, last_c.data_ptr<T>());
+    std::vector<Tensor> out{y, last_h, last_c};
+    const bool moved = call.options.training && call.options.kind == Kind::online;
+    for (const Tensor& statistic : statistics)
+      out.push_back(moved && statistic.defined() ? statistic : call.empty({0}));
+    for (size_t k = 0; k < kept.size && call.options.save; ++k) out.push_back(kept[static_cast<Kept>(k)]);
+    return out;
+  }
+};
+
+template <typename T>
+std::vector<Tensor> forward(const Call& call) {
+  return Forward<T>(call).run();
+}
+
+}  // namespace rnnorm

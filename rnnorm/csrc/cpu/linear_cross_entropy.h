@@ -1,0 +1,24 @@
+// A linear decoder and its cross entropy on the CPU, with gradients, without ever holding all the logits.
+//
+// Each thread owns a slice of the vocabulary and processes the rows block by block. In a block it computes tile by tile the
+// logits (transposed, [tile, rows], so that weights and gradients are used as they lie in memory), their exponentials relative
+// to a reference that is chosen before the maximum is known, and the product of these with the weights. After a barrier the
+// sums give the log-sum-exp, and the kept exponentials give the gradients of weight and bias; the factor that turns them into
+// probabilities is applied to the narrow operand, hidden.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+namespace rnnorm {
+
+// nats [M] float64, and the gradients of their weighted sum; those that are not needed are empty. All tensors are contiguous;
+// hidden [M, E], weight [V, E], bias [V] and the rows' weights [M] of one dtype, float32 or float64; targets [M] int64.
+std::vector<at::Tensor> linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight,
+                                             const std::optional<at::Tensor>& bias, const at::Tensor& targets,
+                                             const std::optional<at::Tensor>& weights, bool need_hidden, bool need_weight,
+                                             bool need_bias, bool micro, int64_t threads);
+
+}  // namespace rnnorm

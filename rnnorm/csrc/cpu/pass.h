@@ -1,0 +1,76 @@
+// What the forward and the backward pass over a sequence share.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "call.h"
+#include "gemm.h"
+#include "norm.h"
+#include "step.h"
+
+namespace rnnorm {
+
+template <typename T>
+struct Pass {
+  const Call& call;
+  const Walk& walk;
+  const int64_t N, I, P, G, H, C, S;  // S samples without padding
+  Gemm<T> gemm;
+  Table<Kept> kept;
+  Tensor samples;             // [S, I]
+  std::vector<T> ones, zeros;  // [C] in place of a missing affine map or missing biases
+  Norm<T> norm, cell_norm;
+
+  Pass(const Call& call, const Table<Kept>& kept)
+      : call(call), walk(call.walk), N(call.N), I(call.I), P(call.P), G(call.G), H(call.H), C(call.C), S(walk.S),
+        gemm{call.options.micro}, kept(kept), samples(call.tensors[Operand::x]), ones(C, T(1)), zeros(C, T(0)),
+        norm(make_norm(false)), cell_norm(make_norm(true)) {
+    if (walk.dense) return;
+    samples = call.scratch({S, I});
+    gather(get(Operand::x), I, walk.position, samples.template data_ptr<T>());
+  }
+  Pass(const Pass&) = delete;
+
+  T* get(Operand which) const { return pointer<T>(call.tensors[which]); }
+  T* get(Kept which) const { return pointer<T>(kept[which]); }
+
+  // The number of gates whose recurrent part is added to the input part at once.
+  int64_t joined_gates() const { return G - call.cell.apart; }
+
+  static void gather(const T* rows, int64_t width, const std::vector<int64_t>& index, T* out) {
+    for (size_t s = 0; s < index.size(); ++s) std::copy_n(rows + index[s] * width, width, out + s * width);
+  }
+
+ private:
+  Norm<T> make_norm(bool of_cell) const {
+    const Options& options = call.options;
+    const Constants& constants = options.constants;
+    Norm<T> norm;
+    norm.kind = of_cell && !options.cell_norm ? Kind::none : options.kind;
+    norm.guard = norm.kind == Kind::none ? Guard::none : options.guard;
+    norm.training = options.training;
+    norm.eps = constants.eps;
+    norm.alpha_fwd = constants.alpha_fwd;
+    norm.rest_fwd = 1 - constants.alpha_fwd;
+    norm.rest_bwd = 1 - constants.alpha_bwd;
+    norm.scale_eps = constants.scale_eps;
+    norm.limit = constants.clamp_limit;
+    norm.control_floor = constants.control_floor;
+    norm.G = of_cell ? 1 : G;
+    norm.H = H;
+    norm.S = S;
+    const T* weight = get(of_cell ? Operand::cell_norm_scale : Operand::norm_scale);
+    const T* bias = get(of_cell ? Operand::cell_norm_shift : Operand::norm_shift);
+    norm.weight = weight != nullptr ? weight : ones.data();
+    norm.bias = bias != nullptr ? bias : zeros.data();
+    norm.u = get(of_cell ? Operand::cell_norm_u : Operand::norm_u);
+    norm.v = get(of_cell ? Operand::cell_norm_v : Operand::norm_v);
+    norm.y = get(of_cell ? Kept::cell_y : Kept::y);
+    norm.rstd = get(of_cell ? Kept::cell_rstd : Kept::rstd);
+    norm.scale = get(of_cell ? Kept::cell_scale : Kept::scale);
+    return norm;
+  }
+};
+
+}  // namespace rnnorm
