@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from lm import stream
@@ -103,15 +102,14 @@ def estimate_streams(model: LanguageModel, data: Columns, window: str) -> None:
 
 
 @contextmanager
-def _moving(layers: list[nn.Module]) -> Iterator[None]:
+def _moving(layers: list[Any]) -> Iterator[None]:
     """Inside, the layers' running statistics move as in training, and the layers drop nothing."""
-    rates = [(layer, name, rate) for layer in layers for name, rate in vars(layer).items() if name.endswith("dropout")]
+    between = [layer.dropout for layer in layers]
     for layer in layers:
         layer.train()
-    for layer, name, _ in rates:
-        setattr(layer, name, 0.0)
+        layer.dropout, layer.draws_masks = 0.0, False
     try:
         yield
     finally:
-        for layer, name, rate in rates:
-            setattr(layer, name, rate)
+        for layer, rate in zip(layers, between, strict=True):
+            layer.dropout, layer.draws_masks = rate, True

@@ -63,6 +63,12 @@ class ModelConfig(Section):
     input_dropout: Rate | None = Field(default=None, description="dropout after the embedding; none: dropout")
     output_dropout: Rate | None = Field(default=None, description="dropout after the last layer; none: dropout")
     embedding_dropout: Rate = Field(default=0.0, description="dropout of whole words of the vocabulary")
+    weight_dropout: Rate = Field(default=0.0, description="dropout of the recurrent weights' entries (DropConnect)")
+    recurrent_dropout: Rate = Field(
+        default=0.0, description="dropout of h where it enters the recurrence, one mask for a window"
+    )
+    zoneout: Rate = Field(default=0.0, description="probability that a unit keeps its old state in a step")
+    zoneout_c: Rate | None = Field(default=None, description="lstm: the same of c; none: zoneout")
     tied: bool = Field(default=True, description="the decoder's weight is the embedding's")
     alpha_fwd: Alpha = Field(default=8191 / 8192, description="online: decay of the forward statistics")
     alpha_bwd: Alpha = Field(default=31 / 32, description="online: decay of the backward control")
@@ -94,6 +100,8 @@ class ModelConfig(Section):
                 f"a tied decoder needs model.embedding_size equal to model.hidden_size; "
                 f"{self.embedding_size} and {self.hidden_size} came; make them equal or set model.tied=false"
             )
+        if self.zoneout_c is not None and self.cell != "lstm":
+            raise UserError(f"model.zoneout_c is for the cell lstm; got {self.cell}; set model.zoneout_c=none")
         if self.cell_norm and self.cell != "lstm":
             raise UserError(f"model.cell_norm is for the cell lstm; {self.cell} came; set model.cell_norm=false")
         return self

@@ -130,12 +130,21 @@ def _layers(config: ModelConfig, width: int, backend: str) -> rnnorm.LSTM | rnno
     size = (width, config.hidden_size, config.num_layers)
     # torch warns of dropout on a single layer, which has nothing between layers to drop
     between = config.dropout if config.num_layers > 1 else 0.0
+    options: rnnorm.Options = {
+        "norm": norm,
+        "cell_norm": config.cell_norm,
+        "backend": backend,
+        "weight_dropout": config.weight_dropout,
+        "recurrent_dropout": config.recurrent_dropout,
+        "zoneout": config.zoneout,
+    }
+    if config.zoneout_c is not None:
+        options["zoneout"] = (config.zoneout, config.zoneout_c)
     if config.cell == "lstm":
-        return rnnorm.LSTM(*size, dropout=between, norm=norm, cell_norm=config.cell_norm, backend=backend)
+        return rnnorm.LSTM(*size, dropout=between, **options)
     if config.cell == "gru":
-        return rnnorm.GRU(*size, dropout=between, norm=norm, backend=backend)
-    nonlinearity = config.cell.removeprefix("rnn_")
-    return rnnorm.RNN(*size, nonlinearity=nonlinearity, dropout=between, norm=norm, backend=backend)
+        return rnnorm.GRU(*size, dropout=between, **options)
+    return rnnorm.RNN(*size, nonlinearity=config.cell.removeprefix("rnn_"), dropout=between, **options)
 
 
 def _first(value: float | None, otherwise: float) -> float:

@@ -4,6 +4,7 @@ from rnnorm import distributed, functional, norms
 from rnnorm._cells import CELLS
 from rnnorm._gates import gates
 from rnnorm._layers import GRU, LSTM, RNN
+from rnnorm._module import Options
 from rnnorm._online_norm import OnlineNorm
 from rnnorm._single_step import GRUCell, LSTMCell, RNNCell
 from rnnorm.ops import BackendUnavailable, backends
@@ -18,6 +19,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "OnlineNorm",
+    "Options",
     "RNNCell",
     "backends",
     "distributed",

@@ -93,3 +93,10 @@ CELLS: dict[str, Cell] = {
     "rnn_tanh": Cell(_gates(h="tanh"), ("h",), _rnn_tanh),
     "rnn_relu": Cell(_gates(h="relu"), ("h",), _rnn_relu),
 }
+
+
+def rnn(nonlinearity: str) -> str:
+    """The cell's name for a nonlinearity; `ValueError` if there is none."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity must be 'tanh' or 'relu'; got {nonlinearity!r}")
+    return f"rnn_{nonlinearity}"

@@ -1,7 +1,9 @@
 """Refusals: each says what must hold, what was got, and what to do. Numbers may be numpy's scalars."""
 
+import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +25,50 @@ def sizes(
             raise ValueError(f"{name} must be greater than 0; got {value}")
     if input_size < 0:
         raise ValueError(f"input_size must not be negative; got {input_size}")
-    if not is_number(dropout) or not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must be a probability in [0, 1]; got {dropout!r}")
     if not is_number(proj_size, numbers.Integral) or not 0 <= proj_size < hidden_size:
         raise ValueError(f"proj_size must be an int in [0, hidden_size={hidden_size}); got {proj_size!r}")
-    return int(input_size), int(hidden_size), int(num_layers), float(dropout), int(proj_size)
+    return int(input_size), int(hidden_size), int(num_layers), probability("dropout", dropout), int(proj_size)
+
+
+def probability(name: str, value: Any) -> float:
+    if not is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a probability in [0, 1]; got {value!r}")
+    return float(value)
+
+
+def zoneout(value: object, states: Sequence[str]) -> float | tuple[float, float]:
+    """One rate for every state of the cell, or those of h and c."""
+    if not isinstance(value, tuple | list):
+        return probability("zoneout", value)
+    if "c" not in states:
+        raise ValueError(f"zoneout must be one probability: this cell has no c; got {value!r}")
+    if len(value) != 2:
+        raise ValueError(f"zoneout must be a probability in [0, 1], or a pair of them for h and c; got {value!r}")
+    return probability("zoneout of h", value[0]), probability("zoneout of c", value[1])
+
+
+def cell_norm(value: bool, norm: str, states: Sequence[str]) -> bool:
+    if value and "c" not in states:
+        raise TypeError("cell_norm=True needs a cell that carries a c, an LSTM; this one has none; leave cell_norm out")
+    if value and norm == "none":
+        raise ValueError("cell_norm=True needs a normalization; got norm='none'; choose one or leave cell_norm out")
+    return bool(value)
+
+
+def norm_init(value: Any, affine: bool) -> float:
+    if not is_number(value) or not math.isfinite(value):
+        raise ValueError(f"norm_init must be a finite number; got {value!r}")
+    if value != 1 and not affine:
+        raise ValueError(f"norm_init needs a norm with affine parameters; got {value} without one; leave it at 1")
+    return float(value)
+
+
+def reset_tensor(reset: Tensor, lead: Sequence[int], meaning: str) -> Tensor:
+    is_tensor("reset", reset)
+    shape("reset", reset, lead, meaning)
+    if reset.dtype != torch.bool:
+        raise ValueError(f"reset must have dtype torch.bool; got {reset.dtype}; convert it with .bool()")
+    return reset
 
 
 def is_tensor(name: str, value: object, kinds: str = "a tensor") -> None:

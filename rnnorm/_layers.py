@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnorm import _check, _plain, norms, ops
-from rnnorm._module import Own, RecurrentModule, State, in_evaluation
+from rnnorm import _check, _masks, _plain, ops
+from rnnorm._cells import rnn
+from rnnorm._module import Options, Own, RecurrentModule, State, in_evaluation
 
 # Torch's words, which programs may filter by.
 _NOTHING_DROPPED = (
@@ -40,11 +41,9 @@ class Recurrent(RecurrentModule):
         dropout: float,
         bidirectional: bool,
         proj_size: int,
-        norm: "str | norms.Spec",
-        cell_norm: bool,
-        backend: str,
         device: Any,
         dtype: Any,
+        options: Options,
     ) -> None:
         super().__init__()
         sizes = _check.sizes(input_size, hidden_size, num_layers, dropout, proj_size)
@@ -55,7 +54,7 @@ class Recurrent(RecurrentModule):
         self.bidirectional = bool(bidirectional)
         if self.dropout > 0 and self.num_layers == 1:
             warnings.warn(_NOTHING_DROPPED.format(dropout, num_layers), stacklevel=3)
-        self._set_options(norm, cell_norm, backend)
+        self._set_options(options)
         out = self.proj_size or self.hidden_size
         for layer, suffixes in enumerate(self._suffixes()):
             for suffix in suffixes:
@@ -91,12 +90,10 @@ class Recurrent(RecurrentModule):
             "dropout": 0.0,
             "bidirectional": False,
             "proj_size": 0,
-            "cell_norm": False,
-            "backend": "auto",
         }
         found = {name: getattr(self, name, default) for name, default in defaults.items()}
         options += [f"{name}={value!r}" for name, value in found.items() if value != defaults[name]]
-        return ", ".join([*options, f"norm={self.norm}"])
+        return ", ".join([*options, *self._options_repr()])
 
     def forward(
         self,
@@ -104,22 +101,27 @@ class Recurrent(RecurrentModule):
         hx: State | None = None,
         *,
         lengths: "Tensor | Sequence[int] | None" = None,
+        reset: Tensor | None = None,
     ) -> tuple[Any, State]:
         """Run the layers over a sequence; the call forms, shapes and returned states are those of torch's layers.
 
         `input` is [T, N, I], [N, T, I] with `batch_first`, [T, I] for one sequence, or a `PackedSequence`; `hx` is `h`
         or `(h, c)`, [L*D, N, H] each ([L*D, H] for one sequence), zero if None (L layers, D directions; with
         `proj_size`, `h` and the output have P instead of H). `lengths` [N] in 1..T, in any order, says how much of each
-        padded sequence is real: outputs beyond are zero, states stop there, streams skip it. Values are computed in the
+        padded sequence is real: outputs beyond are zero, states stop there, streams skip it. `reset` [T, N] bool ([N,
+        T] with `batch_first`, [T] for one sequence; with a `PackedSequence` in the caller's order of the sequences) is
+        true where a sequence begins inside a row: the state before that step is zero, and a reverse direction is cut at
+        the same border; statistics go on. Values are computed in the
         input's dtype (under autocast in its dtype), statistics, carried values and nonlinearities in float32 at least.
         Returns the output [T, N, D*H] and the last state; they share memory with nothing else.
         Raises `ValueError` for a wrong rank, size, dtype, device or length, `BackendUnavailable` for a named backend
         that cannot run the call, `RuntimeError` for a second backward where online normalization allows one.
         """
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, lengths)
+            return self._forward_packed(input, hx, lengths, reset)
         if isinstance(input, Proxy):
-            return self._traced(input, hx, **({} if lengths is None else {"lengths": lengths}))
+            given = {"lengths": lengths, "reset": reset}
+            return self._traced(input, hx, **{name: value for name, value in given.items() if value is not None})
         _check.is_tensor("input", input, "a tensor or a PackedSequence")
         if input.dim() not in (2, 3):
             raise ValueError(f"input must have 3 dimensions, or 2 for one sequence; got shape {tuple(input.shape)}")
@@ -130,7 +132,13 @@ class Recurrent(RecurrentModule):
         own = self._own_by_row()
         x, state = self._prepared(x, hx, single, own)
         found = None if lengths is None else _check.lengths_tensor(lengths, x.size(0), x.size(1))
-        y, last = self._run(x, state, found, own, packed=False)
+        if reset is not None:
+            shape, meaning = (
+                ((x.size(0),), "(T,)") if single else (input.shape[:2], "(N, T)" if self.batch_first else "(T, N)")
+            )
+            reset = _check.reset_tensor(reset, shape, meaning)
+            reset = reset.unsqueeze(1) if single else reset.t() if self.batch_first else reset
+        y, last = self._run(x, state, found, own, reset, packed=False)
         # In place, so that what is returned is no view: autograd refuses to detach a view in place.
         if single:
             y.squeeze_(1)
@@ -139,7 +147,9 @@ class Recurrent(RecurrentModule):
             y.transpose_(0, 1)
         return y, self._returned(last)
 
-    def _forward_packed(self, packed: PackedSequence, hx: State | None, lengths: Any) -> tuple[PackedSequence, State]:
+    def _forward_packed(
+        self, packed: PackedSequence, hx: State | None, lengths: Any, reset: Tensor | None
+    ) -> tuple[PackedSequence, State]:
         if lengths is not None:
             raise ValueError("lengths= must be left out with a PackedSequence, which carries its own")
         data, sizes = packed.data, packed.batch_sizes
@@ -153,9 +163,16 @@ class Recurrent(RecurrentModule):
         x = padded.view(sizes.size(0), N, data.size(1))
         own = self._own_by_row()
         x, state = self._prepared(x, hx, False, own)
+        if reset is not None:
+            shape, meaning = (sizes.size(0), N), "(T, N)"
+            if self.batch_first:
+                shape, meaning = shape[::-1], "(N, T)"
+            reset = _check.reset_tensor(reset, shape, meaning)
+            reset = reset.t() if self.batch_first else reset
         if packed.sorted_indices is not None:
             state = [s.index_select(1, packed.sorted_indices) for s in state]
-        y, last = self._run(x, state, found, own, packed=True)
+            reset = None if reset is None else reset.index_select(1, packed.sorted_indices)
+        y, last = self._run(x, state, found, own, reset, packed=True)
         if packed.unsorted_indices is not None:
             last = [s.index_select(1, packed.unsorted_indices) for s in last]
         data = y.flatten(0, 1).index_select(0, rows)
@@ -185,16 +202,18 @@ class Recurrent(RecurrentModule):
         state: list[Tensor],
         lengths: Tensor | None,
         own: list[Own],
+        reset: Tensor | None,
         packed: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         last: list[list[Tensor]] = [[] for _ in state]
         directions = 1 + self.bidirectional
+        resets = (reset, None if reset is None else _masks.reversed_reset(reset, lengths))
         for layer in range(self.num_layers):
             outputs = []
             for reverse in range(directions):
                 row = layer * directions + reverse
                 h, c = state[0][row], state[1][row] if len(state) == 2 else None
-                results = ops.run(self._operands(own[row], x, h, c, lengths), self._spec(reverse == 1))
+                results = ops.run(self._operands(own[row], x, h, c, lengths, resets[reverse]), self._spec(reverse == 1))
                 self._move_streams(own[row], results)
                 outputs.append(results.y)
                 for kept, value in zip(last, (results.h, results.c), strict=False):
@@ -254,11 +273,6 @@ class Recurrent(RecurrentModule):
         with in_evaluation(self):
             return _plain.Plain(self, make_loop)
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        from rnnorm._torchscript import scriptable
-
-        return scriptable(self)
-
 
 # Options that say how many weights there are, and of what shapes.
 _SIZES = ("input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
@@ -309,11 +323,9 @@ class LSTM(Recurrent):
         bidirectional: bool = False,
         proj_size: int = 0,
         *,
-        norm: "str | norms.Spec" = "online",
-        cell_norm: bool = False,
-        backend: str = "auto",
         device: Any = None,
         dtype: Any = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             *(
@@ -327,7 +339,7 @@ class LSTM(Recurrent):
                 bidirectional,
                 proj_size,
             ),
-            *(norm, cell_norm, backend, device, dtype),
+            *(device, dtype, options),
         )
 
 
@@ -351,14 +363,13 @@ class GRU(Recurrent):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
-        norm: "str | norms.Spec" = "online",
-        backend: str = "auto",
         device: Any = None,
         dtype: Any = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             *("gru", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0),
-            *(norm, False, backend, device, dtype),
+            *(device, dtype, options),
         )
 
 
@@ -383,21 +394,13 @@ class RNN(Recurrent):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
-        norm: "str | norms.Spec" = "online",
-        backend: str = "auto",
         device: Any = None,
         dtype: Any = None,
+        **options: Unpack[Options],
     ) -> None:
-        cell = rnn_cell(nonlinearity)
+        cell = rnn(nonlinearity)
         super().__init__(
             *(cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0),
-            *(norm, False, backend, device, dtype),
+            *(device, dtype, options),
         )
         self.nonlinearity = nonlinearity
-
-
-def rnn_cell(nonlinearity: str) -> str:
-    """The cell's name for a nonlinearity; `ValueError` if there is none."""
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"nonlinearity must be 'tanh' or 'relu'; got {nonlinearity!r}")
-    return f"rnn_{nonlinearity}"

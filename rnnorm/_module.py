@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,8 @@ from torch.fx import Proxy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from rnnorm import _check, norms, ops
+from rnnorm import _check, _masks, _torchscript, norms, ops
 from rnnorm._cells import CELLS
-from rnnorm.ops.call import statistics_dtype
-from rnnorm.ops.registry import by_name
 
 State = Tensor | tuple[Tensor, Tensor]
 Own = dict[str, Any]  # the weights and streams of one layer and direction by operand, None where there is none
@@ -47,7 +45,7 @@ class StreamModule(nn.Module):
         before = self._stream_buffers()
         super()._apply(fn, recurse)
         for name, after in self._stream_buffers().items():
-            wide = statistics_dtype(after.dtype)
+            wide = ops.statistics_dtype(after.dtype)
             if after.dtype != wide:
                 self._buffers[name] = before[name].to(after.device, wide)
         return self
@@ -56,7 +54,7 @@ class StreamModule(nn.Module):
         super()._load_from_state_dict(*args)
         # With `assign=True` the buffers are those of the file, in its dtype.
         for name, buffer in self._stream_buffers().items():
-            self._buffers[name] = buffer.to(statistics_dtype(buffer.dtype))
+            self._buffers[name] = buffer.to(ops.statistics_dtype(buffer.dtype))
 
     def _traced(self, input: Proxy, *args: Any, **kwargs: Any) -> Any:
         """What `torch.fx` records of a call: one node, as for torch's own layers, which are leaves of its tracing."""
@@ -76,11 +74,46 @@ class StreamModule(nn.Module):
                 buffer.fill_(STREAMS[kind])
 
 
+class Options(TypedDict, total=False):
+    """The keyword arguments that layers and cells share.
+
+    norm: a specification of `rnnorm.norms` or one of "online", "layer", "rms", "none".
+    cell_norm: LSTM only, normalize the new c too.
+    backend: "auto" or a name from `rnnorm.backends()`.
+    weight_dropout: probability that an entry of `weight_hh` is zero in a call (DropConnect); training only.
+    recurrent_dropout: probability that a unit of h is zero where it enters the recurrent product, the same units at all
+        steps of a call; training only.
+    zoneout: probability that a unit keeps its old value in a step, for every state or a pair for h and c; in evaluation
+        mode the expectation.
+    norm_init: initial scale of the norms' affine map.
+    """
+
+    norm: "Literal['online', 'layer', 'rms', 'none'] | norms.Spec"
+    cell_norm: bool
+    backend: str
+    weight_dropout: float
+    recurrent_dropout: float
+    zoneout: float | tuple[float, float]
+    norm_init: float
+
+
+_DEFAULTS: Options = {
+    "norm": "online",
+    "cell_norm": False,
+    "backend": "auto",
+    "weight_dropout": 0.0,
+    "recurrent_dropout": 0.0,
+    "zoneout": 0.0,
+    "norm_init": 1.0,
+}
+
+
 class RecurrentModule(StreamModule):
     """Base of layers and cells. A suffix such as `_l0_reverse` names one layer and direction; cells use none."""
 
     _stream_name = re.compile(r"(?:cell_)?norm_(mean|var|u|v)(?:_l\d+(?:_reverse)?)?")
 
+    single_step: ClassVar[bool] = False
     cell: str
     norm: norms.Spec
     input_size: int
@@ -89,6 +122,11 @@ class RecurrentModule(StreamModule):
     bias: bool
     cell_norm: bool
     backend: str
+    weight_dropout: float
+    recurrent_dropout: float
+    zoneout: float | tuple[float, float]
+    norm_init: float
+    draws_masks: bool  # False: dropout inside the recurrence is as in evaluation mode, whatever the mode
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for key in [key for key in state_dict if key.startswith(prefix)]:
@@ -97,14 +135,21 @@ class RecurrentModule(StreamModule):
                 state_dict[f"{prefix}{start}_{_NEW_NAMES[kind]}{rest}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _set_options(self, norm: "str | norms.Spec", cell_norm: bool, backend: str) -> None:
-        self.norm = norms.resolve(norm)
-        if cell_norm and self.norm.kind == "none":
-            raise ValueError("cell_norm=True needs a normalization; got norm='none'; choose one or leave cell_norm out")
-        self.cell_norm = bool(cell_norm)
-        if backend != "auto":
-            by_name(backend)
-        self.backend = backend
+    def _set_options(self, options: "Options") -> None:
+        if unknown := options.keys() - Options.__annotations__:
+            raise TypeError(f"{type(self).__name__} has no option {min(unknown)!r}; it has {', '.join(_DEFAULTS)}")
+        found: Options = {**_DEFAULTS, **options}
+        states = CELLS[self.cell].states
+        self.norm = norms.resolve(found["norm"])
+        self.cell_norm = _check.cell_norm(found["cell_norm"], self.norm.kind, states)
+        self.backend = found["backend"]
+        if self.backend != "auto":
+            ops.by_name(self.backend)
+        self.weight_dropout = _check.probability("weight_dropout", found["weight_dropout"])
+        self.recurrent_dropout = _check.probability("recurrent_dropout", found["recurrent_dropout"])
+        self.zoneout = _check.zoneout(found["zoneout"], states)
+        self.draws_masks = True
+        self.norm_init = _check.norm_init(found["norm_init"], self.norm.affine)
 
     def _register(self, suffix: str, input_size: int, device: Any, dtype: Any) -> None:
         """Create the parameters and streams of one layer and direction, uninitialized."""
@@ -122,11 +167,24 @@ class RecurrentModule(StreamModule):
         for name, size in shapes.items():
             self.register_parameter(name + suffix, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
         if self.norm.kind == "online":
-            wide = statistics_dtype(dtype or torch.get_default_dtype())
+            wide = ops.statistics_dtype(dtype or torch.get_default_dtype())
             for prefix, channels in (("norm", C), ("cell_norm", self.hidden_size))[: 1 + self.cell_norm]:
                 for stream in STREAMS:
                     buffer = torch.empty(channels, device=device, dtype=wide)
                     self.register_buffer(f"{prefix}_{stream}{suffix}", buffer)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _torchscript.scriptable(self)
+
+    def _mask_rates(self) -> _masks.Rates:
+        zoneout = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
+        return _masks.Rates(self.weight_dropout, self.recurrent_dropout, *zoneout)
+
+    def _options_repr(self) -> list[str]:
+        """The shared options that are not their defaults, norm always."""
+        held = {name: getattr(self, name) for name in _DEFAULTS if name != "norm"}
+        changed = [f"{name}={value!r}" for name, value in held.items() if value != _DEFAULTS[name]]  # type: ignore[literal-required]
+        return [*changed, f"norm={self.norm}"]
 
     def _suffixes(self) -> list[list[str]]:
         """For each layer, the suffix of each direction's parameters."""
@@ -134,7 +192,7 @@ class RecurrentModule(StreamModule):
 
     def _own(self, suffix: str) -> Own:
         """What one layer and direction holds. A computed weight is computed here, once a call."""
-        own = {name: getattr(self, name + suffix, None) for name in ops.Operands._fields[3:-1]}
+        own = {name: getattr(self, name + suffix, None) for name in ops.HELD}
         for one, other in _PAIRS:
             if (own[one] is None) != (own[other] is None):
                 raise ValueError(f"{one + suffix} and {other + suffix} must both be there or both be None; one is None")
@@ -158,7 +216,7 @@ class RecurrentModule(StreamModule):
         bound = 1.0 / math.sqrt(self.hidden_size)
         for name, parameter in self.named_parameters(recurse=False):
             if "norm_scale" in name:
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, self.norm_init)
             elif "norm_shift" in name:
                 nn.init.zeros_(parameter)
             else:
@@ -199,13 +257,30 @@ class RecurrentModule(StreamModule):
             _check.like_weights(f"{name}_0", value, weight, autocast)
         return [value.to(x.dtype) for value in given]
 
-    def _operands(self, own: Own, x: Tensor, h: Tensor, c: Tensor | None, lengths: Tensor | None) -> ops.Operands:
+    def _operands(
+        self, own: Own, x: Tensor, h: Tensor, c: Tensor | None, lengths: Tensor | None, reset: Tensor | None = None
+    ) -> ops.Operands:
+        """The operands of one call; the masks of dropout inside the recurrence are drawn here."""
+        T, rates, wide = x.size(0), self._mask_rates(), ops.statistics_dtype(x.dtype)
+        training = self.training and self.draws_masks
+        if rates.weight and training:
+            own = {**own, "weight_hh": _masks.dropped(own["weight_hh"], rates.weight, training)}
         if x.dtype != own["weight_ih"].dtype:
             # Only under autocast: parameters follow the products' dtype.
             own = {
                 k: t.to(x.dtype) if t is not None and k.startswith(("weight", "bias")) else t for k, t in own.items()
             }
-        return ops.Operands(x, h, c, **own, lengths=lengths)
+        return ops.Operands(
+            x,
+            h,
+            c,
+            **own,
+            lengths=lengths,
+            reset=reset,
+            recurrent_mask=_masks.recurrent(rates.recurrent, training, h, wide),
+            zoneout_h=_masks.zoneout(rates.zoneout_h, training, T, h, wide),
+            zoneout_c=None if c is None else _masks.zoneout(rates.zoneout_c, training, T, c, wide),
+        )
 
     def _move_streams(self, own: Own, results: ops.Results) -> None:
         if self.training and self.norm.kind == "online":

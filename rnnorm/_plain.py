@@ -34,6 +34,7 @@ class PlainStep(_Copies):
     def __init__(self, layer: RecurrentModule, suffix: str, spec: CallSpec) -> None:
         super().__init__()
         self.spec, self.units, self.width = spec, layer.hidden_size, layer.proj_size or layer.hidden_size
+        self.rates = layer._mask_rates()
         self._copy(layer, suffix, "weight_hh", "bias_hh", "weight_hr")
         for prefix in ("norm", "cell_norm"):
             self._copy(layer, suffix, *(f"{prefix}_{name}" for name in ("scale", "shift", *STREAMS)))
@@ -47,6 +48,9 @@ class PlainStep(_Copies):
         )
         if self.weight_hr is not None:
             new_h = F.linear(new_h.to(state.dtype), self.weight_hr)  # type: ignore[arg-type]
+        # Zoneout's expectation; where nothing stays no operation is left in the file.
+        new_h = _stayed(self.rates.zoneout_h, h, new_h)
+        new_c = None if new_c is None else _stayed(self.rates.zoneout_c, c, new_c)
         # Statistics are float32 at least, and so is what they made; the state is in the weights' dtype.
         return (new_h if new_c is None else torch.cat((new_h, new_c), 1)).to(state.dtype)
 
@@ -54,6 +58,10 @@ class PlainStep(_Copies):
         scale, shift, mean, *others = (getattr(self, f"{prefix}_{name}") for name in ("scale", "shift", *STREAMS))
         var, u, v = others
         return normalizer(self.spec, self.units, scale, shift, None if mean is None else (mean, var, u, v))
+
+
+def _stayed(rate: float, old: Tensor, new: Tensor) -> Tensor:
+    return new if rate == 0 else rate * old + (1 - rate) * new
 
 
 class Scan(nn.Module):

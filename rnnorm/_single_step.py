@@ -1,18 +1,18 @@
 """Cells: one step of one layer, with torch's call forms. A step is a sequence of length 1 on the same operators."""
 
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from rnnorm import _check, norms, ops
-from rnnorm._layers import rnn_cell
-from rnnorm._module import RecurrentModule
+from rnnorm import _check, ops
+from rnnorm._cells import rnn
+from rnnorm._module import Options, RecurrentModule
 
 
 class CellModule(RecurrentModule):
     proj_size = 0
+    single_step = True
 
     def __init__(
         self,
@@ -20,31 +20,31 @@ class CellModule(RecurrentModule):
         input_size: int,
         hidden_size: int,
         bias: bool,
-        norm: "str | norms.Spec",
-        cell_norm: bool,
-        backend: str,
         device: Any,
         dtype: Any,
+        options: Options,
     ) -> None:
         super().__init__()
         self.input_size, self.hidden_size, *_ = _check.sizes(input_size, hidden_size, 1, 0.0, 0)
         self.cell = cell
         self.bias = bool(bias)
-        self._set_options(norm, cell_norm, backend)
+        self._set_options(options)
         self._register("", self.input_size, device, dtype)
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        return f"{self.input_size}, {self.hidden_size}, norm={self.norm}"
+        return ", ".join([f"{self.input_size}, {self.hidden_size}", *self._options_repr()])
 
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
+    def forward(self, input: Tensor, hx: Any = None, *, reset: Tensor | None = None) -> Any:
         """One step: `input` [N, I] or [I], `hx` `h` or `(h, c)` [N, H] or [H], zero if None; returns the new state.
 
+        `reset` [N] bool ([] for one sequence) is true where a sequence begins: the state before the step is zero. Masks
+        of dropout inside the recurrence are drawn at each call.
         In training mode every call is one step of the streams; backward through several calls must run in reverse order
         of the calls, as autograd does. Errors as in the layers.
         """
         if isinstance(input, Proxy):
-            return self._traced(input, hx)
+            return self._traced(input, hx, **({} if reset is None else {"reset": reset}))
         _check.is_tensor("input", input)
         if input.dim() not in (1, 2):
             raise ValueError(f"input must have shape (N, I) or (I,); got {tuple(input.shape)}")
@@ -55,16 +55,12 @@ class CellModule(RecurrentModule):
         lead, meaning = ((), "") if single else ((x.size(0),), "N, ")
         state = [value.unsqueeze(0) if single else value for value in self._first_states(x, hx, lead, meaning, weight)]
         c = state[1] if len(state) == 2 else None
-        results = ops.run(self._operands(own, x.unsqueeze(0), state[0], c, None), self._spec())
+        begins = None if reset is None else _check.reset_tensor(reset, lead, f"({meaning})").reshape(1, -1)
+        results = ops.run(self._operands(own, x.unsqueeze(0), state[0], c, None, begins), self._spec())
         self._move_streams(own, results)
         # In place, so that what is returned is no view: autograd refuses to detach a view in place.
         last = [s.squeeze_(0) if single else s for s in (results.h, results.c)]
         return (last[0], last[1]) if c is not None else last[0]
-
-    def __prepare_scriptable__(self) -> torch.nn.Module:
-        from rnnorm._torchscript import scriptable
-
-        return scriptable(self)
 
 
 class LSTMCell(CellModule):
@@ -77,12 +73,9 @@ class LSTMCell(CellModule):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
-        *,
-        norm: "str | norms.Spec" = "online",
-        cell_norm: bool = False,
-        backend: str = "auto",
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__("lstm", input_size, hidden_size, bias, norm, cell_norm, backend, device, dtype)
+        super().__init__("lstm", input_size, hidden_size, bias, device, dtype, options)
 
 
 class GRUCell(CellModule):
@@ -95,11 +88,9 @@ class GRUCell(CellModule):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
-        *,
-        norm: "str | norms.Spec" = "online",
-        backend: str = "auto",
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__("gru", input_size, hidden_size, bias, norm, False, backend, device, dtype)
+        super().__init__("gru", input_size, hidden_size, bias, device, dtype, options)
 
 
 class RNNCell(CellModule):
@@ -113,10 +104,8 @@ class RNNCell(CellModule):
         nonlinearity: str = "tanh",
         device: Any = None,
         dtype: Any = None,
-        *,
-        norm: "str | norms.Spec" = "online",
-        backend: str = "auto",
+        **options: Unpack[Options],
     ) -> None:
-        cell = rnn_cell(nonlinearity)
-        super().__init__(cell, input_size, hidden_size, bias, norm, False, backend, device, dtype)
+        cell = rnn(nonlinearity)
+        super().__init__(cell, input_size, hidden_size, bias, device, dtype, options)
         self.nonlinearity = nonlinearity

@@ -2,23 +2,20 @@
 
 A substitute is the same layer under a subclass: it shares parameters, buffers and their names, behaves the same in
 eager mode (`torch.jit.script` leaves substitutes inside the eager parent), and has a `forward` that TorchScript reads.
-Differences when scripted: no `PackedSequence` (use `lengths`, a tensor);
-autocast does not reach the layer, so half-precision input is widened to the weights' dtype.
+Differences when scripted: no `PackedSequence` (use `lengths`, a tensor); autocast does not reach the layer, so
+half-precision input is widened to the weights' dtype.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from rnnorm import _masks, ops
 from rnnorm._cells import CELLS
-from rnnorm._layers import GRU, LSTM, RNN, Recurrent
-from rnnorm._module import RecurrentModule
-from rnnorm._single_step import CellModule, GRUCell, LSTMCell, RNNCell
-from rnnorm.ops.call import DIFFERENTIABLE
-from rnnorm.ops.registry import BackendUnavailable, choose
 
 
 class _Options(NamedTuple):
@@ -60,28 +57,70 @@ def _suited_lengths(lengths: Tensor, T: int, N: int) -> Tensor:
     return lengths.to(torch.device("cpu"), torch.int64)
 
 
-class _Scriptable(RecurrentModule):
-    """What the substitutes share. No annotations of the base classes reach TorchScript through these."""
+def _suited_reset(reset: Tensor, shape: list[int]) -> Tensor:
+    if reset.dtype != torch.bool or reset.size() != shape:
+        raise ValueError(f"reset must be bool of shape {shape}; got {reset.dtype} of shape {reset.size()}")
+    return reset
 
+
+class _Scriptable(nn.Module):
+    """What the substitutes share. TorchScript reads these annotations, of one class only."""
+
+    original: Any  # the layer's or cell's own class
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bidirectional: bool
+    batch_first: bool
+    dropout: float
+    proj_size: int
     options: _Options
+    rates: _masks.Rates
+    draws_masks: bool
     state_names: list[str]
     suffixes: list[str]
     weights: list[dict[str, Tensor]]  # for each suffix, the parameters by operand name
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _substituted, (self.original, _form(self)), self.__dict__
+
     def _sequence(
-        self, row: int, x: Tensor, h: Tensor, c: Tensor | None, lengths: Tensor | None, reverse: bool
+        self,
+        row: int,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        reverse: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        w, o, suffix = self.weights[row], self.options, self.suffixes[row]
+        w, o, suffix, rates, training = (
+            self.weights[row],
+            self.options,
+            self.suffixes[row],
+            self.rates,
+            self.training and self.draws_masks,
+        )
+        T, weight_hh = x.size(0), w["weight_hh"]
+        if rates.weight > 0.0 and training:
+            weight_hh = _masks.dropped(weight_hh, rates.weight, training)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        recurrent_mask = _masks.recurrent(rates.recurrent, training, h, wide)
+        zoneout_h = _masks.zoneout(rates.zoneout_h, training, T, h, wide)
+        zoneout_c: Tensor | None = None
+        if c is not None:
+            zoneout_c = _masks.zoneout(rates.zoneout_c, training, T, c, wide)
         streams: dict[str, Tensor] = {}
         for name, buffer in self.named_buffers():
             streams[name] = buffer
         y, last_h, last_c, mean, var, cell_mean, cell_var = torch.ops.rnnorm.sequence(
-            *(x, h, c, w["weight_ih"], w["weight_hh"], w.get("bias_ih"), w.get("bias_hh"), w.get("weight_hr")),
+            *(x, h, c, w["weight_ih"], weight_hh, w.get("bias_ih"), w.get("bias_hh"), w.get("weight_hr")),
             *(w.get("norm_scale"), w.get("norm_shift"), w.get("cell_norm_scale"), w.get("cell_norm_shift")),
+            *(lengths, reset, recurrent_mask, zoneout_h, zoneout_c),
             *(streams.get("norm_mean" + suffix), streams.get("norm_var" + suffix)),
             *(streams.get("norm_u" + suffix), streams.get("norm_v" + suffix)),
             *(streams.get("cell_norm_mean" + suffix), streams.get("cell_norm_var" + suffix)),
-            *(streams.get("cell_norm_u" + suffix), streams.get("cell_norm_v" + suffix), lengths),
+            *(streams.get("cell_norm_u" + suffix), streams.get("cell_norm_v" + suffix)),
             *(o.cell, o.norm, o.guard, o.constants, o.cell_norm),
             *(self.training, reverse, o.wanted),
         )
@@ -94,8 +133,10 @@ class _Scriptable(RecurrentModule):
         return y, last_h, last_c
 
 
-class _ScriptableLayer(_Scriptable, Recurrent):
-    def _layers(self, input: Tensor, hx: list[Tensor], lengths: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+class _ScriptableLayer(_Scriptable):
+    def _layers(
+        self, input: Tensor, hx: list[Tensor], lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
         if input.dim() != 2 and input.dim() != 3:
             raise ValueError(f"input must have 3 dimensions, or 2 for one sequence; got shape {input.size()}")
         single = input.dim() == 2
@@ -113,6 +154,11 @@ class _ScriptableLayer(_Scriptable, Recurrent):
         states = _suited_states(self.state_names, given, shapes[: len(self.state_names)], weight)
         if lengths is not None:
             lengths = _suited_lengths(lengths, T, N)
+        reversed_reset: Tensor | None = None
+        if reset is not None:
+            reset = reset.unsqueeze(1) if single else reset.t() if self.batch_first else reset
+            reset = _suited_reset(reset, [T, N])
+            reversed_reset = _masks.reversed_reset(reset, lengths)
         hs: list[Tensor] = []
         cs: list[Tensor] = []
         directions = 2 if self.bidirectional else 1
@@ -121,7 +167,8 @@ class _ScriptableLayer(_Scriptable, Recurrent):
             for direction in range(directions):
                 row = layer * directions + direction
                 c = states[1][row] if len(states) == 2 else None
-                y, last_h, last_c = self._sequence(row, x, states[0][row], c, lengths, direction == 1)
+                begins = reversed_reset if direction == 1 else reset
+                y, last_h, last_c = self._sequence(row, x, states[0][row], c, lengths, begins, direction == 1)
                 outputs.append(y)
                 hs.append(last_h)
                 cs.append(last_c)
@@ -136,8 +183,8 @@ class _ScriptableLayer(_Scriptable, Recurrent):
         return (x.transpose_(0, 1) if self.batch_first else x), last
 
 
-class _ScriptableCell(_Scriptable, CellModule):
-    def _step(self, input: Tensor, hx: list[Tensor]) -> list[Tensor]:
+class _ScriptableCell(_Scriptable):
+    def _step(self, input: Tensor, hx: list[Tensor], reset: Tensor | None) -> list[Tensor]:
         if input.dim() != 1 and input.dim() != 2:
             raise ValueError(f"input must have shape (N, I) or (I,); got {input.size()}")
         single = input.dim() == 1
@@ -150,125 +197,126 @@ class _ScriptableCell(_Scriptable, CellModule):
         given = [state.unsqueeze(0) for state in hx] if single else hx
         states = _suited_states(self.state_names, given, [shape] * len(self.state_names), weight)
         c = states[1] if len(states) == 2 else None
-        _, last_h, last_c = self._sequence(0, x.unsqueeze(0), states[0], c, None, False)
+        if reset is not None:
+            reset = _suited_reset(reset.reshape(1, -1), [1, x.size(0)])
+        _, last_h, last_c = self._sequence(0, x.unsqueeze(0), states[0], c, None, reset, False)
         last = [last_h, last_c] if len(states) == 2 else [last_h]
         return [state.squeeze_(0) for state in last] if single else last
 
 
-class _LSTM(_ScriptableLayer, LSTM):
-    def forward(  # type: ignore[override]
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None
+class _TwoStateLayer(_ScriptableLayer):
+    def forward(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         if torch.jit.is_scripting():
             given: list[Tensor] = []
             if hx is not None:
                 given = [hx[0], hx[1]]
-            y, last = self._layers(input, given, lengths)
+            y, last = self._layers(input, given, lengths, reset)
             return y, (last[0], last[1])
         else:
-            return Recurrent.forward(self, input, hx, lengths=lengths)  # type: ignore[return-value]
+            return self.original.forward(self, input, hx, lengths=lengths, reset=reset)
 
 
 class _OneStateLayer(_ScriptableLayer):
-    def forward(  # type: ignore[override]
-        self,
-        input: Tensor,
-        hx: Tensor | None = None,
-        lengths: Tensor | None = None,
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         if torch.jit.is_scripting():
             given: list[Tensor] = []
             if hx is not None:
                 given = [hx]
-            y, last = self._layers(input, given, lengths)
+            y, last = self._layers(input, given, lengths, reset)
             return y, last[0]
         else:
-            return Recurrent.forward(self, input, hx, lengths=lengths)  # type: ignore[return-value]
+            return self.original.forward(self, input, hx, lengths=lengths, reset=reset)
 
 
-class _GRU(_OneStateLayer, GRU):
-    pass
-
-
-class _RNN(_OneStateLayer, RNN):
-    pass
-
-
-class _LSTMCell(_ScriptableCell, LSTMCell):
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+class _TwoStateCell(_ScriptableCell):
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if torch.jit.is_scripting():
             given: list[Tensor] = []
             if hx is not None:
                 given = [hx[0], hx[1]]
-            last = self._step(input, given)
+            last = self._step(input, given, reset)
             return last[0], last[1]
         else:
-            return CellModule.forward(self, input, hx)
+            return self.original.forward(self, input, hx, reset=reset)
 
 
 class _OneStateCell(_ScriptableCell):
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, hx: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
         if torch.jit.is_scripting():
             given: list[Tensor] = []
             if hx is not None:
                 given = [hx]
-            return self._step(input, given)[0]
+            return self._step(input, given, reset)[0]
         else:
-            return CellModule.forward(self, input, hx)
+            return self.original.forward(self, input, hx, reset=reset)
 
 
-class _GRUCell(_OneStateCell, GRUCell):
-    pass
-
-
-class _RNNCell(_OneStateCell, RNNCell):
-    pass
-
-
-_SUBSTITUTES: dict[type[RecurrentModule], type[RecurrentModule]] = {
-    LSTM: _LSTM,
-    GRU: _GRU,
-    RNN: _RNN,
-    LSTMCell: _LSTMCell,
-    GRUCell: _GRUCell,
-    RNNCell: _RNNCell,
+_FORMS: dict[str, type[_Scriptable]] = {
+    form.__name__: form for form in (_TwoStateLayer, _OneStateLayer, _TwoStateCell, _OneStateCell)
 }
 
 
-def scriptable(module: RecurrentModule) -> Any:
+def _form(module: Any) -> str:
+    """The name of the form that a layer or cell needs."""
+    states = "Two" if len(CELLS[module.cell].states) == 2 else "One"
+    return f"_{states}State{'Cell' if module.single_step else 'Layer'}"
+
+
+@functools.cache
+def _substitute(original: Any, form: str) -> Any:
+    return type(original.__name__, (_FORMS[form], original), {"original": original, "__module__": __name__})
+
+
+def _substituted(original: Any, form: str) -> Any:
+    """An empty substitute, as unpickling and copying make it."""
+    kind = _substitute(original, form)
+    return kind.__new__(kind)
+
+
+def scriptable(module: Any) -> Any:
     """What TorchScript compiles for a layer or cell.
 
     Raises `TypeError` for a subclass with a `forward` of its own or a computed weight, `BackendUnavailable` for a
     backend that cannot run the weights' device and dtype, or that is no operator.
     """
-    original, substitute = next(pair for pair in _SUBSTITUTES.items() if isinstance(module, pair[0]))
-    if type(module).forward not in (original.forward, substitute.forward):
+    original = module.original if isinstance(module, _Scriptable) else type(module)
+    if not original.forward.__module__.startswith("rnnorm."):
         raise TypeError(
-            f"torch.jit.script needs rnnorm's own forward; got {type(module).__name__}, which has another; "
+            f"torch.jit.script needs rnnorm's own forward; got {original.__name__}, which has another; "
             "hold the layer as a member instead"
         )
     suffixes = [suffix for layer in module._suffixes() for suffix in layer]
-    for name in (name + suffix for suffix in suffixes for name in DIFFERENTIABLE[3:]):
+    for name in (name + suffix for suffix in suffixes for name in ops.DIFFERENTIABLE[3:]):
         # Not looked at: to compute a weight may move what it is computed from, as spectral norm's vector.
         if name in module.__dict__ or is_parametrized(module, name):
             raise TypeError(
                 f"torch.jit.script needs {name} to be a parameter; it is computed; remove its parametrization or hook"
             )
     weights = [
-        {name: p for name in DIFFERENTIABLE if (p := module._parameters.get(name + suffix)) is not None}
+        {name: p for name in ops.DIFFERENTIABLE if (p := module._parameters.get(name + suffix)) is not None}
         for suffix in suffixes
     ]
     first = weights[0]["weight_ih"]
     spec = module._spec()
-    backend = choose(spec.wanted, first.device, first.dtype, spec)
+    backend = ops.choose(spec.wanted, first.device, first.dtype, spec)
     if backend.differentiable:
-        raise BackendUnavailable(
+        raise ops.BackendUnavailable(
             f"backend {backend.name!r} cannot run under TorchScript: it is no operator; choose another backend"
         )
-    new: Any = substitute.__new__(substitute)
+    new = _substituted(original, _form(module))
     new.__dict__ = dict(module.__dict__)
     new.state_names = list(CELLS[module.cell].states)
-    new.suffixes, new.weights = suffixes, weights
+    new.suffixes, new.weights, new.rates = suffixes, weights, module._mask_rates()
     options = {**spec._asdict(), "constants": [*spec.constants]}
     new.options = _Options(**{name: options[name] for name in _Options._fields})
     return new

@@ -11,12 +11,12 @@
 // rnnorm.ops.call.Operands
 #define RNNORM_OPERANDS(_)                                                                                \
   _(x) _(h) _(c) _(weight_ih) _(weight_hh) _(bias_ih) _(bias_hh) _(weight_hr) _(norm_scale) _(norm_shift) \
-  _(cell_norm_scale) _(cell_norm_shift) _(norm_mean) _(norm_var) _(norm_u) _(norm_v) _(cell_norm_mean)    \
-  _(cell_norm_var) _(cell_norm_u) _(cell_norm_v) _(lengths)
+  _(cell_norm_scale) _(cell_norm_shift) _(lengths) _(reset) _(recurrent_mask) _(zoneout_h) _(zoneout_c)   \
+  _(norm_mean) _(norm_var) _(norm_u) _(norm_v) _(cell_norm_mean) _(cell_norm_var) _(cell_norm_u) _(cell_norm_v)
 
 // What the forward pass keeps for the backward pass: rnnorm.ops.native.widths
 #define RNNORM_KEPT(_) \
-  _(hidden) _(cell_state) _(apart) _(y) _(rstd) _(scale) _(cell_y) _(cell_rstd) _(cell_scale) _(partition)
+  _(hidden) _(cell_state) _(cell_new) _(apart) _(y) _(rstd) _(scale) _(cell_y) _(cell_rstd) _(cell_scale) _(partition)
 
 // rnnorm.norms.Constants
 #define RNNORM_CONSTANTS(_) _(eps) _(alpha_fwd) _(alpha_bwd) _(scale_eps) _(clamp_limit) _(control_floor)

@@ -3,21 +3,26 @@
 import torch
 
 from rnnorm.ops import library, sequence
-from rnnorm.ops.call import CallSpec, Operands, Results
+from rnnorm.ops.call import DIFFERENTIABLE, HELD, CallSpec, Operands, Results, statistics_dtype
 from rnnorm.ops.linear_cross_entropy import linear_cross_entropy
 from rnnorm.ops.online_norm import online_norm
 from rnnorm.ops.registry import BackendUnavailable, backends, by_name, choose, names
 
 __all__ = [
+    "DIFFERENTIABLE",
+    "HELD",
     "BackendUnavailable",
     "CallSpec",
     "Operands",
     "Results",
     "backends",
+    "by_name",
+    "choose",
     "linear_cross_entropy",
     "names",
     "online_norm",
     "run",
+    "statistics_dtype",
 ]
 
 

@@ -28,6 +28,12 @@ class Operands(NamedTuple):
     cell_norm_scale: Tensor | None  # [H]
     cell_norm_shift: Tensor | None  # [H]
     # From here on nothing is differentiated.
+    lengths: Tensor | None  # [N] int64 on the CPU, each in 1..T; None: all T
+    reset: Tensor | None  # [T, N] bool, true where the state before the step is zero
+    recurrent_mask: Tensor | None  # [N, P], multiplied to the h that enters the recurrent product
+    zoneout_h: Tensor | None  # [T, N, P], how much of the old h stays; statistics dtype, as recurrent_mask
+    zoneout_c: Tensor | None  # [T, N, H], the same of c
+    # From here on buffers, which move between the forward and the backward pass.
     norm_mean: Tensor | None  # [C], statistics dtype, as the next seven
     norm_var: Tensor | None
     norm_u: Tensor | None  # moved in place by the backward operator
@@ -36,10 +42,11 @@ class Operands(NamedTuple):
     cell_norm_var: Tensor | None
     cell_norm_u: Tensor | None
     cell_norm_v: Tensor | None
-    lengths: Tensor | None  # [N] int64 on the CPU, each in 1..T; None: all T
 
 
-DIFFERENTIABLE = Operands._fields[: Operands._fields.index("norm_mean")]
+DIFFERENTIABLE = Operands._fields[: Operands._fields.index("lengths")]
+SAVED = Operands._fields[: Operands._fields.index("norm_mean")]
+HELD = DIFFERENTIABLE[3:] + Operands._fields[len(SAVED) :]  # what a module holds under these names
 MOVED_IN_BACKWARD = ("norm_u", "norm_v", "cell_norm_u", "cell_norm_v")
 
 

@@ -21,6 +21,7 @@ def widths(operands: Operands, spec: CallSpec) -> dict[str, int]:
     return {
         "hidden": P,
         "cell_state": H if "c" in spec.declared.states else 0,
+        "cell_new": H if operands.zoneout_c is not None else 0,
         "apart": H if spec.declared.apart else 0,
         "y": C,
         "rstd": (C if online else G) if normed else 0,

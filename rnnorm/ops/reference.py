@@ -130,11 +130,20 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
     ys: list[Tensor] = [o.x.new_zeros(N, h.size(1), dtype=wide)] * T
     for t in reversed(range(T)) if spec.reverse else range(T):
         rows = torch.nonzero(lengths > t)[:, 0].to(o.x.device)
+        old_h, old_c = h[rows], None if c is None else c[rows]
+        if o.reset is not None:
+            begins = o.reset[t, rows, None]
+            old_h, old_c = old_h.masked_fill(begins, 0), None if old_c is None else old_c.masked_fill(begins, 0)
+        entering = old_h if o.recurrent_mask is None else old_h * o.recurrent_mask[rows]
         x_part = F.linear(o.x[t, rows], o.weight_ih, o.bias_ih).to(wide)
-        h_part = F.linear(h[rows].to(dtype), o.weight_hh, o.bias_hh).to(wide)
-        new_h, new_c = step(x_part, h_part, h[rows], None if c is None else c[rows], normalize, normalize_cell)
+        h_part = F.linear(entering.to(dtype), o.weight_hh, o.bias_hh).to(wide)
+        new_h, new_c = step(x_part, h_part, old_h, old_c, normalize, normalize_cell)
         if o.weight_hr is not None:
             new_h = F.linear(new_h.to(dtype), o.weight_hr).to(wide)
+        if o.zoneout_h is not None:
+            new_h = o.zoneout_h[t, rows] * old_h + (1 - o.zoneout_h[t, rows]) * new_h
+        if o.zoneout_c is not None and old_c is not None and new_c is not None:
+            new_c = o.zoneout_c[t, rows] * old_c + (1 - o.zoneout_c[t, rows]) * new_c
         h = h.index_put((rows,), new_h)
         if c is not None and new_c is not None:
             c = c.index_put((rows,), new_c)

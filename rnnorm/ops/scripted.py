@@ -161,8 +161,52 @@ def _normalize_backward(grad: Tensor, norm: Norm, kept: Kept, start: int) -> Ten
     return (dx * rstd.unsqueeze(2)).reshape(grad.size())
 
 
+class Masks(NamedTuple):
+    """Dropout inside the recurrence, and where sequences begin."""
+
+    recurrent: Tensor | None  # [N, P], multiplied to the h that enters the recurrent product
+    zoneout_h: Tensor | None  # [S, P], how much of the old state stays
+    zoneout_c: Tensor | None  # [S, H]
+    reset: Tensor | None  # [S, 1] bool, the state before the step is zero
+
+
 def _gather(state: Tensor, steps: Steps, k: int) -> Tensor:
     return state if steps.dense else state.index_select(0, steps.rows[k])
+
+
+def _before(state: Tensor, steps: Steps, k: int, reset: Tensor | None) -> Tensor:
+    """The active rows of the state before step k."""
+    active = _gather(state, steps, k)
+    if reset is not None:
+        active = active.masked_fill(reset[steps.start[k] : steps.stop[k]], 0.0)
+    return active
+
+
+def _entering(h: Tensor, steps: Steps, k: int, mask: Tensor | None) -> Tensor:
+    """The h that enters the recurrent product of step k; in the backward, of its gradient that of h."""
+    return h if mask is None else h * _gather(mask, steps, k)
+
+
+def _zoned(new: Tensor, old: Tensor, stays: Tensor | None, start: int, stop: int) -> Tensor:
+    """A state after zoneout; its gradient passes to `new` by `_to_new` and to `old` by `_to_old`."""
+    if stays is None:
+        return new
+    share = stays[start:stop]
+    return share * old + (1.0 - share) * new
+
+
+def _to_new(grad: Tensor, stays: Tensor | None, start: int, stop: int) -> Tensor:
+    return grad if stays is None else grad * (1.0 - stays[start:stop])
+
+
+def _to_old(through: Tensor, grad: Tensor, stays: Tensor | None, masks: Masks, start: int, stop: int) -> Tensor:
+    """The gradient of the state before a step: `through` the step, and past it where zoneout kept the old one."""
+    if stays is not None:
+        through = through + grad * stays[start:stop]
+    reset = masks.reset
+    if reset is not None:
+        through = through.masked_fill(reset[start:stop], 0.0)
+    return through
 
 
 def _scatter(state: Tensor, steps: Steps, k: int, value: Tensor) -> Tensor:
@@ -194,6 +238,7 @@ def _lstm(
     kepts: list[Kept],
     trace: Trace,
     steps: Steps,
+    masks: Masks,
     y: Tensor,
 ) -> list[Tensor]:
     """All steps: writes the output `y` [S, P], `trace` and `kepts`, returns the last states. So do the other cells."""
@@ -202,11 +247,12 @@ def _lstm(
     H = c.size(1)
     for k in range(len(steps.start)):
         start, stop, first, last = _span(steps, k)
-        h_k, c_k = _gather(h, steps, k), _gather(c, steps, k)
+        h_k, c_k = _before(h, steps, k, masks.reset), _before(c, steps, k, masks.reset)
         if steps.save:
             trace.h[start:stop].copy_(h_k)
             trace.c[start:stop].copy_(c_k)
-        q = _normalize(_plus_product(trace.gates[start:stop], h_k, weight), norms[0], kepts[0], first)
+        entering = _entering(h_k, steps, k, masks.recurrent)
+        q = _normalize(_plus_product(trace.gates[start:stop], entering, weight), norms[0], kepts[0], first)
         i, f, g, o = torch.sigmoid(q, out=trace.gates[start:stop]).chunk(4, 1)
         torch.tanh(q[:, 2 * H : 3 * H], out=g)
         c_new = _normalize(torch.addcmul(f * c_k, i, g), norms[1], kepts[1], first)
@@ -215,6 +261,9 @@ def _lstm(
             h_new = torch.mul(o, tanh_c, out=y[start:stop])
         else:
             h_new = y[start:stop].copy_(_product(o * tanh_c, projection.t()))
+        if masks.zoneout_h is not None:
+            h_new = y[start:stop].copy_(_zoned(h_new, h_k, masks.zoneout_h, start, stop))
+        c_new = _zoned(c_new, c_k, masks.zoneout_c, start, stop)
         h, c = _scatter(h, steps, k, h_new), _scatter(c, steps, k, c_new)
     return [h, c]
 
@@ -226,6 +275,7 @@ def _gru(
     kepts: list[Kept],
     trace: Trace,
     steps: Steps,
+    masks: Masks,
     y: Tensor,
 ) -> list[Tensor]:
     h = states[0]
@@ -233,16 +283,18 @@ def _gru(
     H = h.size(1)
     for k in range(len(steps.start)):
         start, stop, first, last = _span(steps, k)
-        h_k, x_k, gates = _gather(h, steps, k), trace.gates[start:stop], trace.gates[start:stop]
+        h_k, x_k, gates = _before(h, steps, k, masks.reset), trace.gates[start:stop], trace.gates[start:stop]
         if steps.save:
             trace.h[start:stop].copy_(h_k)
-        h_part = _plus_product(recurrence.bias, h_k, weight)
+        h_part = _plus_product(recurrence.bias, _entering(h_k, steps, k, masks.recurrent), weight)
         n_part = trace.extra[first:last].copy_(h_part[:, 2 * H :])
         q = _normalize(x_k[:, : 2 * H] + h_part[:, : 2 * H], norms[0], kepts[0], first)
         r, z = torch.sigmoid(q, out=gates[:, : 2 * H]).chunk(2, 1)
         q = _normalize(torch.addcmul(x_k[:, 2 * H :], r, n_part), norms[1], kepts[1], first)
         n = torch.tanh(q, out=gates[:, 2 * H :])
         h_new = torch.addcmul(n, z, h_k - n, out=y[start:stop])
+        if masks.zoneout_h is not None:
+            h_new = y[start:stop].copy_(_zoned(h_new, h_k, masks.zoneout_h, start, stop))
         h = _scatter(h, steps, k, h_new)
     return [h]
 
@@ -254,18 +306,21 @@ def _rnn(
     kepts: list[Kept],
     trace: Trace,
     steps: Steps,
+    masks: Masks,
     y: Tensor,
 ) -> list[Tensor]:
     h = states[0]
     weight = recurrence.weight.t()
     for k in range(len(steps.start)):
         start, stop, first, _ = _span(steps, k)
-        h_k = _gather(h, steps, k)
+        h_k = _before(h, steps, k, masks.reset)
         if steps.save:
             trace.h[start:stop].copy_(h_k)
-        q = _normalize(_plus_product(trace.gates[start:stop], h_k, weight), norms[0], kepts[0], first)
+        entering = _entering(h_k, steps, k, masks.recurrent)
+        q = _normalize(_plus_product(trace.gates[start:stop], entering, weight), norms[0], kepts[0], first)
         h_new = trace.gates[start:stop].copy_(q.relu() if recurrence.relu else q.tanh())
-        h = _scatter(h, steps, k, y[start:stop].copy_(h_new))
+        h_new = y[start:stop].copy_(_zoned(h_new, h_k, masks.zoneout_h, start, stop))
+        h = _scatter(h, steps, k, h_new)
     return [h]
 
 
@@ -277,6 +332,7 @@ def _lstm_backward(
     kepts: list[Kept],
     trace: Trace,
     steps: Steps,
+    masks: Masks,
     parts: list[Tensor],
 ) -> list[Tensor]:
     """All steps, last first. Writes `parts`, the gradients of the input part, the recurrent part [S, G*H] (the same
@@ -291,19 +347,22 @@ def _lstm_backward(
         start, stop = steps.start[k], steps.stop[k]
         a, tanh_c = trace.gates[start:stop], trace.extra[start:stop]
         i, f, g, o = a.chunk(4, 1)
-        dh = _gather(grad_h, steps, k) + grad_y[start:stop]
+        dh_out, dc_out = _gather(grad_h, steps, k) + grad_y[start:stop], _gather(grad_c, steps, k)
+        dh = _to_new(dh_out, masks.zoneout_h, start, stop)
         if projection is not None:
             parts[2][start:stop].copy_(dh)
             dh = _product(dh, projection)
-        dc = torch.addcmul(_gather(grad_c, steps, k), dh * o, torch.addcmul(one, tanh_c, tanh_c, value=-1.0))
+        dc = _to_new(dc_out, masks.zoneout_c, start, stop)
+        dc = torch.addcmul(dc, dh * o, torch.addcmul(one, tanh_c, tanh_c, value=-1.0))
         dc = _normalize_backward(dc, norms[1], kepts[1], start)
         slope = torch.addcmul(a, a, a, value=-1.0)
         torch.addcmul(one, g, g, value=-1.0, out=slope[:, 2 * H : 3 * H])
         dq = torch.cat((dc * g, dc * trace.c[start:stop], dc * i, dh * tanh_c), 1).mul_(slope)
         d_pre = _normalize_backward(dq, norms[0], kepts[0], start)
         parts[0][start:stop].copy_(d_pre)
-        grad_c = _scatter(grad_c, steps, k, dc * f)
-        grad_h = _scatter(grad_h, steps, k, _product(d_pre, recurrence.weight))
+        dh = _entering(_product(d_pre, recurrence.weight), steps, k, masks.recurrent)
+        grad_c = _scatter(grad_c, steps, k, _to_old(dc * f, dc_out, masks.zoneout_c, masks, start, stop))
+        grad_h = _scatter(grad_h, steps, k, _to_old(dh, dh_out, masks.zoneout_h, masks, start, stop))
     return [grad_h, grad_c]
 
 
@@ -315,6 +374,7 @@ def _gru_backward(
     kepts: list[Kept],
     trace: Trace,
     steps: Steps,
+    masks: Masks,
     parts: list[Tensor],
 ) -> list[Tensor]:
     grad_h = grads[0]
@@ -326,7 +386,8 @@ def _gru_backward(
         a = trace.gates[start:stop]
         r, z, n = a.chunk(3, 1)
         rz = a[:, : 2 * H]
-        dh = _gather(grad_h, steps, k) + grad_y[start:stop]
+        dh_out = _gather(grad_h, steps, k) + grad_y[start:stop]
+        dh = _to_new(dh_out, masks.zoneout_h, start, stop)
         dn = (dh - dh * z) * torch.addcmul(one, n, n, value=-1.0)
         dn_pre = _normalize_backward(dn, norms[1], kepts[1], start)
         drz = torch.cat((dn_pre * trace.extra[start:stop], dh * (trace.h[start:stop] - n)), 1)
@@ -334,7 +395,11 @@ def _gru_backward(
         drz_pre = _normalize_backward(drz, norms[0], kepts[0], start)
         torch.cat((drz_pre, dn_pre), 1, out=parts[0][start:stop])
         d_recurrent = torch.cat((drz_pre, dn_pre * r), 1, out=parts[1][start:stop])
-        grad_h = _scatter(grad_h, steps, k, _plus_product(dh * z, d_recurrent, recurrence.weight))
+        if masks.recurrent is None:
+            dh = _plus_product(dh * z, d_recurrent, recurrence.weight)
+        else:
+            dh = dh * z + _entering(_product(d_recurrent, recurrence.weight), steps, k, masks.recurrent)
+        grad_h = _scatter(grad_h, steps, k, _to_old(dh, dh_out, masks.zoneout_h, masks, start, stop))
     return [grad_h]
 
 
@@ -346,6 +411,7 @@ def _rnn_backward(
     kepts: list[Kept],
     trace: Trace,
     steps: Steps,
+    masks: Masks,
     parts: list[Tensor],
 ) -> list[Tensor]:
     grad_h = grads[0]
@@ -353,11 +419,13 @@ def _rnn_backward(
         k = len(steps.start) - 1 - j
         start, stop = steps.start[k], steps.stop[k]
         h = trace.gates[start:stop]
-        dh = _gather(grad_h, steps, k) + grad_y[start:stop]
+        dh_out = _gather(grad_h, steps, k) + grad_y[start:stop]
+        dh = _to_new(dh_out, masks.zoneout_h, start, stop)
         dq = dh * (h > 0) if recurrence.relu else torch.addcmul(dh, dh * h, h, value=-1.0)
         d_pre = _normalize_backward(dq, norms[0], kepts[0], start)
         parts[0][start:stop].copy_(d_pre)
-        grad_h = _scatter(grad_h, steps, k, _product(d_pre, recurrence.weight))
+        dh = _entering(_product(d_pre, recurrence.weight), steps, k, masks.recurrent)
+        grad_h = _scatter(grad_h, steps, k, _to_old(dh, dh_out, masks.zoneout_h, masks, start, stop))
     return [grad_h]
 
 
@@ -395,6 +463,13 @@ def _walk(o: Operands, spec: CallSpec, save: bool) -> tuple[Steps, Tensor | None
 def _real_rows(tensor: Tensor, real: Tensor | None) -> Tensor:
     rows = tensor.flatten(0, 1)
     return rows if real is None else rows.index_select(0, real)
+
+
+def _masks(o: Operands, real: Tensor | None) -> Masks:
+    """The masks with the samples in the order of the loop; those of a recurrent product stay by sequence."""
+    zoneout_h, zoneout_c = (None if stays is None else _real_rows(stays, real) for stays in (o.zoneout_h, o.zoneout_c))
+    reset = None if o.reset is None else _real_rows(o.reset.unsqueeze(2), real)
+    return Masks(o.recurrent_mask, zoneout_h, zoneout_c, reset)
 
 
 def _norm(o: Operands, spec: CallSpec, prefix: str, on: bool, backward: bool) -> Norm:
@@ -528,6 +603,7 @@ class Scripted:
             _by_part(spec, (Kept(*saved[4:7]), Kept(*saved[7:])), _narrow_kept),
             Trace(*saved[:4]),
             steps,
+            _masks(o, real),
             y,
         )
         if not in_place:
@@ -574,6 +650,7 @@ class Scripted:
             _by_part(spec, (Kept(*saved[4:7]), Kept(*saved[7:])), _narrow_kept),
             trace,
             steps,
+            _masks(o, real),
             [input_part, recurrent_part, hidden_part],
         )
         found: dict[str, Tensor | None] = {
@@ -589,7 +666,10 @@ class Scripted:
             found["x"] = _padded(torch.mm(input_part.to(dtype), o.weight_ih), real, T, N)
         if need_weights:
             found["weight_ih"] = torch.mm(input_part.to(dtype).t(), _real_rows(o.x, real))
-            found["weight_hh"] = torch.mm(recurrent_part.to(dtype).t(), trace.h[:S].to(dtype))
+            entered = trace.h[:S]
+            if o.recurrent_mask is not None:
+                entered = entered * _real_rows(o.recurrent_mask.expand(T, N, P), real)
+            found["weight_hh"] = torch.mm(recurrent_part.to(dtype).t(), entered.to(dtype))
             found["bias_ih"], found["bias_hh"] = input_part.sum(0), recurrent_part.sum(0)
             if o.weight_hr is not None:
                 hidden = _columns(trace.gates[:S], 3, 4, 4) * trace.extra[:S]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rnnorm.norms import Constants
 from rnnorm.ops import library, torch_internals
-from rnnorm.ops.call import DIFFERENTIABLE, MOVED_IN_BACKWARD, CallSpec, Operands, Results, results_like
+from rnnorm.ops.call import DIFFERENTIABLE, MOVED_IN_BACKWARD, SAVED, CallSpec, Operands, Results, results_like
 from rnnorm.ops.registry import Backend, by_name, choose
 
 _SCALARS = {str: "str", bool: "bool", Constants: "float[]"}
@@ -183,9 +183,9 @@ class _Sequence(torch.autograd.Function):
             results, saved = _forward(backend, operands, spec, save=True)
         else:
             *results, saved = sequence_saving(*operands, *spec)
-        ctx.save_for_backward(*operands[: len(DIFFERENTIABLE)], operands.lengths, *saved)
+        ctx.save_for_backward(*operands[: len(SAVED)], *saved)
         # u and v are moved on purpose between forward and backward: autograd's version check must not see them.
-        ctx.streams = operands[len(DIFFERENTIABLE) : -1]
+        ctx.buffers = operands[len(SAVED) :]
         ctx.spec = spec
         ctx.spent = False
         # Nobody asks for gradients of the statistics: zeros for them would cost memory.
@@ -197,10 +197,9 @@ class _Sequence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         spec: CallSpec = ctx.spec
         library.begin_backward(ctx, grads, spec.controlled, not spec.controlled or spec.constants.alpha_bwd == 1)
-        count = len(DIFFERENTIABLE)
         kept = ctx.saved_tensors  # read once: non-reentrant checkpointing unpacks by the reading
-        differentiable, lengths, saved = kept[:count], kept[count], kept[count + 1 :]
-        operands = Operands._make((*differentiable, *ctx.streams, lengths))
+        operands = Operands._make((*kept[: len(SAVED)], *ctx.buffers))
+        saved = kept[len(SAVED) :]
         needed = dict(zip(DIFFERENTIABLE, ctx.needs_input_grad[1:], strict=False))
         need_weights = any(needed[name] for name in DIFFERENTIABLE if name not in ("x", "h", "c"))
         given = grads[0], grads[1], grads[2] if operands.c is not None else None
@@ -212,7 +211,7 @@ class _Sequence(torch.autograd.Function):
             whole = operands._replace(**{name: operands.x.new_empty(0) for name in absent})
             found = sequence_backward(*given, saved, needed["x"], need_weights, *whole, *spec)
         gradients = [grad if needed[name] else None for name, grad in zip(DIFFERENTIABLE, found, strict=True)]
-        return (None, *gradients, *([None] * (len(Operands._fields) - count)))
+        return (None, *gradients, *([None] * (len(Operands._fields) - len(gradients))))
 
 
 def run(operands: Operands, spec: CallSpec) -> Results:

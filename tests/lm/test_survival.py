@@ -96,7 +96,8 @@ PRODUCT = {
     "sgd": "model.norm=online train.momentum=0.5 train.lr=0.2 train.schedule=plateau train.patience=9",
     "asgd": "model.cell=gru model.norm=online train.lr=0.5 train.average_patience=none train.schedule=exponential",
     "adam": "model.cell=rnn model.norm=rms train.lr=0.01 train.schedule=cosine train.warmup_steps=9 model.num_layers=2",
-    "adamw": "model.norm=online model.cell_norm=true train.lr=0.01 train.window=awd{6} model.embedding_dropout=0.1",
+    "adamw": "model.norm=online model.cell_norm=true train.lr=0.01 train.window=awd{6} model.embedding_dropout=0.1 "
+    "model.weight_dropout=0.3 model.recurrent_dropout=0.2 model.zoneout=0.1 model.zoneout_c=0.2",
 }
 
 

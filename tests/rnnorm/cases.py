@@ -38,6 +38,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "deep": {"num_layers": 2, "bidirectional": True},
     "lengths": {"bidirectional": True, "bias": False, "lengths": UNSORTED},
     "eval": {"training": False, "lengths": UNSORTED},
+    "zoneout": {"zoneout": 0.3, "num_layers": 2, "training": False},
+    "masked": {
+        **{"bidirectional": True, "lengths": UNSORTED, "reset": True},
+        **{"weight_dropout": 0.3, "recurrent_dropout": 0.4, "zoneout": 0.3},
+    },
 }
 
 
@@ -52,6 +57,7 @@ class Case:
     I: int = 4  # noqa: E741
     H: int = 6
     lengths: tuple[int, ...] | None = None
+    reset: bool = False
     training: bool = True
     windows: int = 2
     spread: float = 1.0
@@ -73,8 +79,8 @@ class Case:
 def _case(cell: str, norm: str, option: str) -> Case:
     layer, own = CELLS[cell]
     more = dict(OPTIONS[option])
-    lengths, training = more.pop("lengths", None), more.pop("training", True)
-    return Case(f"{cell}-{norm}-{option}", layer, NORMS[norm], {**own, **more}, lengths=lengths, training=training)
+    fields = {name: more.pop(name) for name in ("lengths", "training", "reset") if name in more}
+    return Case(f"{cell}-{norm}-{option}", layer, NORMS[norm], {**own, **more}, **fields)
 
 
 PRODUCT = [
@@ -145,7 +151,9 @@ def run(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> dict[st
         x = (case.spread * draw(case.T, case.N, case.I)).requires_grad_()
         state = [value.detach().requires_grad_() for value in state]
         lengths = None if case.lengths is None else list(case.lengths)
-        y, last = layer(x, tuple(state) if case.layer == "LSTM" else state[0], lengths=lengths)
+        reset = torch.rand(case.T, case.N, generator=generator) < 0.3 if case.reset else None
+        torch.manual_seed(w)  # of the masks
+        y, last = layer(x, tuple(state) if case.layer == "LSTM" else state[0], lengths=lengths, reset=reset)
         lasts = list(last) if case.layer == "LSTM" else [last]
         outputs = dict(zip(("y", "h", "c"), (y, *lasts), strict=False))
         torch.autograd.backward(list(outputs.values()), [draw(*value.shape) for value in outputs.values()])

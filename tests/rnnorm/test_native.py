@@ -229,12 +229,15 @@ def test_long_horizons_keep_their_digits():
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-9)
 
 
-def _given(layer: rnnorm.LSTM | rnnorm.GRU | rnnorm.RNN, T: int, N: int, lengths: Tensor | None = None):
+def _given(
+    layer: rnnorm.LSTM | rnnorm.GRU | rnnorm.RNN, T: int, N: int, lengths: Tensor | None = None, reset: bool = False
+):
     """Operands and specification of a call of the layer's first direction, as they reach the backend."""
     h = torch.zeros(N, getattr(layer, "proj_size", 0) or layer.hidden_size)
     c = torch.zeros(N, layer.hidden_size) if layer.cell == "lstm" else None
     x = torch.randn(T, N, layer.input_size)
-    operands = layer._operands(layer._own("_l0"), x.to(layer.weight_ih_l0), h.to(x), c, lengths)
+    begins = torch.zeros(T, N, dtype=torch.bool) if reset else None
+    operands = layer._operands(layer._own("_l0"), x.to(layer.weight_ih_l0), h.to(x), c, lengths, begins)
     return operands, layer._spec()
 
 
@@ -243,12 +246,16 @@ FUZZED = {
     "lstm": lambda: _given(
         rnnorm.LSTM(2, 5, norm="online", cell_norm=True, proj_size=3), 4, 3, torch.tensor([3, 1, 2])
     ),
+    "lstm-masked": lambda: _given(
+        rnnorm.LSTM(2, 5, norm="layer", proj_size=3, recurrent_dropout=0.5, zoneout=0.5), 4, 3, reset=True
+    ),
+    "gru-masked": lambda: _given(rnnorm.GRU(2, 5, norm="none", recurrent_dropout=0.5, zoneout=0.5), 4, 3, reset=True),
     "lstm-eval": lambda: _given(rnnorm.LSTM(2, 5, norm="online").eval(), 4, 3),
     "gru": lambda: _given(rnnorm.GRU(2, 5, norm="layer"), 4, 3),
     "rnn": lambda: _given(rnnorm.RNN(2, 5, norm="none"), 4, 3),
 }
 # What may be left out without another thing that goes with it.
-OPTIONAL = {"lengths"}
+OPTIONAL = {"lengths", "reset", "recurrent_mask", "zoneout_h", "zoneout_c"}
 
 
 def _wrong(tensor: Tensor) -> dict[str, Tensor]:

@@ -18,13 +18,14 @@ struct Backward : Pass<T> {
   Tensor grad_y, grad_h, grad_c;             // [S, P] or undefined, [N, P], [N, H]; the last two updated in place
   Tensor grad_input_part, grad_hidden_part;  // [S, C]; the same tensor unless a recurrent part stays apart
   Tensor grad_hidden, projected;             // with a projection: [S, P], [S, H]
+  Tensor entered;                            // [S, P] h as it entered the recurrent product, where that is not h itself
   Tensor grad_affine, grad_cell_affine;      // [2, C], [2, H]
   Tensor grad_x, grad_weight_ih, grad_weight_hh, grad_weight_hr, grad_bias_ih, grad_bias_hh;
   bool need_input, need_weights;
 
   Backward(const Call& call, const Gradient& grads, const Table<Kept>& kept, bool need_input, bool need_weights)
-      : Pass<T>(call, kept), h{get(Operand::h), get(Kept::hidden), P, walk},
-        c{get(Operand::c), get(Kept::cell_state), H, walk}, grad_y(grads.y), need_input(need_input),
+      : Pass<T>(call, kept), h{get(Operand::h), get(Kept::hidden), P, walk, this->zeros.data()},
+        c{get(Operand::c), get(Kept::cell_state), H, walk, this->zeros.data()}, grad_y(grads.y), need_input(need_input),
         need_weights(need_weights) {
     if (grad_y.defined() && !walk.dense) {
       grad_y = call.scratch({S, P});
@@ -46,6 +47,7 @@ struct Backward : Pass<T> {
     cell_norm.grad_bias = cell_norm.grad_weight + H;
     grad_x = !need_input ? call.empty({0}) : walk.dense ? call.empty({call.T, N, I}) : call.scratch({S, I});
     if (!need_weights) return;
+    if (call.has(Operand::recurrent_mask)) entered = call.scratch({S, P});
     const auto product = [&](at::IntArrayRef shape) { return S > 0 ? call.empty(shape) : call.zeros(shape); };
     grad_weight_ih = product({C, I});
     grad_weight_hh = product({C, P});
@@ -85,10 +87,15 @@ struct Backward : Pass<T> {
     std::vector<T> dh(N * p), d_out(projected.defined() ? N * u : 0), q(N * G * u), grads(N * G * u), dc(N * u);
     std::vector<T> direct(Chosen::reads_h ? N * u : 0);
     std::vector<T> later = own_columns(grad_h, outputs), carried = own_columns(grad_c, units);  // by sequence
+    T* const new_c = get(this->stays_c.defined() ? Kept::cell_new : Kept::cell_state);
+    // What zoneout leads past the step, by row: gradients of h (own outputs) and of c (own units).
+    std::vector<T> past_h(this->stays_h.defined() ? N * p : 0), past_c(this->stays_c.defined() ? N * u : 0);
     for (size_t k = walk.steps.size(); k-- > 0;) {
       const Step step = walk.steps[k];
       if (step.count == 0) continue;
       gradient_of_output(step, outputs, later, dh);
+      lead_past(step, outputs, this->stays_h, past_h, [&](int64_t i) { return &dh[i * p]; });
+      lead_past(step, units, this->stays_c, past_c, [&](int64_t i) { return &carried[walk.row[step.first + i] * u]; });
       if (projected.defined()) {
         for (int64_t i = 0; i < step.count; ++i)
           std::copy_n(&dh[i * p], p, grad_hidden.data_ptr<T>() + (step.first + i) * P + outputs.begin);
@@ -96,7 +103,7 @@ struct Backward : Pass<T> {
         projection.multiply(gemm, step.count, grad_hidden.data_ptr<T>() + step.first * P, P, d_out.data(), u, false);
       }
       const int64_t own = step.first * H + units.begin;  // of rows [S, H]
-      BackwardStep<T, kind> at(me, step, h, c);
+      BackwardStep<T, kind> at(me, step, h, c, new_c);
       at.dh = {projected.defined() ? d_out.data() : dh.data(), 0, u};
       at.q = {q.data(), 0, G * u};
       at.d = {grads.data(), G * u, u};
@@ -114,13 +121,19 @@ struct Backward : Pass<T> {
       team.wait();
       // Own columns of the gradient of h before the step; written to its rows directly if all of them are active.
       const T* parts = grad_hidden_part.data_ptr<T>() + step.first * C;
-      const bool in_place = walk.dense && !Chosen::reads_h;
+      const bool in_place = this->enters_as_it_is() && !this->stays_h.defined() && !Chosen::reads_h;
       recurrent.multiply(gemm, step.count, parts, C, in_place ? later.data() : dh.data(), p, false);
-      if (!in_place) finish_state(step, p, dh, Chosen::reads_h ? direct.data() : nullptr, later);
+      if (!in_place) finish_h(step, outputs, dh, Chosen::reads_h ? direct.data() : nullptr, past_h, later);
+      if constexpr (Chosen::has_c) finish_c(step, u, past_c, carried);
     }
     give_back(later, grad_h, outputs);
     give_back(carried, grad_c, units);
     team.wait();
+    if (entered.defined()) {
+      const Range share = part_of(S, id, team.size());
+      for (int64_t s = share.begin; s < share.end; ++s) this->enter(h, s, entered.data_ptr<T>() + s * P);
+      team.wait();
+    }
     if (need_input) multiply_inputs(id, team.size());
     if (need_weights) multiply_weights(id, team.size());
     gemm.release();
@@ -169,11 +182,57 @@ struct Backward : Pass<T> {
     }
   }
 
-  // Scatter the gradient of h before the step to its rows, adding the part `direct` that does not pass through the product.
-  void finish_state(const Step& step, int64_t p, const std::vector<T>& dh, const T* direct, std::vector<T>& later) const {
+  // Split the gradient of a state after zoneout: the old state's part goes to `past`, the new one's stays in `rows`.
+  template <typename Row>
+  void lead_past(const Step& step, Range columns, const Tensor& stays, std::vector<T>& past, const Row& rows) const {
+    if (!stays.defined()) return;
+    const int64_t n = columns.size(), width = stays.size(-1);
     for (int64_t i = 0; i < step.count; ++i) {
-      T* to = later.data() + walk.row[step.first + i] * p;
-      for (int64_t j = 0; j < p; ++j) to[j] = dh[i * p + j] + (direct != nullptr ? direct[i * p + j] : T(0));
+      const T* __restrict share = stays.data_ptr<T>() + (step.first + i) * width + columns.begin;
+      T* __restrict gradient = rows(i);
+      T* __restrict kept_back = past.data() + i * n;
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) {
+        kept_back[j] = share[j] * gradient[j];
+        gradient[j] = (1 - share[j]) * gradient[j];
+      }
+    }
+  }
+
+  // Scatter the gradient of h before the step to its rows: that through the product, what the step left in `direct`, and
+  // what zoneout led past it.
+  void finish_h(const Step& step, Range outputs, const std::vector<T>& dh, const T* direct, const std::vector<T>& past,
+                std::vector<T>& later) const {
+    const int64_t p = outputs.size();
+    const T* mask = get(Operand::recurrent_mask);
+    for (int64_t i = 0; i < step.count; ++i) {
+      const int64_t n = walk.row[step.first + i];
+      T* to = later.data() + n * p;
+      if (walk.before[step.first + i] == Walk::zero) {
+        std::fill_n(to, p, T(0));
+        continue;
+      }
+      const T* factor = mask == nullptr ? nullptr : mask + n * P + outputs.begin;
+      for (int64_t j = 0; j < p; ++j) {
+        T sum = dh[i * p + j];
+        if (mask != nullptr) sum *= factor[j];
+        if (direct != nullptr) sum += direct[i * p + j];
+        if (!past.empty()) sum += past[i * p + j];
+        to[j] = sum;
+      }
+    }
+  }
+
+  // The same for c, whose gradient through the step is in its place.
+  void finish_c(const Step& step, int64_t u, const std::vector<T>& past, std::vector<T>& carried) const {
+    if (past.empty() && !call.has(Operand::reset)) return;
+    for (int64_t i = 0; i < step.count; ++i) {
+      T* to = carried.data() + walk.row[step.first + i] * u;
+      if (walk.before[step.first + i] == Walk::zero) {
+        std::fill_n(to, u, T(0));
+      } else if (!past.empty()) {
+        for (int64_t j = 0; j < u; ++j) to[j] += past[i * u + j];
+      }
     }
   }
 
@@ -246,7 +305,7 @@ struct Backward : Pass<T> {
     const T* samples = this->samples.template data_ptr<T>();
     for (int64_t s = 0; s < S; ++s) {
       inputs.right[s] = samples + s * I;
-      states.right[s] = h.before(s);
+      states.right[s] = entered.defined() ? entered.data_ptr<T>() + s * P : h.before(s);
     }
     if (call.cell.apart) {
       multiply_transposed(id, threads, grad_input_part, {inputs});

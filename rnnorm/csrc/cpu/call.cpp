@@ -57,12 +57,12 @@ Walk Call::check_operands() {
     const Operand which = static_cast<Operand>(k);
     Tensor& tensor = tensors[which];
     if (!tensor.defined()) continue;
-    if (which != Operand::lengths) {
+    if (which != Operand::lengths && which != Operand::reset) {
       tensor = ready(tensor, "operand", name_of(which));
       continue;
     }
     check_memory(tensor, {"operand", name_of(which)});
-    check_dtype(tensor, {"operand", name_of(which)}, at::kLong);
+    check_dtype(tensor, {"operand", name_of(which)}, which == Operand::lengths ? at::kLong : at::kBool);
     tensor = tensor.contiguous();
   }
   needed({Operand::x, Operand::h, Operand::weight_ih, Operand::weight_hh});
@@ -88,7 +88,7 @@ Walk Call::check_operands() {
   together(Operand::norm_scale, Operand::norm_shift);
   together(Operand::cell_norm_scale, Operand::cell_norm_shift);
   if (cell.has_c) needed({Operand::c});
-  for (Operand which : {Operand::c, Operand::weight_hr})
+  for (Operand which : {Operand::c, Operand::weight_hr, Operand::zoneout_c})
     TORCH_CHECK(cell.has_c || !has(which), "rnnorm: operand ", name_of(which), " must be left out with cell ",
                 name_of(options.cell));
   if (options.kind == Kind::online) {
@@ -97,7 +97,7 @@ Walk Call::check_operands() {
     if (options.cell_norm) needed({Operand::cell_norm_mean, Operand::cell_norm_var});
     if (options.cell_norm && options.training) needed({Operand::cell_norm_u, Operand::cell_norm_v});
   }
-  return Walk(T, N, pointer<int64_t>(tensors[Operand::lengths]), options.reverse);
+  return Walk(T, N, pointer<int64_t>(tensors[Operand::lengths]), pointer<bool>(tensors[Operand::reset]), options.reverse);
 }
 
 Tensor Call::ready(const Tensor& tensor, const char* role, std::string_view name) const {
@@ -126,6 +126,10 @@ at::DimVector Call::shape(Operand which) const {
     case Operand::weight_hh: return {C, P};
     case Operand::weight_hr: return {P, H};
     case Operand::lengths: return {N};
+    case Operand::reset: return {T, N};
+    case Operand::recurrent_mask: return {N, P};
+    case Operand::zoneout_h: return {T, N, P};
+    case Operand::zoneout_c: return {T, N, H};
     case Operand::cell_norm_scale: case Operand::cell_norm_shift: case Operand::cell_norm_mean:
     case Operand::cell_norm_var: case Operand::cell_norm_u: case Operand::cell_norm_v: return {H};
     default: return {C};
@@ -150,6 +154,7 @@ at::DimVector Call::shape(Kept which) const {
   switch (which) {
     case Kept::hidden: return rows(true, P);
     case Kept::cell_state: return rows(cell.has_c, H);
+    case Kept::cell_new: return rows(has(Operand::zoneout_c), H);
     case Kept::apart: return rows(cell.apart, H);
     case Kept::y: return rows(true, C);
     case Kept::rstd: return rows(normed, online ? C : G);

@@ -16,7 +16,7 @@ struct Forward : Pass<T> {
   using Pass<T>::gemm, Pass<T>::kept, Pass<T>::norm, Pass<T>::cell_norm, Pass<T>::get;
 
   Tensor y;                              // [T, N, P]
-  Tensor hidden, cell_state, projected;  // [S, P], [S, H], [S, H] before the projection
+  Tensor hidden, cell_state, cell_new, projected;  // [S, P], [S, H], [S, H] before zoneout, [S, H] before the projection
   States<T> h, c;
   std::vector<T> frozen, cell_frozen;
   std::vector<Tensor> statistics;        // mean, var, cell mean, cell var; copies in training
@@ -25,8 +25,10 @@ struct Forward : Pass<T> {
       : Pass<T>(call, call.make_kept()), y(walk.dense ? call.empty({call.T, N, P}) : call.zeros({call.T, N, P})),
         hidden(call.options.save ? kept[Kept::hidden] : walk.dense ? y : call.scratch({S, P})),
         cell_state(call.options.save ? kept[Kept::cell_state] : call.scratch({call.cell.has_c ? S : 0, H})),
+        cell_new(!call.has(Operand::zoneout_c) ? cell_state : call.options.save ? kept[Kept::cell_new] : call.scratch({S, H})),
         projected(call.has(Operand::weight_hr) ? call.scratch({S, H}) : Tensor()),
-        h{get(Operand::h), hidden.data_ptr<T>(), P, walk}, c{get(Operand::c), cell_state.data_ptr<T>(), H, walk} {
+        h{get(Operand::h), hidden.data_ptr<T>(), P, walk, this->zeros.data()},
+        c{get(Operand::c), cell_state.data_ptr<T>(), H, walk, this->zeros.data()} {
     for (Operand which : {Operand::norm_mean, Operand::norm_var, Operand::cell_norm_mean, Operand::cell_norm_var}) {
       const Tensor& statistic = call.tensors[which];
       statistics.push_back(statistic.defined() && call.options.training ? statistic.clone() : statistic);
@@ -72,12 +74,12 @@ struct Forward : Pass<T> {
     }
     if (projects) projection.pack_rows(0, outputs.size(), get(Operand::weight_hr) + outputs.begin * H, H);
 
-    std::vector<T> gathered(walk.dense ? 0 : N * P), apart_part(Chosen::apart ? N * u : 0), spare(N * u);
+    std::vector<T> gathered(this->enters_as_it_is() ? 0 : N * P), apart_part(Chosen::apart ? N * u : 0), spare(N * u);
     T* const out = (projects ? projected : hidden).template data_ptr<T>();
     for (const Step& step : walk.steps) {
       if (step.count == 0) continue;
       const T* before = state_before(step, gathered);
-      ForwardStep<T, kind> at(me, step, h, c);
+      ForwardStep<T, kind> at(me, step, h, c, cell_new.data_ptr<T>());
       at.pre = {input.of(step), 0, W};
       at.bias = input.bias();
       at.apart = {apart_part.data(), 0, u};
@@ -90,9 +92,12 @@ struct Forward : Pass<T> {
         finish_apart(step, units, at.apart);
       }
       Chosen::forward(at);
+      zoneout(step, units, c, this->stays_c, cell_new);
+      if (!projects) zoneout(step, units, h, this->stays_h, hidden);
       team.wait();
       if (projects) {
         projection.multiply(gemm, step.count, out + step.first * H, H, h.history + step.first * P + outputs.begin, P, false);
+        zoneout(step, outputs, h, this->stays_h, hidden);
         team.wait();
       }
       publish(step, outputs);
@@ -112,6 +117,20 @@ struct Forward : Pass<T> {
         for (int64_t j = 0; j < units.size(); ++j) part[j] += b[j];
       }
       if (keep != nullptr) std::copy_n(part, units.size(), keep + (step.first + i) * H + units.begin);
+    }
+  }
+
+  // The state after a step, from the new values, in these columns.
+  void zoneout(const Step& step, Range columns, const States<T>& state, const Tensor& stays, const Tensor& values) const {
+    if (!stays.defined()) return;
+    for (int64_t s = step.first; s < step.first + step.count; ++s) {
+      const int64_t at = s * state.width + columns.begin;
+      const T* __restrict share = stays.data_ptr<T>() + at;
+      const T* __restrict before = state.before(s) + columns.begin;
+      const T* from = values.data_ptr<T>() + at;
+      T* to = state.history + at;
+#pragma omp simd
+      for (int64_t j = 0; j < columns.size(); ++j) to[j] = share[j] * before[j] + (1 - share[j]) * from[j];
     }
   }
 
@@ -166,10 +185,10 @@ struct Forward : Pass<T> {
     Array<T> part_;
   };
 
-  // h before the step of its rows, [count, P] contiguous.
+  // h of the step's rows before it, as it enters the recurrent product, [count, P] contiguous.
   const T* state_before(const Step& step, std::vector<T>& gathered) const {
-    if (walk.dense) return h.before(step.first);
-    for (int64_t i = 0; i < step.count; ++i) std::copy_n(h.before(step.first + i), P, gathered.data() + i * P);
+    if (this->enters_as_it_is()) return h.before(step.first);
+    for (int64_t i = 0; i < step.count; ++i) this->enter(h, step.first + i, gathered.data() + i * P);
     return gathered.data();
   }
 

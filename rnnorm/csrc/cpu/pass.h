@@ -19,16 +19,16 @@ struct Pass {
   Gemm<T> gemm;
   Table<Kept> kept;
   Tensor samples;             // [S, I]
-  std::vector<T> ones, zeros;  // [C] in place of a missing affine map or missing biases
+  std::vector<T> ones, zeros;  // [C], at least [P], in place of a missing affine map, missing biases or a zero state
+  Tensor stays_h, stays_c;    // [S, P], [S, H] how much of the old state stays, or undefined
   Norm<T> norm, cell_norm;
 
   Pass(const Call& call, const Table<Kept>& kept)
       : call(call), walk(call.walk), N(call.N), I(call.I), P(call.P), G(call.G), H(call.H), C(call.C), S(walk.S),
-        gemm{call.options.micro}, kept(kept), samples(call.tensors[Operand::x]), ones(C, T(1)), zeros(C, T(0)),
+        gemm{call.options.micro}, kept(kept), samples(call.tensors[Operand::x]), ones(C, T(1)), zeros(std::max(C, P), T(0)),
+        stays_h(compact(Operand::zoneout_h, P)), stays_c(compact(Operand::zoneout_c, H)),
         norm(make_norm(false)), cell_norm(make_norm(true)) {
-    if (walk.dense) return;
-    samples = call.scratch({S, I});
-    gather(get(Operand::x), I, walk.position, samples.template data_ptr<T>());
+    samples = compact(Operand::x, I);
   }
   Pass(const Pass&) = delete;
 
@@ -38,11 +38,37 @@ struct Pass {
   // The number of gates whose recurrent part is added to the input part at once.
   int64_t joined_gates() const { return G - call.cell.apart; }
 
+  // Whether the rows that enter the recurrent product of a dense step are those of the state as it lies.
+  bool enters_as_it_is() const {
+    return walk.dense && !call.has(Operand::reset) && !call.has(Operand::recurrent_mask);
+  }
+
+  // h before sample s as it enters the recurrent product, [P].
+  void enter(const States<T>& h, int64_t s, T* to) const {
+    const T* __restrict from = h.before(s);
+    const T* mask = get(Operand::recurrent_mask);
+    if (mask == nullptr) {
+      std::copy_n(from, P, to);
+      return;
+    }
+    const T* __restrict factor = mask + walk.row[s] * P;
+    for (int64_t j = 0; j < P; ++j) to[j] = from[j] * factor[j];
+  }
+
   static void gather(const T* rows, int64_t width, const std::vector<int64_t>& index, T* out) {
     for (size_t s = 0; s < index.size(); ++s) std::copy_n(rows + index[s] * width, width, out + s * width);
   }
 
  private:
+  // An operand [T, N, width] by sample.
+  Tensor compact(Operand which, int64_t width) const {
+    const Tensor& given = call.tensors[which];
+    if (!given.defined() || walk.dense) return given;
+    const Tensor rows = call.scratch({S, width});
+    gather(get(which), width, walk.position, rows.template data_ptr<T>());
+    return rows;
+  }
+
   Norm<T> make_norm(bool of_cell) const {
     const Options& options = call.options;
     const Constants& constants = options.constants;

@@ -27,11 +27,13 @@ struct States {
   T* history;        // [S, width]
   int64_t width;
   const Walk& walk;
+  const T* zeros;    // [width]
 
   // Before the step of sample s.
   const T* before(int64_t s) const {
     const int64_t previous = walk.before[s];
-    return previous < 0 ? initial + walk.row[s] * width : history + previous * width;
+    if (previous == Walk::zero) return zeros;
+    return previous == Walk::initial ? initial + walk.row[s] * width : history + previous * width;
   }
 };
 
@@ -50,9 +52,10 @@ struct StepOf {
   RowsBefore<T> h_before, c_before;
   Rows<T> c;  // after the step
 
-  StepOf(Worker<T>& me, const Step& step, const States<T>& h, const States<T>& c)
+  // `new_c` [S, H] is what the step computes: the history of c itself, unless zoneout comes between.
+  StepOf(Worker<T>& me, const Step& step, const States<T>& h, const States<T>& c, T* new_c)
       : me(me), step(step), h_before{h, step.first, me.units.begin}, c_before{c, step.first, me.units.begin},
-        c(c.history, step.first * c.width + me.units.begin, c.width) {}
+        c(new_c, step.first * c.width + me.units.begin, c.width) {}
 
   int64_t count() const { return step.count; }
   int64_t units() const { return me.units.size(); }

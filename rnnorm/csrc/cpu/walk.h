@@ -18,10 +18,12 @@ struct Walk {
   std::vector<Step> steps;           // in processing order
   std::vector<int64_t> row;          // [S] the sequence of a sample
   std::vector<int64_t> position;     // [S] t*N + n in the padded arrays
-  std::vector<int64_t> before;       // [S] the sample of the same sequence that was processed before it, or -1
+  std::vector<int64_t> before;       // [S] the sample of the same sequence that was processed before it, or one of:
+  static constexpr int64_t initial = -1, zero = -2;
   std::vector<int64_t> last;         // [N] the sample of each sequence that is processed last
 
-  Walk(int64_t T, int64_t N, const int64_t* lengths, bool reverse) : T(T), N(N), dense(true), last(N, -1) {
+  Walk(int64_t T, int64_t N, const int64_t* lengths, const bool* reset, bool reverse)
+      : T(T), N(N), dense(true), last(N, initial) {
     if (lengths != nullptr)
       for (int64_t n = 0; n < N; ++n) {
         if (lengths[n] < 1 || lengths[n] > T) throw std::invalid_argument("rnnorm: lengths must lie in 1..T");
@@ -40,12 +42,12 @@ struct Walk {
         }
       ascending.push_back({first, S - first});
     }
-    before.assign(S, -1);
+    before.assign(S, initial);
     for (int64_t k = 0; k < T; ++k) {
       const Step step = ascending[reverse ? T - 1 - k : k];
       steps.push_back(step);
       for (int64_t s = step.first; s < step.first + step.count; ++s) {
-        before[s] = last[row[s]];
+        before[s] = reset != nullptr && reset[position[s]] ? zero : last[row[s]];
         last[row[s]] = s;
       }
     }
