@@ -79,7 +79,7 @@ class Team:
         return f"cuda:{number}"
 
     def data_parallel(self, module: nn.Module) -> nn.Module:
-        """Returns the module with gradients averaged over the processes; streams are left to `average_streams`."""
+        """Returns the module with its gradients averaged over the processes; statistics are left to `average_running_stats`."""
         if self.size == 1:
             return module
         # before torch 2.13 under its old name
@@ -91,10 +91,10 @@ class Team:
         """Inside, gradients of what `data_parallel` returned stay this process's own, to be averaged later."""
         return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
-    def average_streams(self, module: nn.Module) -> None:
+    def average_running_stats(self, module: nn.Module) -> None:
         """Averages the streams of online normalization over the processes."""
         if self.size > 1:
-            rnnorm.distributed.average_streams(module, self.group)
+            rnnorm.distributed.average_running_stats(module, self.group)
 
     def sum(self, value: float) -> float:
         """Returns the sum of a value over the processes, in float64."""

@@ -238,7 +238,7 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad()
         own, carried = self._backward(start, stop, count)
-        self.team.average_streams(self.model)
+        self.team.average_running_stats(self.model)
         norm = self._clip()
         nats, norm_value = self.team.sum(own), norm.item()
         if not (math.isfinite(nats) and math.isfinite(norm_value)):

@@ -5,11 +5,10 @@ import itertools
 import torch
 from torch import Tensor
 
-from rnnorm import _check
+from rnnorm import _check, ops
 from rnnorm._cells import CELLS, NONLINEARITIES
 from rnnorm._layers import Recurrent
 from rnnorm._module import State, in_evaluation
-from rnnorm.ops import reference
 
 
 @torch.no_grad()
@@ -51,7 +50,7 @@ def _gates(layer: Recurrent, x: Tensor, hx: State | None) -> dict[str, Tensor]:
             h, c = state[0][row], state[1][row] if len(state) == 2 else None
             seen: list[Tensor] = []
             operands = layer._operands(own[row], x, h, c, None)
-            outputs.append(reference.run(operands, layer._spec(reverse == 1), seen.append).y)
+            outputs.append(ops.watched(operands, layer._spec(reverse == 1), seen.append).y)
             calls = len(seen) // x.size(0)
             steps = [torch.cat(seen[i : i + calls], 1) for i in range(0, len(seen), calls)]
             values = torch.stack(steps[::-1] if reverse else steps).chunk(len(gates), 2)

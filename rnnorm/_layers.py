@@ -214,7 +214,7 @@ class Recurrent(RecurrentModule):
                 row = layer * directions + reverse
                 h, c = state[0][row], state[1][row] if len(state) == 2 else None
                 results = ops.run(self._operands(own[row], x, h, c, lengths, resets[reverse]), self._spec(reverse == 1))
-                self._move_streams(own[row], results)
+                self._move_statistics(own[row], results)
                 outputs.append(results.y)
                 for kept, value in zip(last, (results.h, results.c), strict=False):
                     kept.append(value)

@@ -17,7 +17,7 @@ from rnnorm._cells import CELLS
 
 State = Tensor | tuple[Tensor, Tensor]
 Own = dict[str, Any]  # the weights and streams of one layer and direction by operand, None where there is none
-STREAMS = {"mean": 0.0, "var": 1.0, "u": 0.0, "v": 0.0}
+STATISTICS = {"mean": 0.0, "var": 1.0, "u": 0.0, "v": 0.0}
 # A norm's affine parameters in older state dicts, also pruned or parametrized.
 _OLD_NAME = re.compile(r"((?:parametrizations\.)?(?:cell_)?norm)_(weight|bias)(.*)")
 _NEW_NAMES = {"weight": "scale", "bias": "shift"}
@@ -25,26 +25,26 @@ _NEW_NAMES = {"weight": "scale", "bias": "shift"}
 _PAIRS = (("bias_ih", "bias_hh"), ("norm_scale", "norm_shift"), ("cell_norm_scale", "cell_norm_shift"))
 
 
-class StreamModule(nn.Module):
+class RunningStatsModule(nn.Module):
     """A module whose streaming statistics never fall below float32, whatever `.half()` does to the parameters."""
 
-    _stream_name: ClassVar[re.Pattern[str]]  # of a whole buffer name; its group 1 is the kind
+    _statistic_name: ClassVar[re.Pattern[str]]  # of a whole buffer name; its group 1 is the kind
 
-    def _stream_buffers(self) -> dict[str, Tensor]:
+    def _statistic_buffers(self) -> dict[str, Tensor]:
         """The module's own stream buffers by name."""
-        return {name: b for name, b in self._buffers.items() if b is not None and self._stream_name.fullmatch(name)}
+        return {name: b for name, b in self._buffers.items() if b is not None and self._statistic_name.fullmatch(name)}
 
-    def _streams_by_kind(self) -> dict[str, list[Tensor]]:
+    def _statistics_by_kind(self) -> dict[str, list[Tensor]]:
         """The module's own streams `mean`, `var`, `u`, `v`, in the same order for each."""
-        found: dict[str, list[Tensor]] = {kind: [] for kind in STREAMS}
-        for name, buffer in self._stream_buffers().items():
-            found[self._stream_name.sub(r"\1", name)].append(buffer)
+        found: dict[str, list[Tensor]] = {kind: [] for kind in STATISTICS}
+        for name, buffer in self._statistic_buffers().items():
+            found[self._statistic_name.sub(r"\1", name)].append(buffer)
         return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = self._stream_buffers()
+        before = self._statistic_buffers()
         super()._apply(fn, recurse)
-        for name, after in self._stream_buffers().items():
+        for name, after in self._statistic_buffers().items():
             wide = ops.statistics_dtype(after.dtype)
             if after.dtype != wide:
                 self._buffers[name] = before[name].to(after.device, wide)
@@ -53,7 +53,7 @@ class StreamModule(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         # With `assign=True` the buffers are those of the file, in its dtype.
-        for name, buffer in self._stream_buffers().items():
+        for name, buffer in self._statistic_buffers().items():
             self._buffers[name] = buffer.to(ops.statistics_dtype(buffer.dtype))
 
     def _traced(self, input: Proxy, *args: Any, **kwargs: Any) -> Any:
@@ -67,11 +67,11 @@ class StreamModule(nn.Module):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *args), kwargs)
 
     @torch.no_grad()
-    def reset_streams(self) -> None:
+    def reset_running_stats(self) -> None:
         """Set every stream to its start: mean 0, variance 1, control u and v 0, in place."""
-        for kind, buffers in self._streams_by_kind().items():
+        for kind, buffers in self._statistics_by_kind().items():
             for buffer in buffers:
-                buffer.fill_(STREAMS[kind])
+                buffer.fill_(STATISTICS[kind])
 
 
 class Options(TypedDict, total=False):
@@ -108,10 +108,10 @@ _DEFAULTS: Options = {
 }
 
 
-class RecurrentModule(StreamModule):
+class RecurrentModule(RunningStatsModule):
     """Base of layers and cells. A suffix such as `_l0_reverse` names one layer and direction; cells use none."""
 
-    _stream_name = re.compile(r"(?:cell_)?norm_(mean|var|u|v)(?:_l\d+(?:_reverse)?)?")
+    _statistic_name = re.compile(r"(?:cell_)?norm_(mean|var|u|v)(?:_l\d+(?:_reverse)?)?")
 
     single_step: ClassVar[bool] = False
     cell: str
@@ -169,7 +169,7 @@ class RecurrentModule(StreamModule):
         if self.norm.kind == "online":
             wide = ops.statistics_dtype(dtype or torch.get_default_dtype())
             for prefix, channels in (("norm", C), ("cell_norm", self.hidden_size))[: 1 + self.cell_norm]:
-                for stream in STREAMS:
+                for stream in STATISTICS:
                     buffer = torch.empty(channels, device=device, dtype=wide)
                     self.register_buffer(f"{prefix}_{stream}{suffix}", buffer)
 
@@ -221,7 +221,7 @@ class RecurrentModule(StreamModule):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.uniform_(parameter, -bound, bound)
-        self.reset_streams()
+        self.reset_running_stats()
 
     def _spec(self, reverse: bool = False) -> ops.CallSpec:
         return ops.CallSpec(
@@ -282,7 +282,7 @@ class RecurrentModule(StreamModule):
             zoneout_c=None if c is None else _masks.zoneout(rates.zoneout_c, training, T, c, wide),
         )
 
-    def _move_streams(self, own: Own, results: ops.Results) -> None:
+    def _move_statistics(self, own: Own, results: ops.Results) -> None:
         if self.training and self.norm.kind == "online":
             for name in ("norm_mean", "norm_var", "cell_norm_mean", "cell_norm_var")[: 2 + 2 * self.cell_norm]:
                 own[name].copy_(getattr(results, name).detach())

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from rnnorm import _check, norms
-from rnnorm._module import STREAMS, StreamModule
-from rnnorm.ops import library
-from rnnorm.ops.call import statistics_dtype
+from rnnorm import _check, norms, ops
+from rnnorm._module import STATISTICS, RunningStatsModule
 
 
-class OnlineNorm(StreamModule):
+class OnlineNorm(RunningStatsModule):
     r"""Online normalization of C channels, sample by sample, with streaming statistics and no batch.
 
     `y = (x - mean) / sqrt(var + eps)` with the statistics of the samples before `x` (in evaluation mode the frozen
@@ -29,7 +27,7 @@ class OnlineNorm(StreamModule):
     Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), section 3.
     """
 
-    _stream_name = re.compile("(mean|var|u|v)")
+    _statistic_name = re.compile("(mean|var|u|v)")
 
     constants: norms.Constants  # declared for TorchScript
 
@@ -61,8 +59,8 @@ class OnlineNorm(StreamModule):
         empty = torch.empty(num_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(empty.clone()) if affine else None
         self.bias = nn.Parameter(empty.clone()) if affine else None
-        for name in STREAMS:
-            self.register_buffer(name, torch.empty_like(empty, dtype=statistics_dtype(empty.dtype)))
+        for name in STATISTICS:
+            self.register_buffer(name, torch.empty_like(empty, dtype=ops.statistics_dtype(empty.dtype)))
         self.reset_parameters()
 
     mean: Tensor
@@ -75,7 +73,7 @@ class OnlineNorm(StreamModule):
         if self.weight is not None and self.bias is not None:
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
-        self.reset_streams()
+        self.reset_running_stats()
 
     def extra_repr(self) -> str:
         return (
@@ -91,7 +89,7 @@ class OnlineNorm(StreamModule):
             _check.is_tensor("input", input)
         if input.dim() < 2 or input.size(1) != self.num_features:
             raise ValueError(f"input must have shape (N, C = {self.num_features}, *); got {list(input.shape)}")
-        if not input.is_floating_point() or statistics_dtype(input.dtype) != self.mean.dtype:
+        if not input.is_floating_point() or ops.statistics_dtype(input.dtype) != self.mean.dtype:
             raise ValueError(
                 f"input must suit the statistics' dtype {self.mean.dtype}; got {input.dtype}; "
                 "convert one with .to(dtype)"
@@ -110,7 +108,7 @@ class OnlineNorm(StreamModule):
         x = input.reshape(input.size(0), self.num_features, -1).to(self.mean.dtype)
         if self.training:
             if not torch.jit.is_scripting():
-                library.refuse_transforms([x])
+                ops.refuse_transforms([x])
             y, _, mean, var = torch.ops.rnnorm.online_norm(*(x, self.mean, self.var, self.u, self.v, self._constants))
             self.mean.copy_(mean.detach())
             self.var.copy_(var.detach())

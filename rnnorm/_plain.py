@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rnnorm import _torch, ops
 from rnnorm._cells import CELLS
-from rnnorm._module import STREAMS, RecurrentModule
-from rnnorm.ops.call import CallSpec
-from rnnorm.ops.reference import normalizer
+from rnnorm._module import STATISTICS, RecurrentModule
 
 # Makes of a step a module that maps the input's parts [T, N, G*H] and a first state [N, S] to the state after each
 # step [T, N, S].
@@ -31,13 +30,13 @@ class PlainStep(_Copies):
     The state is `h` [N, P] and, where the cell has one, `c` [N, H], side by side.
     """
 
-    def __init__(self, layer: RecurrentModule, suffix: str, spec: CallSpec) -> None:
+    def __init__(self, layer: RecurrentModule, suffix: str, spec: ops.CallSpec) -> None:
         super().__init__()
         self.spec, self.units, self.width = spec, layer.hidden_size, layer.proj_size or layer.hidden_size
         self.rates = layer._mask_rates()
         self._copy(layer, suffix, "weight_hh", "bias_hh", "weight_hr")
         for prefix in ("norm", "cell_norm"):
-            self._copy(layer, suffix, *(f"{prefix}_{name}" for name in ("scale", "shift", *STREAMS)))
+            self._copy(layer, suffix, *(f"{prefix}_{name}" for name in ("scale", "shift", *STATISTICS)))
 
     def forward(self, x_part: Tensor, state: Tensor) -> Tensor:
         h, c = state[:, : self.width], state[:, self.width :]
@@ -55,9 +54,9 @@ class PlainStep(_Copies):
         return (new_h if new_c is None else torch.cat((new_h, new_c), 1)).to(state.dtype)
 
     def _normalizer(self, prefix: str) -> Callable[[Tensor, int], Tensor]:
-        scale, shift, mean, *others = (getattr(self, f"{prefix}_{name}") for name in ("scale", "shift", *STREAMS))
+        scale, shift, mean, *others = (getattr(self, f"{prefix}_{name}") for name in ("scale", "shift", *STATISTICS))
         var, u, v = others
-        return normalizer(self.spec, self.units, scale, shift, None if mean is None else (mean, var, u, v))
+        return ops.normalizer(self.spec, self.units, scale, shift, None if mean is None else (mean, var, u, v))
 
 
 def _stayed(rate: float, old: Tensor, new: Tensor) -> Tensor:
@@ -72,14 +71,11 @@ class Scan(nn.Module):
         self.step = step
 
     def forward(self, inputs: Tensor, state: Tensor) -> Tensor:
-        # here: it imports the compiler
-        from torch._higher_order_ops.scan import scan
-
         def combine(before: Tensor, x_part: Tensor) -> tuple[Tensor, Tensor]:
             after = self.step(x_part, before)
             return after, after.clone()
 
-        return scan(combine, state, inputs)[1]
+        return _torch.scan()(combine, state, inputs)[1]
 
 
 class _Direction(_Copies):

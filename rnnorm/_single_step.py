@@ -57,7 +57,7 @@ class CellModule(RecurrentModule):
         c = state[1] if len(state) == 2 else None
         begins = None if reset is None else _check.reset_tensor(reset, lead, f"({meaning})").reshape(1, -1)
         results = ops.run(self._operands(own, x.unsqueeze(0), state[0], c, None, begins), self._spec())
-        self._move_streams(own, results)
+        self._move_statistics(own, results)
         # In place, so that what is returned is no view: autograd refuses to detach a view in place.
         last = [s.squeeze_(0) if single else s for s in (results.h, results.c)]
         return (last[0], last[1]) if c is not None else last[0]

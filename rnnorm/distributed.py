@@ -4,11 +4,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rnnorm._module import StreamModule
+from rnnorm._module import RunningStatsModule
 
 
 @torch.no_grad()
-def average_streams(module: nn.Module, group: "dist.ProcessGroup | None" = None) -> None:
+def average_running_stats(module: nn.Module, group: "dist.ProcessGroup | None" = None) -> None:
     r"""Replace every stream in `module` by its average over the K processes of `group`, in one all-reduce.
 
     `mean = E[mean_k]`, `var = E[var_k] + E[mean_k^2] - E[mean_k]^2` (that of the K streams' samples taken together),
@@ -25,7 +25,7 @@ def average_streams(module: nn.Module, group: "dist.ProcessGroup | None" = None)
         return
     size = dist.get_world_size(group)
     if size < 0:
-        raise ValueError("average_streams must be called by the processes of its group; this one is not in it")
+        raise ValueError("average_running_stats must be called by the processes of its group; this one is not in it")
     streams = _streams(module)
     if size == 1 or not streams["mean"]:
         return
@@ -46,8 +46,8 @@ def _streams(module: nn.Module) -> dict[str, list[Tensor]]:
     """The module's streams by kind, in the same order for each kind."""
     found: dict[str, list[Tensor]] = {"mean": [], "var": [], "u": [], "v": []}
     for part in module.modules():
-        if isinstance(part, StreamModule):
-            for kind, buffers in part._streams_by_kind().items():
+        if isinstance(part, RunningStatsModule):
+            for kind, buffers in part._statistics_by_kind().items():
                 found[kind] += buffers
     return found
 

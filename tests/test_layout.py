@@ -58,10 +58,51 @@ def test_library_imports_torch_alone() -> None:
 
 
 def test_operators_do_not_know_the_modules() -> None:
-    allowed = ("rnnorm.ops", "rnnorm._cells", "rnnorm.norms")
-    for path in [*_sources("rnnorm/ops"), ROOT / "rnnorm/_cells.py", ROOT / "rnnorm/norms.py"]:
+    allowed = ("rnnorm.ops", "rnnorm._cells", "rnnorm._torch", "rnnorm.norms")
+    below = [ROOT / "rnnorm" / name for name in ("_cells.py", "_torch.py", "norms.py")]
+    for path in [*_sources("rnnorm/ops"), *below]:
         up = [name for name in _imports(path) if _first(name) == "rnnorm" and not name.startswith(allowed)]
         assert not up, f"{path}: {up}"
+
+
+def test_nothing_reaches_past_the_operators_own_names() -> None:
+    offered = {f"rnnorm.ops.{name}" for name in rnnorm.ops.__all__} | {"rnnorm.ops"}
+    for path in (ROOT / "rnnorm").glob("*.py"):
+        past = [name for name in _imports(path) if name.startswith("rnnorm.ops") and name not in offered]
+        tree = ast.walk(ast.parse(path.read_text()))
+        past += [f"ops.{n.attr}" for n in tree if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "ops"]
+        assert not [name for name in past if f"rnnorm.{name}" not in offered], f"{path}: {past}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Of the library's modules: none is needed to define itself, and imports inside functions count."""
+    names = {path: path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in _sources("rnnorm")}
+    modules = {name.removesuffix(".__init__") for name in names.values()}
+    needs: dict[str, set[str]] = {}
+    for path, name in names.items():
+        found = [i for i in _imports(path) if _first(i) == "rnnorm"]
+        parts = {i if i in modules else i.rpartition(".")[0] for i in found}
+        # A package is its table of contents: what it holds does not need it.
+        needs[name.removesuffix(".__init__")] = (
+            parts - {"rnnorm", "rnnorm.ops"} if "ops" in name else parts - {"rnnorm"}
+        )
+    while leaves := {name for name, found in needs.items() if not found & needs.keys()}:
+        for name in leaves:
+            del needs[name]
+    assert not needs, f"a circle among {sorted(needs)}"
+
+
+def test_one_file_holds_torchs_private_names() -> None:
+    using = set()
+    for folder in ("rnnorm", "lm", "scripts"):
+        for path in _sources(folder):
+            private = [i for i in _imports(path) if re.match(r"torch\.(\w+\.)*_[a-z]", i)]
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and re.match(r"torch\.(\w+\.)*_[A-Za-z]", ast.unparse(node)):
+                    private.append(ast.unparse(node))
+            if private:
+                using.add(path.relative_to(ROOT).as_posix())
+    assert using == {"rnnorm/_torch.py"}
 
 
 def test_toolkit_uses_the_librarys_public_names() -> None:

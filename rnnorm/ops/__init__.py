@@ -2,10 +2,13 @@
 
 import torch
 
-from rnnorm.ops import library, sequence
+from rnnorm.ops import sequence
 from rnnorm.ops.call import DIFFERENTIABLE, HELD, CallSpec, Operands, Results, statistics_dtype
+from rnnorm.ops.library import refuse_recomputation, refuse_transforms
 from rnnorm.ops.linear_cross_entropy import linear_cross_entropy
 from rnnorm.ops.online_norm import online_norm
+from rnnorm.ops.reference import normalizer
+from rnnorm.ops.reference import run as watched
 from rnnorm.ops.registry import BackendUnavailable, backends, by_name, choose, names
 
 __all__ = [
@@ -20,9 +23,12 @@ __all__ = [
     "choose",
     "linear_cross_entropy",
     "names",
+    "normalizer",
     "online_norm",
+    "refuse_transforms",
     "run",
     "statistics_dtype",
+    "watched",
 ]
 
 
@@ -31,7 +37,7 @@ def run(operands: Operands, spec: CallSpec) -> Results:
     if spec.wanted == "auto" or not by_name(spec.wanted).differentiable:
         return sequence.run(operands, spec)
     if spec.controlled:
-        library.refuse_recomputation()
+        refuse_recomputation()
     backend = choose(spec.wanted, operands.x.device, operands.x.dtype, spec)
     with torch.autocast(operands.x.device.type, enabled=False):
         return backend.forward(operands, spec, save=False)[0]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnorm.ops import torch_internals
+from rnnorm import _torch
 from rnnorm.ops.errors import DOUBLE_BACKWARD, FUSED_DOUBLE_BACKWARD, RECOMPUTATION, SECOND_BACKWARD, TRANSFORM
 
 _LIBRARY = torch.library.Library("rnnorm", "DEF")
@@ -53,14 +53,14 @@ def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and not torch_internals.has_modes()
+        and not _torch.has_modes()
         and all(type(tensor) in _PLAIN and not (tensor is not None and tensor.is_meta) for tensor in tensors)
     )
 
 
 def refuse_recomputation() -> None:
     """Raise `RuntimeError` in a backward pass: activation checkpointing recomputes a forward there."""
-    if not torch.compiler.is_compiling() and torch_internals.in_backward():
+    if not torch.compiler.is_compiling() and _torch.in_backward():
         raise RuntimeError(RECOMPUTATION)
 
 
@@ -68,7 +68,7 @@ def refuse_transforms(operands: Sequence[Tensor | None]) -> None:
     """Raise `RuntimeError` where a derivative would be lost on its way through an operator, without a word."""
     if torch.compiler.is_compiling():
         return
-    if torch_internals.is_transformed([operand for operand in operands if operand is not None]):
+    if _torch.is_transformed([operand for operand in operands if operand is not None]):
         raise RuntimeError(TRANSFORM)
 
 
@@ -82,9 +82,7 @@ def begin_backward(ctx: Any, grads: Sequence[Tensor | None], controlled: bool, r
         repeatable: a second backward pass gives the same gradients.
     """
     given = [grad for grad in grads if grad is not None]
-    if not torch.compiler.is_compiling() and (
-        torch_internals.is_batched(given) or torch_internals.is_transformed(given)
-    ):
+    if not torch.compiler.is_compiling() and (_torch.is_batched(given) or _torch.is_transformed(given)):
         raise RuntimeError(TRANSFORM)
     if torch.is_grad_enabled():
         raise RuntimeError(DOUBLE_BACKWARD if controlled else FUSED_DOUBLE_BACKWARD)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnorm.ops import library, torch_internals
+from rnnorm import _torch
+from rnnorm.ops import library
 from rnnorm.ops.registry import choose_loss
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? weights"
@@ -70,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         tensors = args[:3]
         needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
-        with torch_internals.below_autograd():
+        with _torch.below_autograd():
             total, nats, *grads = linear_cross_entropy_saving(*args, *needs)
         ctx.needs, ctx.inputs, ctx.spent = needs, len(args), False
         ctx.save_for_backward(*grads)
@@ -103,7 +104,7 @@ def _recorded(*args: Any) -> Any:
     library.refuse_transforms([value for value in args if isinstance(value, Tensor)])
     if library.needs_gradient(args[:3]):
         return _LinearCrossEntropy.apply(*args)
-    with torch_internals.below_autograd():
+    with _torch.below_autograd():
         return linear_cross_entropy(*args)
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnnorm import _torch
 from rnnorm.norms import Constants
-from rnnorm.ops import library, stream, torch_internals
+from rnnorm.ops import library, running_stats
 
 
 def _forward(
@@ -21,7 +22,7 @@ def _forward(
     library.refuse_recomputation()
     c = Constants(*constants)
     with library.without_autocast(x.device.type):
-        y, rstd, *after = stream.online_norm(x.to(mean.dtype), mean, var, c.alpha_fwd, c.eps)
+        y, rstd, *after = running_stats.online_norm(x.to(mean.dtype), mean, var, c.alpha_fwd, c.eps)
         new_mean, new_var = library.finite_or([mean, var], after)
         return y.contiguous(), rstd, new_mean, new_var
 
@@ -34,7 +35,9 @@ def _fake(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, constants: Any) 
 def _backward(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, constants: Sequence[float]) -> Tensor:
     c = Constants(*constants)
     with library.without_autocast(grad.device.type), library.kept_finite((u, v)):
-        return stream.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, c.alpha_bwd, c.control_floor).contiguous()
+        return running_stats.online_norm_backward(
+            grad.to(y.dtype), y, rstd, u, v, c.alpha_bwd, c.control_floor
+        ).contiguous()
 
 
 def _backward_fake(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, constants: Any) -> Tensor:
@@ -46,7 +49,7 @@ class _OnlineNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        with torch_internals.below_autograd():
+        with _torch.below_autograd():
             y, rstd, mean, var = online_norm(x, *args)
         _mean, _var, *ctx.control, constants = args
         ctx.constants = Constants(*constants)
@@ -71,7 +74,7 @@ def _recorded(x: Tensor, *args: Any) -> Any:
     library.refuse_transforms([x])
     if library.needs_gradient([x]):
         return _OnlineNorm.apply(x, *args)
-    with torch_internals.below_autograd():
+    with _torch.below_autograd():
         return online_norm(x, *args)
 
 

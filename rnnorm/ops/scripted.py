@@ -16,7 +16,7 @@ from torch import Tensor
 from rnnorm.norms import Constants
 from rnnorm.ops import chunked
 from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, Results, results_like, statistics_dtype
-from rnnorm.ops.stream import backward_weights, controlled, forward_weights, scanned, statistics
+from rnnorm.ops.running_stats import backward_weights, controlled, forward_weights, scanned, statistics
 
 
 class Norm(NamedTuple):

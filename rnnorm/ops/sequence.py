@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnnorm import _torch
 from rnnorm.norms import Constants
-from rnnorm.ops import library, torch_internals
+from rnnorm.ops import library
 from rnnorm.ops.call import DIFFERENTIABLE, MOVED_IN_BACKWARD, SAVED, CallSpec, Operands, Results, results_like
 from rnnorm.ops.registry import Backend, by_name, choose
 
@@ -83,7 +84,7 @@ def _recorded(*args: Any) -> Any:
     library.refuse_transforms(operands)
     if library.needs_gradient(operands[: len(DIFFERENTIABLE)]):
         return _Sequence.apply(spec, *operands)
-    with torch_internals.below_autograd():
+    with _torch.below_autograd():
         return sequence(*args)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import rnnorm
 from rnnorm import norms
-from rnnorm.ops import registry, stream
+from rnnorm.ops import registry, running_stats
 
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("LSTM", {}),
@@ -108,9 +108,13 @@ ODD = [
         "I0": {"I": 0},
         "I1": {"I": 1},
         "H7": {"H": 7, "I": 7},
-        "two_blocks": {"N": stream.BLOCK + 6, "T": 2},
-        "one_block": {"N": stream.BLOCK, "T": 2, "H": 4},
-        "ragged_blocks": {"N": stream.BLOCK + 6, "T": 3, "lengths": tuple(1 + n % 3 for n in range(stream.BLOCK + 6))},
+        "two_blocks": {"N": running_stats.BLOCK + 6, "T": 2},
+        "one_block": {"N": running_stats.BLOCK, "T": 2, "H": 4},
+        "ragged_blocks": {
+            "N": running_stats.BLOCK + 6,
+            "T": 3,
+            "lengths": tuple(1 + n % 3 for n in range(running_stats.BLOCK + 6)),
+        },
         "full_lengths": {"lengths": (5,) * 5},
         "three_windows": {"windows": 3, "lengths": (2, 5, 5, 3, 1)},
         "all_short": {"lengths": (2, 4, 3, 1, 4)},

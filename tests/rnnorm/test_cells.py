@@ -58,7 +58,7 @@ def test_table_agrees_with_torch() -> None:
 def test_reset_and_repr(cell: str) -> None:
     made = getattr(rnnorm, cell)(3, 4, norm="online")
     made(torch.randn(2, 3))
-    made.reset_streams()
+    made.reset_running_stats()
     assert made.norm_mean.eq(0).all()
     assert made.norm_var.eq(1).all()
     assert repr(made).startswith(f"{cell}(3, 4, norm=Online(")

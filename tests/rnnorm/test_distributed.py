@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import rnnorm
-from rnnorm.distributed import average_streams
+from rnnorm.distributed import average_running_stats
 
 
 def _net() -> nn.Module:
@@ -35,7 +35,7 @@ def _buffers(net: nn.Module) -> dict[str, Tensor]:
 
 def _average() -> Any:
     net = _moved(dist.get_rank())
-    average_streams(nn.Sequential(net))
+    average_running_stats(nn.Sequential(net))
     return _buffers(net)
 
 
@@ -64,7 +64,7 @@ def _one_pair() -> Any:
     net.mean.fill_(float(dist.get_rank()))
     said = ""
     try:
-        average_streams(net, pair)
+        average_running_stats(net, pair)
     except ValueError as fault:
         said = str(fault)
     return [net.mean.item(), net.var.item(), said]
@@ -73,7 +73,11 @@ def _one_pair() -> Any:
 def test_a_group_is_its_own(tmp_path: Path) -> None:
     outside, *pair = processes.run(3, _one_pair, tmp_path)
     assert pair == [[1.5, 1.25, ""]] * 2
-    assert outside == [0.0, 1.0, "average_streams must be called by the processes of its group; this one is not in it"]
+    assert outside == [
+        0.0,
+        1.0,
+        "average_running_stats must be called by the processes of its group; this one is not in it",
+    ]
 
 
 def _train(count: int) -> Any:
@@ -85,7 +89,7 @@ def _train(count: int) -> Any:
     for _ in range(2):
         data.zero_grad()
         data(x)[0].square().sum().backward()
-        average_streams(data)
+        average_running_stats(data)
     return {**_buffers(layer), **{name: p.grad for name, p in layer.named_parameters()}}
 
 
@@ -102,7 +106,7 @@ def _far() -> Any:
     net = rnnorm.OnlineNorm(2, dtype=torch.float64)
     net.mean.fill_(1e9 / 3)
     net.var.fill_(1e-30)
-    average_streams(net)
+    average_running_stats(net)
     return net.var
 
 
@@ -114,5 +118,5 @@ def test_variances_never_fall_below_zero(tmp_path: Path) -> None:
 def test_a_process_alone_is_its_own_average() -> None:
     net = _moved(1)
     before = {name: value.clone() for name, value in _buffers(net).items()}
-    average_streams(net)
+    average_running_stats(net)
     torch.testing.assert_close(_buffers(net), before, rtol=0, atol=0)

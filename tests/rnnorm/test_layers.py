@@ -119,7 +119,7 @@ def test_reset_streams_leaves_parameters() -> None:
         for parameter in layer.parameters():
             parameter.add_(1)
     layer(torch.randn(5, 2, 3))[0].square().sum().backward()
-    layer.reset_streams()
+    layer.reset_running_stats()
     for name, value in layer.named_buffers():
         assert torch.equal(value, fresh[name]), name
     assert torch.equal(layer.weight_hh_l0, fresh["weight_hh_l0"] + 1)
@@ -128,7 +128,7 @@ def test_reset_streams_leaves_parameters() -> None:
 @pytest.mark.parametrize("name", ["lstm-online-scale-deep", "gru-online-clamp-deep"])
 def test_each_layer_and_direction_has_its_own_streams(name: str) -> None:
     layer = cases.BY_ID[name].build("auto")
-    layer.reset_streams()
+    layer.reset_running_stats()
     layer(torch.randn(5, 2, 4, dtype=torch.float64))
     means = torch.stack([value for key, value in layer.named_buffers() if key.startswith("norm_mean")])
     assert len(means) == 4

@@ -167,21 +167,26 @@ def test_broken_backward_is_found(monkeypatch: pytest.MonkeyPatch, backend: str,
 
 # (file, sound text, broken text, case)
 _TEXT = {
-    "variance_without_alpha": ("stream", "d, d, value=alpha)", "d, d, value=1.0)", "lstm-online-none-plain"),
+    "variance_without_alpha": ("running_stats", "d, d, value=alpha)", "d, d, value=1.0)", "lstm-online-none-plain"),
     "mean_not_moved_inside_a_step": (
-        "stream",
+        "running_stats",
         "d, full[:k], d, alpha=-1.0",
         "d, full[:k], d, alpha=0.0",
         "gru-online-none-plain",
     ),
-    "u_left_out_inside_a_step": ("stream", "alpha=alpha - 1)", "alpha=0.0)", "lstm-online-none-plain"),
+    "u_left_out_inside_a_step": ("running_stats", "alpha=alpha - 1)", "alpha=0.0)", "lstm-online-none-plain"),
     "odd_sample_left_out_of_v": (
-        "stream",
+        "running_stats",
         "torch.cat((before, states[pairs:]))",
         "torch.cat((before, firsts[:1]))",
         "rnn_tanh-online-none-plain",
     ),
-    "u_of_one_block_only": ("stream", "out.sum(0))", "out.sum(0) * float(start == 0))", "gru-online-scale-two_blocks"),
+    "u_of_one_block_only": (
+        "running_stats",
+        "out.sum(0))",
+        "out.sum(0) * float(start == 0))",
+        "gru-online-scale-two_blocks",
+    ),
     "factor_clamped": ("scripted", "y, y, value=-rest)", "y, y, value=-rest).clamp(min=0.5)", "lstm-online-none-plain"),
     "steps_in_forward_order": ("scripted", "k = len(steps.start) - 1 - j", "k = j", "gru-none-plain"),
     "reset_gate_outside": ("scripted", "r, n_part)", "torch.ones_like(r), n_part)", "gru-none-plain"),
@@ -214,7 +219,7 @@ _TEXT = {
 
 def _with_text(folder: Path, monkeypatch: pytest.MonkeyPatch, file: str, sound: str, broken: str) -> Any:
     """The scripted backend compiled from a changed text of its two files."""
-    for name in ("stream", "scripted"):
+    for name in ("running_stats", "scripted"):
         text = Path(str(importlib.util.find_spec(f"rnnorm.ops.{name}").origin)).read_text()  # type: ignore[union-attr]
         if name == file:
             assert sound in text, f"{name}.py no longer holds {sound!r}: write the fault anew"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rnnorm
-from rnnorm.ops import stream
+from rnnorm.ops import running_stats
 
 
 def test_defaults_and_names() -> None:
@@ -44,7 +44,10 @@ def test_first_sample_meets_the_start() -> None:
     torch.testing.assert_close(norm(x), x / (1 + 1e-5) ** 0.5)
 
 
-@pytest.mark.parametrize("N", [1, 2, stream.ROW_BY_ROW * 2 + 1, stream.BLOCK, stream.BLOCK + 1, 3 * stream.BLOCK - 1])
+@pytest.mark.parametrize(
+    "N",
+    [1, 2, running_stats.ROW_BY_ROW * 2 + 1, running_stats.BLOCK, running_stats.BLOCK + 1, 3 * running_stats.BLOCK - 1],
+)
 def test_blocks_and_scans_equal_single_samples(N: int) -> None:
     """However many samples come in one call, each is treated as if alone; backward in the order of the samples."""
     whole = rnnorm.OnlineNorm(2, alpha_fwd=0.97, alpha_bwd=0.9, guard="none", dtype=torch.float64)
@@ -79,7 +82,7 @@ def test_reset() -> None:
     norm(torch.randn(5, 3)).square().sum().backward()
     with torch.no_grad():
         norm.weight.fill_(3)
-    norm.reset_streams()
+    norm.reset_running_stats()
     assert norm.weight.eq(3).all()
     expected = rnnorm.OnlineNorm(3).state_dict()
     norm.reset_parameters()

@@ -563,10 +563,10 @@ def test_buffers_of_a_subclass_are_its_own() -> None:
             self.register_buffer("mean", torch.full((2,), 7.0))
 
     layer = Mine().half()
-    layer.reset_streams()
+    layer.reset_running_stats()
     assert layer.mean.dtype == torch.float16
     assert layer.mean.tolist() == [7.0, 7.0]
-    assert [tuple(stream.shape) for stream in layer._streams_by_kind()["mean"]] == [(16,)]
+    assert [tuple(stream.shape) for stream in layer._statistics_by_kind()["mean"]] == [(16,)]
 
 
 def test_packed_sequences_under_another_default_device() -> None:

@@ -161,7 +161,7 @@ def test_scripting_a_parent_leaves_it_as_it_was() -> None:
     ids, lengths = torch.randint(11, (5, 2)), torch.tensor([5, 3])
     expected = twin.eval()(ids, lengths)
     torch.testing.assert_close(torch.jit.script(model).eval()(ids, lengths), expected)
-    model.rnn.reset_streams()
+    model.rnn.reset_running_stats()
     assert model.rnn.norm_var_l1.eq(1).all()
 
 

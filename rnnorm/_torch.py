@@ -52,6 +52,13 @@ def is_transformed(tensors: list[Tensor]) -> bool:
     )
 
 
+def scan() -> Any:
+    """`torch`'s loop over steps that export keeps as one operator; imports the compiler."""
+    from torch._higher_order_ops.scan import scan
+
+    return scan
+
+
 def is_batched(tensors: list[Tensor]) -> bool:
     """True if one of the tensors is a batch of gradients."""
     return any(_is_batched(tensor) for tensor in tensors)
