@@ -79,7 +79,7 @@ class Team:
         return f"cuda:{number}"
 
     def data_parallel(self, module: nn.Module) -> nn.Module:
-        """Returns the module with its gradients averaged over the processes; statistics are left to `average_running_stats`."""
+        """Returns the module with averaged gradients; running statistics are left to `average_running_stats`."""
         if self.size == 1:
             return module
         # before torch 2.13 under its old name
