@@ -119,7 +119,7 @@ _BACKWARD = {
     "u_dropped": (_u_dropped, "lstm-online-none-plain"),
     "v_dropped": (_v_dropped, "gru-online-bare-plain"),
     "control_off": (_control_off, "lstm-cell_norm-online-clamp-plain"),
-    "guard_not_differentiated": (_guard_not_differentiated, "rnn_tanh-online-scale-plain"),
+    "guard_not_differentiated": (_guard_not_differentiated, "rnn_tanh-online-clamp-far"),
     "last_state_gradient_lost": (_last_state_gradient_lost, "lstm-rms-plain"),
     **{
         f"slightly_wrong_{name}": (_slightly_wrong(name), case)

@@ -396,7 +396,7 @@ def test_errors_say_what_was_expected_and_got():
     operands[1] = torch.zeros(2, 5)
     with pytest.raises(RuntimeError, match=re.escape("rnnorm: operand h must have shape [3, 5]; got [2, 5]")):
         raw.forward(operands=operands)
-    saved = [*raw.saved[:3], raw.saved[3][:-1], *raw.saved[4:]]
+    saved = [*raw.saved[:4], raw.saved[4][:-1], *raw.saved[5:]]
     with pytest.raises(RuntimeError, match=re.escape("rnnorm: kept tensor y must have shape [12, 15]; got [11, 15]")):
         raw.backward(saved=saved)
     with pytest.raises(RuntimeError, match="rnnorm: there must be 10 kept tensors; got 0"):
