@@ -1,4 +1,4 @@
-"""The command line: `python -m lm` and `rnnlm`. Wiring and words only; the work is in the other modules."""
+"""The command line: `python -m lm` and `rnnlm`. Options and output only; the work is in the other modules."""
 
 import itertools
 import json
@@ -24,10 +24,12 @@ _SETTINGS = {"show_default": True, "help_option_names": ["-h", "--help"], "max_c
 _KEYS = "\b\nEvery key of --set, its default and meaning:\n" + "\n".join(f"  {line}" for line in config.describe())
 _STOPPED = {"SIGINT": 130, "SIGTERM": 143}
 
-_data_dir = click.option("--dir", "data_dir", type=Path, default=Path("data"), help="Where corpora are kept.")
-_backend = click.option("--backend", help="What runs the recurrence; `python -m rnnorm` lists them.")
-_device = click.option("--device", help="cpu, cuda or cuda:0.")
-_which = click.option("--checkpoint", "which", type=click.Choice(["best", "last"]), default="best", help="Which one.")
+_data_dir = click.option("--dir", "data_dir", type=Path, default=Path("data"), help="Folder where corpora are kept.")
+_backend = click.option("--backend", help="Backend for the recurrent layers; `python -m rnnorm` lists them.")
+_device = click.option("--device", help="Device: cpu, cuda or cuda:0.")
+_which = click.option(
+    "--checkpoint", "which", type=click.Choice(["best", "last"]), default="best", help="Checkpoint to load."
+)
 _run_argument = click.argument("folder", metavar="RUN", type=Path)
 
 
@@ -62,7 +64,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _say(line: str) -> None:
-    if distributed.is_first():  # the others find the same, and would say the same
+    if distributed.is_first():  # the others would report the same
         click.echo(line, err=True)
 
 
@@ -73,17 +75,26 @@ def cli() -> None:
 
 
 @cli.command(epilog=_KEYS)
-@click.option(
-    "--preset", help="Settings by name, or a TOML file; `rnnlm config --list` names them.  [default: default]"
-)
-@click.option("--data", help="A corpus by name (`rnnlm data list`), or a folder with train, valid and test.")
+@click.option("--preset", help="Preset by name, or a TOML file; `rnnlm config --list` lists them.  [default: default]")
+@click.option("--data", help="Corpus by name (`rnnlm data list`), or a folder with train, valid and test.")
 @click.option("--run", "--folder", "folder", type=Path, help="Run folder.  [default: runs/PRESET-DATA]")
-@click.option("--resume", type=click.Choice(["auto", "never"]), default="auto", help="Go on where the folder's run is.")
-@click.option("--overwrite", is_flag=True, help="Move a folder that holds a run aside, and begin anew.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, such as train.lr=0.5.")
+@click.option(
+    "--resume",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    help="Resume the folder's run, or require an empty folder.",
+)
+@click.option("--overwrite", is_flag=True, help="Move a folder that holds a run aside, and start a new run.")
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set one setting, such as train.lr=0.5; repeatable.",
+)
 @_backend
 @_device
-@click.option("--seed", type=int, help="Of weights, dropout and windows.")
+@click.option("--seed", type=int, help="Random seed.")
 def train(
     preset: str | None,
     data: str | None,
@@ -93,9 +104,9 @@ def train(
     assignments: tuple[str, ...],
     **options: Any,
 ) -> int:
-    """Train a model, or go on with a run that was stopped.
+    """Train a model, or resume a run that was stopped.
 
-    A run folder that already holds a run goes on with its own settings, so `rnnlm train --run FOLDER` is
+    A run folder that already holds a run is resumed with its own settings, so `rnnlm train --run FOLDER` is
     enough. Ctrl-C finishes the step, saves, and stops.
     """
     given = {f"train.{name}": value for name, value in options.items() if value is not None}
@@ -104,7 +115,7 @@ def train(
     folder = folder or Path("runs") / f"{Path(preset or 'default').stem}-{source}"
     outcome = run.train(settings, folder, resume=resume, overwrite=overwrite, say=_say)
     if outcome.reason not in ENDS:
-        _say(f"stopped by {outcome.reason} after step {outcome.step}; saved; go on with: rnnlm train --run {folder}")
+        _say(f"stopped by {outcome.reason} after step {outcome.step}; saved; resume with: rnnlm train --run {folder}")
         return _STOPPED.get(outcome.reason, 1)
     if outcome.score is None:
         return 0  # a process that is not the first
@@ -137,19 +148,24 @@ def compose(
 @cli.command("eval")
 @_run_argument
 @click.option(
-    "--split", "splits", type=click.Choice(corpora.SPLITS), multiple=True, default=["valid"], help="Of the corpus."
+    "--split",
+    "splits",
+    type=click.Choice(corpora.SPLITS),
+    multiple=True,
+    default=["valid"],
+    help="Split to evaluate; repeatable.",
 )
 @click.option(
     "--protocol",
     "protocols",
     type=click.Choice(["exact", "chunk-mean"]),
     multiple=True,
-    help="How.  [default: the run's]",
+    help="Evaluation protocol; repeatable.  [default: the run's]",
 )
-@click.option("--data", help="Another corpus, by name or folder.  [default: the run's]")
-@click.option("--by-frequency", is_flag=True, help="In bands of how often the training text holds a word, too.")
-@click.option("--by-position", is_flag=True, help="In bands of the place in the line, too.")
-@click.option("--json", "as_json", is_flag=True, help="Print the whole record.")
+@click.option("--data", help="Corpus to evaluate on, by name or folder.  [default: the run's]")
+@click.option("--by-frequency", is_flag=True, help="Also show bands by how often the training text holds a word.")
+@click.option("--by-position", is_flag=True, help="Also show bands by position in the line.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
 @_which
 @_backend
 @_device
@@ -165,11 +181,14 @@ def evaluate(
     backend: str | None,
     device: str | None,
 ) -> None:
-    """Measure the perplexity of a run's model. Several splits and protocols: each with each."""
+    """Measure the perplexity of a run's model.
+
+    Repeat --split and --protocol to score every combination.
+    """
     trained = load(folder, which=which, backend=backend or "auto", device=device or "cpu", say=_say)
     methods = protocols or (trained.config.eval.protocol,)
     if (by_frequency or by_position) and "exact" not in methods:
-        raise UserError(f"bands are of the protocol exact; {', '.join(methods)} came; add --protocol exact")
+        raise UserError(f"bands must be of the protocol exact; got {', '.join(methods)}; add --protocol exact")
     scores = []
     for split, protocol in itertools.product(splits, methods):
         score = trained.score_split(split, protocol=protocol, data=data, groups=by_frequency or by_position)
@@ -207,16 +226,18 @@ def bands(groups: Sequence[Group], nll: float) -> list[str]:
 
 @cli.command("study")
 @click.argument("file", metavar="STUDY.toml", type=Path)
-@click.option("--seeds", type=click.IntRange(1), help="Runs of each arm, by seeds 1, 2 …  [default: the study's]")
-@click.option("--jobs", type=click.IntRange(1), default=1, help="Runs at once.")
-@click.option("--threads", type=click.IntRange(1), default=1, help="Threads of each run.")
+@click.option("--seeds", type=click.IntRange(1), help="Number of seeds per arm: 1, 2 …  [default: the study's]")
+@click.option("--jobs", type=click.IntRange(1), default=1, help="Number of runs at the same time.")
+@click.option("--threads", type=click.IntRange(1), default=1, help="Threads per run.")
 @click.option("--run", "folder", type=Path, help="Folder of the study.  [default: runs/STUDY]")
-@click.option("--data", help="A corpus by name or folder, for every arm.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, for every arm.")
-@click.option("--arm", "arms", multiple=True, metavar="NAME", help="Only this arm now; repeat it.  [default: all]")
-@click.option("--seed", "only", multiple=True, type=int, help="Only this seed now; repeat it.  [default: all]")
+@click.option("--data", help="Corpus by name or folder, for every arm.")
 @click.option(
-    "--device", "devices", multiple=True, help="One for each run at a time; repeat it.  [default: train.device]"
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set one setting for every arm; repeatable."
+)
+@click.option("--arm", "arms", multiple=True, metavar="NAME", help="Run only this arm; repeatable.  [default: all]")
+@click.option("--seed", "only", multiple=True, type=int, help="Run only this seed; repeatable.  [default: all]")
+@click.option(
+    "--device", "devices", multiple=True, help="Device for one run at a time; repeatable.  [default: train.device]"
 )
 def run_study(
     file: Path,
@@ -230,7 +251,7 @@ def run_study(
     """Train every arm of a study with every seed, and compare them.
 
     Each run is an ordinary run folder under the study's; the test text is scored once, at the checkpoint
-    that is best on valid. The same command goes on with a study that was stopped or killed, or adds seeds.
+    that is best on valid. The same command resumes a study that was stopped or killed, or adds seeds.
     A run that diverged is a result, the worst one.
     """
     plan = study.read(file, seeds=seeds, data=data, assignments=assignments)
@@ -241,7 +262,7 @@ def run_study(
     click.echo(f"{folder}: {summary['runs']} of {summary['runs_planned']} runs; runs.csv, arms.csv, summary.json")
     if stopped is None:
         return 0
-    _say(f"stopped by {stopped}; every run is saved; the same command goes on")
+    _say(f"stopped by {stopped}; every run is saved; resume with the same command")
     return _STOPPED.get(stopped, 1)
 
 
@@ -260,12 +281,12 @@ def write_report(folders: tuple[Path, ...], out: Path | None) -> None:
 
 @cli.command()
 @_run_argument
-@click.option("--prompt", default="", help="Text to go on from.")
-@click.option("--length", type=int, default=100, help=f"Tokens to draw, {LONGEST:,} at most.")
-@click.option("--temperature", type=float, default=1.0, help="Below 1 is safer, 0 is greedy.")
-@click.option("--top-k", type=int, help="Draw among so many likeliest tokens.")
-@click.option("--top-p", type=float, help="Draw among the likeliest tokens that hold this probability.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the draws.")
+@click.option("--prompt", default="", help="Text to continue.")
+@click.option("--length", type=int, default=100, help=f"Number of tokens to draw, at most {LONGEST:,}.")
+@click.option("--temperature", type=float, default=1.0, help="Divides the logits; 0 takes the most probable token.")
+@click.option("--top-k", type=int, help="Draw among this many most probable tokens.")
+@click.option("--top-p", type=float, help="Draw among the fewest most probable tokens that hold this probability.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Random seed.")
 @_which
 @_backend
 @_device
@@ -278,7 +299,9 @@ def sample(folder: Path, which: Which, backend: str | None, device: str | None, 
 @cli.command("export")
 @_run_argument
 @click.argument("file", type=Path)
-@click.option("--to", type=click.Choice(["torchscript", "torch-export", "onnx"]), required=True, help="The format.")
+@click.option(
+    "--to", type=click.Choice(["torchscript", "torch-export", "onnx"]), required=True, help="Format of the file."
+)
 @_which
 def export_model(folder: Path, file: Path, to: str, which: Which) -> None:
     """Write a run's model to a file that other programs run without this one.
@@ -291,16 +314,22 @@ def export_model(folder: Path, file: Path, to: str, which: Which) -> None:
     from lm.export import export
 
     worst = export(load(folder, which=which), to, file)
-    found = "not run: there is no onnxruntime here" if worst is None else f"largest difference {worst:.2g}"
+    found = "not checked: onnxruntime is not installed" if worst is None else f"largest difference {worst:.2g}"
     click.echo(f"{file}: {to}, {file.stat().st_size:,} bytes; {found}")
 
 
 @cli.command("config")
-@click.option("--preset", default="default", help="Settings by name, or a TOML file.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, such as train.lr=0.5.")
-@click.option("--list", "listing", is_flag=True, help="Name the presets instead.")
+@click.option("--preset", default="default", help="Preset by name, or a TOML file.")
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set one setting, such as train.lr=0.5; repeatable.",
+)
+@click.option("--list", "listing", is_flag=True, help="List the presets instead.")
 def show_config(preset: str, assignments: tuple[str, ...], listing: bool) -> None:
-    """Print settings as TOML with a description of each key; a file of them is a preset of one's own."""
+    """Print settings as TOML with a description of each key; the output is a preset that --preset takes."""
     if listing:
         click.echo("\n".join(f"{name:24} {text}" for name, text in config.presets().items()))
     else:
@@ -315,7 +344,7 @@ def data() -> None:
 @data.command("list")
 @_data_dir
 def list_data(data_dir: Path) -> None:
-    """Name the corpora and say which are here."""
+    """List the corpora, and which are on this machine."""
     click.echo(corpora.listing(data_dir))
 
 
@@ -331,7 +360,7 @@ def get_data(name: str, data_dir: Path) -> None:
 @click.argument("name")
 @_data_dir
 def check_data(name: str, data_dir: Path) -> None:
-    """Verify a corpus that is here, or a folder: sizes, checksums."""
+    """Verify a corpus on this machine, or a folder: sizes, checksums."""
     click.echo(corpora.check(name, data_dir))
 
 
@@ -343,7 +372,7 @@ def checkpoint_group() -> None:
 @checkpoint_group.command("show")
 @click.argument("file", type=Path)
 def show_checkpoint(file: Path) -> None:
-    """Print what a checkpoint holds: where the run stood, settings, tensors, and whether its checksum is good."""
+    """Print what a checkpoint holds: state of the run, settings, tensors, and whether its checksum is good."""
     for line in checkpoint.describe(file):
         click.echo(line)
 
@@ -354,15 +383,17 @@ def tokenizer_group() -> None:
 
 
 @tokenizer_group.command("train")
-@click.option("--kind", type=click.Choice(tokenizers.KINDS), default="bpe", help="What a token is.")
-@click.option("--size", type=int, help="Most pieces of the vocabulary.  [default: the kind's own]")
-@click.option("--data", "source", default="python-docs", help="A corpus by name or folder; its training text is read.")
-@click.option("--out", type=Path, required=True, help="JSON file to write; `--set data.tokenizer_file=` takes it.")
+@click.option("--kind", type=click.Choice(tokenizers.KINDS), default="bpe", help="Kind of tokens.")
+@click.option("--size", type=int, help="Maximum vocabulary size.  [default: the kind's own]")
+@click.option("--data", "source", default="python-docs", help="Corpus by name or folder; its training text is read.")
+@click.option("--out", type=Path, required=True, help="JSON file to write, for `--set data.tokenizer_file=FILE`.")
 @_data_dir
 def train_tokenizer(kind: str, size: int | None, source: str, out: Path, data_dir: Path) -> None:
     """Train a tokenizer on a corpus and keep it in a file."""
     if out.exists():
-        raise UserError(f"a tokenizer is written to a new file; {out} exists; choose another, or move it away")
+        raise UserError(
+            f"a tokenizer must be written to a new file; got {out}, which exists; choose another, or move it away"
+        )
     tokenizer = tokenizers.train(kind, corpora.load(source, data_dir).splits["train"], size)
     tokenizers.save(tokenizer, out)
     click.echo(f"{out}: {kind} vocabulary of {tokenizer.size:,}, sha256 {tokenizer.sha256}")

@@ -1,4 +1,4 @@
-"""Every setting of a run: what it means, what it may be, and what it is when nobody says."""
+"""Every setting of a run: its meaning, its allowed values, its default."""
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,17 +36,13 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    source: str = Field(
-        default="python-docs", description="a corpus by name (`data list`), or a folder of three splits"
-    )
+    source: str = Field(default="python-docs", description="corpus by name (`data list`), or folder of three splits")
     dir: str = Field(default="data", description="folder where corpora are kept")
-    tokenizer: Literal["word", "char", "bpe", "unigram"] = Field(default="word", description="what a token is")
+    tokenizer: Literal["word", "char", "bpe", "unigram"] = Field(default="word", description="kind of tokens")
     tokenizer_file: str | None = Field(
-        default=None, description="a tokenizer that `tokenizer train` wrote; none: train one on the training text"
+        default=None, description="tokenizer that `tokenizer train` wrote; none: train one on the training text"
     )
-    vocab_size: Count | None = Field(
-        default=None, description="most pieces of the vocabulary; none: the tokenizer's own"
-    )
+    vocab_size: Count | None = Field(default=None, description="maximum vocabulary size; none: the tokenizer's own")
 
 
 class ModelConfig(Section):
@@ -56,36 +52,36 @@ class ModelConfig(Section):
     norm: Literal["online", "layer", "rms", "none"] = Field(
         default="online", description="normalization in the recurrence"
     )
-    hidden_size: Count = Field(default=200, description="units of a layer")
-    embedding_size: Count | None = Field(default=None, description="units of the embedding; none: hidden_size")
-    num_layers: Annotated[int, Field(ge=1, le=1000)] = Field(default=1, description="recurrent layers")
+    hidden_size: Count = Field(default=200, description="units per layer")
+    embedding_size: Count | None = Field(default=None, description="embedding size; none: hidden_size")
+    num_layers: Annotated[int, Field(ge=1, le=1000)] = Field(default=1, description="number of recurrent layers")
     dropout: Rate = Field(default=0.0, description="dropout after the embedding, between layers, and after the last")
     input_dropout: Rate | None = Field(default=None, description="dropout after the embedding; none: dropout")
     output_dropout: Rate | None = Field(default=None, description="dropout after the last layer; none: dropout")
-    embedding_dropout: Rate = Field(default=0.0, description="dropout of whole words of the vocabulary")
-    weight_dropout: Rate = Field(default=0.0, description="dropout of the recurrent weights' entries (DropConnect)")
+    embedding_dropout: Rate = Field(default=0.0, description="dropout of whole embeddings, by word of the vocabulary")
+    weight_dropout: Rate = Field(default=0.0, description="dropout of the entries of the recurrent weights")
     recurrent_dropout: Rate = Field(
-        default=0.0, description="dropout of h where it enters the recurrence, one mask for a window"
+        default=0.0, description="dropout of h where it enters the recurrent product, one mask per window"
     )
-    zoneout: Rate = Field(default=0.0, description="probability that a unit keeps its old state in a step")
-    zoneout_c: Rate | None = Field(default=None, description="lstm: the same of c; none: zoneout")
-    tied: bool = Field(default=True, description="the decoder's weight is the embedding's")
-    alpha_fwd: Alpha = Field(default=8191 / 8192, description="online: decay of the forward statistics")
-    alpha_bwd: Alpha = Field(default=31 / 32, description="online: decay of the backward control")
+    zoneout: Rate = Field(default=0.0, description="probability that a unit keeps its previous state at a step")
+    zoneout_c: Rate | None = Field(default=None, description="lstm: zoneout of c; none: zoneout")
+    tied: bool = Field(default=True, description="share one weight between the embedding and the decoder")
+    alpha_fwd: Alpha = Field(default=8191 / 8192, description="online: decay of the running statistics")
+    alpha_bwd: Alpha = Field(default=31 / 32, description="online: decay of the control states u and v")
     control_floor: float | None = Field(
         default=None,
         lt=1,
-        description="online: least factor that carries the control v on; none: the paper's equations",
+        description="online: lower bound on the decay of the control state v; none: the paper's equations",
     )
     guard: Literal["scale", "clamp", "none"] = Field(
-        default="scale", description="online: against drift of the estimates"
+        default="scale", description="online: guard against drift of the estimates"
     )
-    cell_norm: bool = Field(default=False, description="lstm: normalize the cell state too")
+    cell_norm: bool = Field(default=False, description="lstm: normalize the cell state as well")
     embedding_range: Positive = Field(
-        default=0.1, description="uniform initial words in ± this; 0.4 steadies norms without clipping"
+        default=0.1, description="embeddings are initialized uniformly in ± this; 0.4 steadies norms without clipping"
     )
     init_range: Positive | None = Field(
-        default=None, description="uniform initial weights in ± this, words too; none: torch's own for layers"
+        default=None, description="all weights are initialized uniformly in ± this; none: torch's own for layers"
     )
 
     @field_validator("cell", mode="before")
@@ -97,23 +93,27 @@ class ModelConfig(Section):
     def _fits(self) -> "ModelConfig":
         if self.tied and self.embedding_size not in (None, self.hidden_size):
             raise UserError(
-                f"a tied decoder needs model.embedding_size equal to model.hidden_size; "
-                f"{self.embedding_size} and {self.hidden_size} came; make them equal or set model.tied=false"
+                f"a tied decoder must have model.embedding_size equal to model.hidden_size; "
+                f"got {self.embedding_size} and {self.hidden_size}; make them equal or set model.tied=false"
             )
         if self.zoneout_c is not None and self.cell != "lstm":
-            raise UserError(f"model.zoneout_c is for the cell lstm; got {self.cell}; set model.zoneout_c=none")
+            raise UserError(
+                f"model.zoneout_c must be used with the cell lstm; got {self.cell}; set model.zoneout_c=none"
+            )
         if self.cell_norm and self.cell != "lstm":
-            raise UserError(f"model.cell_norm is for the cell lstm; {self.cell} came; set model.cell_norm=false")
+            raise UserError(
+                f"model.cell_norm must be used with the cell lstm; got {self.cell}; set model.cell_norm=false"
+            )
         return self
 
 
 class TrainConfig(Section):
     epochs: Count = Field(default=5, description="passes over the training text")
-    max_steps: Count | None = Field(default=None, description="stop after so many steps in all, if that comes first")
+    max_steps: Count | None = Field(default=None, description="maximum number of optimizer steps, over all epochs")
     lr: Positive = Field(default=0.003, description="learning rate")
-    batch_size: Count = Field(default=20, description="columns that are read side by side")
+    batch_size: Count = Field(default=20, description="columns that the training text is read in, side by side")
     accumulate: Count = Field(
-        default=1, description="parts of a step's columns that are computed one after another, to save memory"
+        default=1, description="parts that the columns of a step are computed in, one after another, to save memory"
     )
     window: str = Field(default="32", description="steps of truncated BPTT: 64, uniform{2..128} or awd{70}")
     optimizer: Literal["sgd", "asgd", "adam", "adamw"] = Field(
@@ -126,27 +126,29 @@ class TrainConfig(Section):
         "none: from the first step",
     )
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(default=0.0, description="L2 penalty")
-    clip: Positive | None = Field(default=0.25, description="largest norm of the whole gradient; none: no clipping")
+    clip: Positive | None = Field(default=0.25, description="maximum norm of the gradient; none: no clipping")
     schedule: Literal["constant", "exponential", "plateau", "cosine"] = Field(
-        default="constant", description="how the learning rate falls"
+        default="constant", description="learning-rate schedule"
     )
     schedule_factor: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.5, description="exponential: factor of each epoch; plateau: factor of each fall"
+        default=0.5, description="exponential: factor per epoch; plateau: factor per reduction"
     )
-    schedule_hold: Whole = Field(default=1, description="exponential: epochs at the full rate first")
+    schedule_hold: Whole = Field(default=1, description="exponential: epochs at the full rate before it decays")
     schedule_patience: Whole = Field(
-        default=0, description="plateau: epochs without a new best that are let pass before a fall"
+        default=0, description="plateau: epochs without a new best before the rate is reduced"
     )
-    warmup_steps: Whole = Field(default=0, description="steps in which the rate climbs from 0")
+    warmup_steps: Whole = Field(default=0, description="steps over which the rate rises from 0")
     patience: Count | None = Field(
         default=None, description="stop after this many epochs without a new best; none: never"
     )
-    autocast: Literal["none", "bfloat16"] = Field(default="none", description="dtype of products under autocast")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1, description="of weights, dropout and windows")
-    backend: str = Field(default="auto", description="what runs the recurrence (`python -m rnnorm` lists them)")
+    autocast: Literal["none", "bfloat16"] = Field(default="none", description="dtype of matrix products under autocast")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1, description="random seed")
+    backend: str = Field(default="auto", description="backend for the recurrent layers (`python -m rnnorm` lists them)")
     device: str = Field(default="cpu", description="cpu, cuda or cuda:0")
-    valid_batch_size: Count = Field(default=20, description="columns of the validation after each epoch")
-    log_every: Count = Field(default=10, description="steps from one logged step to the next")
+    valid_batch_size: Count = Field(
+        default=20, description="columns that the validation text is read in after each epoch"
+    )
+    log_every: Count = Field(default=10, description="steps between logged steps")
 
     @field_validator("window", mode="before")
     @classmethod
@@ -162,12 +164,16 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every_steps: Count | None = Field(default=None, description="save every so many steps; none: after each epoch only")
-    every_minutes: Positive | None = Field(default=10.0, description="save after so many minutes too; none: never")
+    every_steps: Count | None = Field(
+        default=None, description="save every this many steps; none: after each epoch only"
+    )
+    every_minutes: Positive | None = Field(
+        default=10.0, description="save every this many minutes as well; none: never"
+    )
 
 
 class EvalConfig(Section):
-    protocol: Literal["exact", "chunk-mean"] = Field(default="exact", description="how `eval` measures perplexity")
+    protocol: Literal["exact", "chunk-mean"] = Field(default="exact", description="evaluation protocol of `eval`")
     chunk: Count = Field(default=1024, description="steps evaluated at once; the exact result does not depend on it")
 
 
@@ -186,7 +192,7 @@ def build(values: Mapping[str, Any]) -> Config:
 
     Raises:
         UserError: an unknown section or key, a wrong type, a value out of range: names the key, what is
-            allowed and what came.
+            allowed and what was got.
     """
     try:
         return Config.model_validate(dict(values))
@@ -202,9 +208,9 @@ def _explain(fault: ValidationError) -> str:
         table = Config.model_fields[path[0]].annotation if path else Config
         valid = ", ".join(table.model_fields)  # type: ignore[union-attr]
         where = f"key of [{path[0]}]" if path else "section"
-        return f"{name} must be a known {where}; {last!r} came; the known ones are {valid}"
-    told = first["msg"].removeprefix("Input should ")
-    return f"{name} must {told}; {_short(first['input'])} came; see `train --help` for every key"
+        return f"{name} must be a known {where}; got {last!r}; the known ones are {valid}"
+    rule = first["msg"].removeprefix("Input should ")
+    return f"{name} must {rule}; got {_short(first['input'])}; see `train --help` for every key"
 
 
 def _short(value: Any) -> str:
@@ -234,7 +240,9 @@ def preset(name: str) -> dict[str, Any]:
         return _on_base(read_toml(Path(name), "a preset"))
     known = presets()
     if name not in known:
-        raise UserError(f"a preset must be one of {', '.join(known)}, or a path that ends in .toml; {name!r} came")
+        raise UserError(
+            f"a preset must be one of {', '.join(known)}, or a path that ends in .toml; got {name!r}; choose one"
+        )
     text = resources.files("lm").joinpath("presets", f"{name}.toml").read_text("utf-8")
     return _on_base(_without_description(tomllib.loads(text)))
 
@@ -267,7 +275,7 @@ def read_tables(path: Path, what: str) -> dict[str, Any]:
     try:
         return tomllib.loads(read_text(path, what))
     except (ValueError, RecursionError) as fault:  # an integer of 5,000 digits is a bare ValueError
-        raise UserError(f"{what} must be TOML; {path}: {fault}") from None
+        raise UserError(f"{what} must be TOML; got {path}: {fault}; correct it") from None
 
 
 def _without_description(tables: dict[str, Any]) -> dict[str, Any]:
@@ -285,7 +293,7 @@ def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         path, equals, text = assignment.partition("=")
         section, dot, key = path.strip().partition(".")
         if not (equals and dot and section and key):
-            raise UserError(f"--set must be section.key=value, such as train.lr=0.5; {assignment!r} came")
+            raise UserError(f"--set must be section.key=value, such as train.lr=0.5; got {assignment!r}; write it so")
         put(changed, section, key, _value(text.strip()))
     return changed
 
@@ -298,7 +306,7 @@ def put(tables: dict[str, Any], section: str, key: str, value: Any) -> None:
     """
     table = tables.setdefault(section, {})
     if not isinstance(table, dict):
-        raise UserError(f"{section} must be a table of settings; {_short(table)} came; write [{section}]")
+        raise UserError(f"{section} must be a table of settings; got {_short(table)}; write [{section}]")
     table[key] = value
 
 
@@ -318,7 +326,7 @@ def _value(text: str) -> Any:
 def absolute(data: DataConfig) -> DataConfig:
     """Returns the section with whole paths, so that a run folder can be used from any working folder."""
     if "\0" in f"{data.dir}{data.source}{data.tokenizer_file}":
-        raise UserError("data.dir, data.source and data.tokenizer_file must not hold the character NUL; take it out")
+        raise UserError("data.dir, data.source and data.tokenizer_file must not hold the character NUL; remove it")
     changed: dict[str, str] = {"dir": str(Path(data.dir).resolve())}
     if data.source and data.source not in CORPORA and Path(data.source).is_dir():  # an empty path is the working folder
         changed["source"] = str(Path(data.source).resolve())
@@ -331,7 +339,7 @@ def absolute(data: DataConfig) -> DataConfig:
         except UnicodeEncodeError:  # bytes of a path that are not UTF-8 arrive as halves of surrogate pairs
             raise UserError(
                 "data.dir, data.source and data.tokenizer_file must be UTF-8, as config.toml is; "
-                f"{_short(path)} came; rename the file or folder"
+                f"got {_short(path)}; rename the file or folder"
             ) from None
     return data
 

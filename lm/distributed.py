@@ -1,4 +1,4 @@
-"""The processes of one run: whose columns are whose, and what they tell each other.
+"""The processes of one run: which columns each has, and what they send each other.
 
 The first process reads and writes every file; the others need the program and nothing else.
 """
@@ -33,11 +33,11 @@ class ProcessError(Exception):
 
 
 class ElsewhereError(Exception):
-    """Another process of the run failed, and tells why."""
+    """Another process of the run failed, and reports why."""
 
 
 def is_first() -> bool:
-    """Whether this process speaks for its run: alone, or the first of those that torchrun started."""
+    """True in the process that reports for its run: the only one, or the first of those that torchrun started."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
@@ -47,7 +47,7 @@ class Team:
     Arguments:
         rank: 0 … K - 1; 0 is the first.
         size: K.
-        group: what they talk through.
+        group: their process group.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: "dist.ProcessGroup | None" = None) -> None:
@@ -55,7 +55,7 @@ class Team:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that reads, writes and speaks."""
+        """True in the process that reads, writes and reports."""
         return self.rank == 0
 
     def share(self, width: int) -> tuple[int, int]:
@@ -73,13 +73,13 @@ class Team:
         number, found = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
         if device != "cuda" or number >= found:
             raise UserError(
-                f"processes on GPUs need train.device=cuda and a GPU each; {device} and {found} GPUs came for process "
-                f"{number + 1} of this machine; set it, or start fewer processes"
+                f"processes on GPUs must have train.device=cuda and a GPU each; got {device} and {found} GPUs for "
+                f"process {number + 1} of this machine; set it, or start fewer processes"
             )
         return f"cuda:{number}"
 
     def data_parallel(self, module: nn.Module) -> nn.Module:
-        """Returns the module with averaged gradients; running statistics are left to `average_running_stats`."""
+        """Returns the module with gradients averaged over the processes; statistics: `average_statistics`."""
         if self.size == 1:
             return module
         # before torch 2.13 under its old name
@@ -88,11 +88,11 @@ class Team:
         return DistributedDataParallel(module, process_group=self.group, **{name: False})  # type: ignore[arg-type]
 
     def apart(self, module: nn.Module) -> AbstractContextManager[Any]:
-        """Inside, gradients of what `data_parallel` returned stay this process's own, to be averaged later."""
+        """Inside, gradients of what `data_parallel` returned are not averaged over the processes yet."""
         return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
-    def average_running_stats(self, module: nn.Module) -> None:
-        """Averages the streams of online normalization over the processes."""
+    def average_statistics(self, module: nn.Module) -> None:
+        """Averages the running statistics and control states of online normalization over the processes."""
         if self.size > 1:
             rnnorm.distributed.average_running_stats(module, self.group)
 
@@ -132,11 +132,11 @@ class Team:
         if self.size == 1:
             return make()
         if not self.first:
-            told: list[Any] = [None]
-            dist.broadcast_object_list(told, src=0)
-            if told[0] is None:
+            made_there: list[Any] = [None]
+            dist.broadcast_object_list(made_there, src=0)
+            if made_there[0] is None:
                 raise ElsewhereError
-            return told[0][0]
+            return made_there[0][0]
         try:
             made = make()
         except BaseException:
@@ -150,7 +150,7 @@ class Team:
 def joined() -> Iterator[Team]:
     """Inside: the team that torchrun started this process in, or this process alone.
 
-    Processes talk through gloo about what is on a CPU, and through nccl about what is on GPUs.
+    Processes use gloo for tensors on the CPU, and nccl for tensors on GPUs.
 
     Raises:
         UserError: the other processes cannot be found.
@@ -175,7 +175,7 @@ def joined() -> Iterator[Team]:
             raise
         raise ProcessError(
             f"the {size} processes of a run must all live; process {team.rank + 1} has lost another "
-            f"({_line(fault)}); nothing saved is lost: go on with the same command, on as many processes or fewer"
+            f"({_line(fault)}); nothing saved is lost: resume with the same command, on as many processes or fewer"
         ) from None
     finally:
         if own and dist.is_initialized():
@@ -187,7 +187,7 @@ def _meet() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PREPARING)
     except (ValueError, RuntimeError) as fault:
         raise UserError(
-            f"the processes of a run must find each other; torch cannot ({_line(fault)}); start them with torchrun"
+            f"the processes of a run must find each other; got an error ({_line(fault)}); start them with torchrun"
         ) from None
 
 

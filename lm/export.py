@@ -170,7 +170,9 @@ def export(trained: TrainedModel, to: str, path: Path) -> float | None:
             "pip install 'rnnorm[export]'"
         )
     if path.exists():
-        raise UserError(f"an export is written to a new file; {path} exists; choose another, or move it away")
+        raise UserError(
+            f"an export must be written to a new file; got {path}, which exists; choose another, or move it away"
+        )
     model = trained.model.cpu().float()
     tokenizer = json.dumps(trained.tokenizer.state())
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -181,7 +183,9 @@ def export(trained: TrainedModel, to: str, path: Path) -> float | None:
             form.write(model, temporary, example, tokenizer)
         worst = _worst(model, form, temporary)
         if worst is not None and not worst <= TOLERANCE:
-            raise UserError(f"the file must compute what the run's model does; it is off by {worst:.3g}; report this")
+            raise UserError(
+                f"the file must compute what the run's model does; got a difference of {worst:.3g}; report this"
+            )
         temporary.rename(path)
     except OSError as fault:
         raise UserError(f"{path} must be writable; {fault.strerror}; check the path and its folder") from None
@@ -210,13 +214,13 @@ def _worst(model: LanguageModel, form: Format, path: Path) -> float | None:
         )
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else f"exit code {done.returncode}"
-        raise UserError(f"the file must load in a fresh process; it does not ({why}); report this")
+        raise UserError(f"the file must load in a fresh process; got an error ({why}); report this")
     return float(done.stdout)
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Inside, torch's exporters tell nothing: what they tell is of their own insides."""
+    """Inside, torch's exporters print nothing: their messages are about their own internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -17,14 +17,16 @@ def read_text(path: Path, what: str) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"{what} must be a file; {path} does not exist; put it there or name another") from None
+        raise UserError(
+            f"{what} must be a file; got {path}, which does not exist; put it there or name another"
+        ) from None
     except UnicodeDecodeError as fault:
         raise UserError(
-            f"{what} must be UTF-8 text; {path} has byte 0x{fault.object[fault.start]:02x} at byte offset "
+            f"{what} must be UTF-8 text; got {path} with byte 0x{fault.object[fault.start]:02x} at byte offset "
             f"{fault.start}; convert the file to UTF-8"
         ) from None
     except OSError as fault:
-        raise UserError(f"{what} must be readable; {path}: {fault.strerror}; check the path") from None
+        raise UserError(f"{what} must be readable; got {path}: {fault.strerror}; check the path") from None
 
 
 def write_whole(
@@ -58,7 +60,7 @@ def write_whole(
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside, what the system raises on a file that is written, a full disk say, is a UserError that names the file."""
+    """Inside, what the system raises on a file that is written, such as a full disk, is a UserError that names it."""
     try:
         yield
     except OSError as fault:

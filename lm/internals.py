@@ -1,4 +1,4 @@
-"""What goes on inside the recurrence: the normalization's streams, and how far its gates are driven."""
+"""The recurrence from inside: the running statistics of the normalization, and how far its gates are driven."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ class Internals:
 
 @torch.no_grad()
 def look(model: LanguageModel, inputs: Tensor) -> dict[str, Any]:
-    """Returns what goes on in each layer, as JSON can hold it. The model is left as it was.
+    """Returns the statistics and gates of each layer, as JSON can hold them. The model is left as it was.
 
     `streams`: by names such as `norm_mean_l0`, the minimum, 10 %, 50 % and 90 % quantiles and maximum over
     channels. `gates`: by names such as `f_l0`, `counts` of values in 20 equal bins of `low` … `high`, and

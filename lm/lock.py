@@ -57,7 +57,7 @@ class Lock:
             with file:
                 holder = file.read() or "another process"
             raise UserError(
-                f"a run folder is for one process at a time; {folder} is in use by {holder}; "
+                f"a run folder must be used by one process at a time; got {folder}, in use by {holder}; "
                 "wait until that ends, stop it, or choose another folder with --run"
             ) from None
         self._files.append(file)

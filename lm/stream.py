@@ -88,7 +88,7 @@ class Columns:
         """Returns rows start … stop - 1. A last window of one ragged row is refused: a length would be 0."""
         steps, width = self.targets.shape
         if not 0 <= start < stop <= steps:
-            raise ValueError(f"a window must lie within 0 … {steps}; {start} … {stop} came")
+            raise ValueError(f"a window must lie within 0 … {steps}; got {start} … {stop}")
         inputs, targets = self.inputs[start:stop], self.targets[start:stop]
         if stop < steps or self.last == width:
             return Window(inputs, targets, None, None)
@@ -130,8 +130,8 @@ def columns(ids: np.ndarray, batch_size: int, eos: int) -> Columns:
     """
     if batch_size < 1 or len(ids) < 2 * batch_size:
         raise UserError(
-            f"a stream must hold at least 2 tokens for each of its columns; {len(ids)} tokens came for "
-            f"{batch_size} columns; lower the batch size or take a longer text"
+            f"a text must hold at least 2 tokens for each of its columns; got {len(ids)} tokens for {batch_size} "
+            "columns; lower the batch size or use a longer text"
         )
     long, last = divmod(len(ids), batch_size)
     column = np.arange(batch_size)
@@ -186,7 +186,7 @@ def policy(text: str | int) -> Policy:
     if found is None or min(found.low, found.high) < 1 or (found.kind != "awd" and found.low > found.high):
         raise UserError(
             f"a window must be a length of at least 1 such as 64, uniform{{2..128}} or awd{{70}}; "
-            f"{form[:60]!r} came; write one of these forms"
+            f"got {form[:60]!r}; write one of these forms"
         )
     return found
 

@@ -92,7 +92,7 @@ class Lookup(_Base):
     """One id per word, or one per character, by descending frequency in the training text, then by text.
 
     A piece that the training text does not hold becomes `<unk>`; so does the literal word `<unk>` (Penn
-    Treebank's). The literal word `<eos>` cannot be told from the end of a line and is refused.
+    Treebank's). The literal word `<eos>` cannot be distinguished from the end of a line and is refused.
     """
 
     kind: str
@@ -137,8 +137,8 @@ def _split(kind: str, line: str) -> list[str]:
 
 def _reserved(line: str) -> UserError:
     return UserError(
-        f"text must not hold the word {EOS}, which marks the end of a line; it came in {line[:60]!r}; "
-        "write it otherwise, or use a char, bpe or unigram tokenizer"
+        f"text must not hold the word {EOS}, which marks the end of a line; got {line[:60]!r}; "
+        "replace the word, or use a char, bpe or unigram tokenizer"
     )
 
 
@@ -172,10 +172,10 @@ def train(kind: str, lines: Iterable[str], size: int | None = None) -> Tokenizer
             word text.
     """
     if kind not in KINDS:
-        raise UserError(f"a tokenizer must be one of {', '.join(KINDS)}; {kind!r} came; choose one of these")
+        raise UserError(f"a tokenizer must be one of {', '.join(KINDS)}; got {kind!r}; choose one of these")
     if size is not None and size < 3:
         raise UserError(
-            f"a vocabulary must have at least 3 pieces ({UNK}, {EOS} and one more); {size} came; ask for more"
+            f"a vocabulary must have at least 3 pieces ({UNK}, {EOS} and one more); got {size}; ask for more"
         )
     if kind in ("word", "char"):
         return _train_lookup(kind, lines, size)
@@ -198,7 +198,7 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
                 return found
     except (KeyError, TypeError, ValueError, RuntimeError):
         pass
-    raise UserError(f"a tokenizer's state must be what its state() gave; {str(state)[:60]!r} came; train it again")
+    raise UserError(f"a tokenizer's state must be what its state() returned; got {str(state)[:60]!r}; train it again")
 
 
 def save(tokenizer: Tokenizer, path: Path) -> None:
@@ -211,7 +211,7 @@ def load(path: Path) -> Tokenizer:
     try:
         state = json.loads(read_text(Path(path), "a tokenizer"))
     except (ValueError, RecursionError) as fault:  # an integer of 5,000 digits is a bare ValueError
-        raise UserError(f"a tokenizer file must be JSON; {path}: {fault}; train the tokenizer again") from None
+        raise UserError(f"a tokenizer file must be JSON; got {path}: {fault}; train the tokenizer again") from None
     return from_state(state)
 
 
@@ -282,7 +282,7 @@ def _train_pieces(kind: str, lines: Iterable[str], size: int | None) -> Pieces:
             remove_extra_whitespaces=False,
             character_coverage=1.0,
             byte_fallback=True,
-            max_sentence_length=2**30,  # longer lines would be dropped without a word
+            max_sentence_length=2**30,  # longer lines would be dropped silently
             unk_piece="<0unk>",  # frees the name <unk>, which the text itself may hold
             user_defined_symbols=[UNK],
             bos_id=-1,
@@ -299,18 +299,18 @@ def _train_pieces(kind: str, lines: Iterable[str], size: int | None) -> Pieces:
 
 def _misfit(kind: str, size: int | None, fault: str) -> UserError:
     if "sentences_.empty()" in fault:
-        return UserError(f"a {kind} vocabulary must be trained on text; blank lines alone came; give more text")
+        return UserError(f"a {kind} vocabulary must be trained on text; got blank lines alone; give more text")
     if most := re.search(r"too high .* <= (\d+)", fault):
         return UserError(
-            f"a {kind} vocabulary of this text must have at most {most[1]} pieces; {size} came; "
+            f"a {kind} vocabulary of this text must have at most {most[1]} pieces; got {size}; "
             "ask for fewer or give more text"
         )
     if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", fault):
         return UserError(
             f"a {kind} vocabulary of this text must have at least {least[1]} pieces (256 bytes, every "
-            f"character and 3 marks); {size} came; ask for more"
+            f"character and 3 marks); got {size}; ask for more"
         )
-    return UserError(f"a {kind} vocabulary must fit its text; {size} came: {fault}; ask for another")
+    return UserError(f"a {kind} vocabulary must fit its text; got {size}: {fault}; ask for another")
 
 
 def _escaped(lines: Iterable[str]) -> Iterator[str]:

@@ -163,7 +163,7 @@ class TensorBoard:
             case EpochEnded():
                 self._scalars(event, "epoch", _of_epoch(event, self.pieces_per_word))
             case Scored():
-                # One step on, where a run that goes on voids it: its own final score comes later.
+                # One step on, where a run that resumes voids it: its own final score comes later.
                 event = replace(event, step=event.step + 1)
                 self._scalars(event, "final", {f"{event.split}_ppl_{event.score.protocol}": event.score.ppl})
 

@@ -70,12 +70,12 @@ class Trainer:
     """Truncated back-propagation through time over columns.
 
     All randomness follows from (seed, step, process) and (seed, epoch): none is kept from step to step, so a run
-    that is loaded goes on to the bit as if it had not stopped.
+    that is loaded resumes bit for bit, as if it had not stopped.
 
     The columns are shared out over the processes of a team, and each share over `accumulate` parts computed one after
     another. The gradient is that of the mean over all of them, so both are the same as one computation, to rounding,
     unless online normalization sees its samples in another order: part by part, and in each process only its own, the
-    streams averaged after the step. The carried state is kept whole on each process.
+    running statistics averaged after the step. The carried state is kept whole on each process.
 
     Arguments:
         model: trained in place.
@@ -145,7 +145,7 @@ class Trainer:
         Where that is the end, inside an epoch, the weights are validated there too, at each call.
 
         Raises:
-            DivergedError: the loss, the gradient or a validation is not finite; the event came before.
+            DivergedError: the loss, the gradient or a validation is not finite; the event is emitted before.
         """
         reason = self._train()
         if reason in ENDS and self.state.position:
@@ -238,7 +238,7 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad()
         own, carried = self._backward(start, stop, count)
-        self.team.average_running_stats(self.model)
+        self.team.average_statistics(self.model)
         norm = self._clip()
         nats, norm_value = self.team.sum(own), norm.item()
         if not (math.isfinite(nats) and math.isfinite(norm_value)):
@@ -276,10 +276,10 @@ class Trainer:
         for number, (cut, data) in enumerate(self.parts, 1):
             with self.team.apart(self.objective) if number < len(self.parts) else nullcontext():
                 with self._autocast():
-                    loss, told, state = self.objective(data.window(start, stop), columns_of(self.carried, *cut))
+                    loss, summed, state = self.objective(data.window(start, stop), columns_of(self.carried, *cut))
                 # the team averages over its processes what is here a sum over them
                 (loss * self.team.size / count).backward()
-            nats += told.item()
+            nats += summed.item()
             states.append(state_tensors(detach(state)))
         own = [torch.cat(tensors, 1) for tensors in zip(*states, strict=True)]
         return nats, state_of([self.team.join(tensor, 1, self.config.batch_size) for tensor in own])

@@ -71,7 +71,7 @@ def load(source: str, data_dir: Path) -> Corpus:
     place = Path(source)
     if not source or not place.is_dir():
         raise UserError(
-            f"data must be one of {', '.join(CORPORA)}, or a folder of text; {source!r} came, which is "
+            f"data must be one of {', '.join(CORPORA)}, or a folder of text; got {source!r}, which is "
             "neither; check the name or the path"
         )
     splits = folder.read(place)
@@ -98,7 +98,7 @@ def check(source: str, data_dir: Path) -> str:
     """
     if source in CORPORA and source != "markov" and not _is_here(source, data_dir):
         raise UserError(
-            f"{source} must be in {Path(data_dir) / source} to be checked; it is not; run `data get {source}`"
+            f"{source} must be in {Path(data_dir) / source} to be checked; got no text there; run `data get {source}`"
         )
     return _describe(load(source, data_dir), data_dir)
 

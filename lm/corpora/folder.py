@@ -1,4 +1,4 @@
-"""A folder of three text files: where every corpus that is not generated comes to rest."""
+"""A folder of three text files: how every corpus that is not generated is kept."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ def files(folder: Path) -> dict[str, Path]:
         if any(path.exists() for path in paths.values()):
             return paths
     names = " or ".join(family.format("{train,valid,test}") for family in FAMILIES)
-    raise UserError(f"a text folder must hold {names}; {folder} holds none of these; put them there")
+    raise UserError(f"a text folder must hold {names}; got {folder}, which holds none of these; put them there")
 
 
 def read(folder: Path) -> dict[str, list[str]]:
@@ -54,26 +54,29 @@ def read(folder: Path) -> dict[str, list[str]]:
         UserError: the folder or a split is missing, a split is empty (zero lines), or is not UTF-8.
     """
     if not folder.is_dir():
-        raise UserError(f"a text folder must be a folder; {folder} is not; give one that holds train.txt and so on")
+        raise UserError(
+            f"a text folder must be a folder; got {folder}, which is not; give one that holds train.txt and so on"
+        )
     splits = {}
     for split, path in files(folder).items():
         splits[split] = split_lines(read_text(path, f"the {split} split"))
         if not splits[split]:
-            raise UserError(f"the {split} split must hold text; {path} is empty; put at least one line there")
+            raise UserError(
+                f"the {split} split must hold text; got {path}, which is empty; put at least one line there"
+            )
     return splits
 
 
 def faults(splits: Mapping[str, Sequence[str]], known: Mapping[str, Known]) -> list[str]:
-    """Returns what differs from the published corpus, a sentence a split; nothing when it is that corpus."""
+    """Returns what differs from the published corpus, one sentence per split; nothing when it is that corpus."""
     found = []
     for split, must in known.items():
         lines = splits[split]
         count = len(lines) + sum(len(words(line)) for line in lines)
         if must.md5 and digest(lines, "md5") != must.md5:
-            found.append(f"{split}: the md5 must be {must.md5}, {digest(lines, 'md5')} came")
+            found.append(f"{split}: the md5 must be {must.md5}; got {digest(lines, 'md5')}")
         elif (len(lines), count) != (must.lines, must.tokens):
             found.append(
-                f"{split}: {must.lines:,} lines of {must.tokens:,} tokens must be there, "
-                f"{len(lines):,} of {count:,} came"
+                f"{split}: must be {must.lines:,} lines of {must.tokens:,} tokens; got {len(lines):,} of {count:,}"
             )
     return found

@@ -64,9 +64,10 @@ def load(name: str, folder: Path) -> dict[str, list[str]]:
     here = folder.is_dir() and any((folder / family.format(s)).exists() for family in FAMILIES for s in SPLITS)
     splits = read(folder) if here else _download(name, source, folder)
     if wrong := faults(splits, source.known):
-        place = f"{folder} holds another text" if here else f"the hub's {source.repository} gave another text"
+        place = folder if here else f"the hub's {source.repository}"
         raise UserError(
-            f"{name} must be the published corpus; {place} ({'; '.join(wrong)}); {_how_to_place(source, folder)}"
+            f"{name} must be the published corpus; got another text from {place} ({'; '.join(wrong)}); "
+            f"{_how_to_place(source, folder)}"
         )
     if not here:
         for split, lines in splits.items():
@@ -85,12 +86,12 @@ def _download(name: str, source: Source, folder: Path) -> dict[str, list[str]]:
 
     try:
         if not huggingface_hub.is_offline_mode():
-            # One question with a limit: without a network `datasets` would try again for half a minute.
+            # One request with a time limit: without a network `datasets` would retry for half a minute.
             huggingface_hub.HfApi().dataset_info(source.repository, timeout=PATIENCE)
         rows = datasets.load_dataset(source.repository, **source.options)
     except Exception as fault:  # each of these libraries, and those under them, has its own kinds
         raise UserError(
-            f"{name} must come from the hub or from {folder}; the hub did not give it "
+            f"{name} must be on the hub or in {folder}; got no answer from the hub "
             f"({type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else 'no reason'}); "
             f"{_how_to_place(source, folder)}"
         ) from None

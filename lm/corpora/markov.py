@@ -64,7 +64,9 @@ class Source:
         try:
             path = np.array([end, *(s for line in lines for s in (*(states[w] for w in words(line)), end))])
         except KeyError as word:
-            raise UserError(f"a line of this source must hold the words w0 … w{end - 1}; {word} came") from None
+            raise UserError(
+                f"a line of this source must hold the words w0 … w{end - 1}; got {word}; use that source's text"
+            ) from None
         with np.errstate(divide="ignore"):
             return float(np.log(self.transition[path[:-1], path[1:]]).sum())
 

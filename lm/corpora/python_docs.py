@@ -8,7 +8,7 @@ Treebank's way:
 - lower case; a number is `N`; `.,;:?!()` are words of their own where they end or enclose something, other
   punctuation is dropped, so `os.path` and `run_module()` come apart into `os path` and `run module`; hyphens and
   digits inside a word stay; `doesn't` is `does n't` and `it's` is `it 's`;
-- a sentence that came before, in any document, is left out: no test sentence is in train;
+- a sentence that occurred before, in any document, is left out: no test sentence is in train;
 - words rarer than the vocabulary holds, counted in train alone, are written `<unk>`.
 
 The text follows the Python version (and how it was packaged), so perplexities compare only under one version;
@@ -66,7 +66,7 @@ def load(folder: Path) -> dict[str, list[str]]:
     """Returns the splits from `folder`, which is made first (seconds) when it is not there.
 
     Raises:
-        UserError: this Python came without the sources of its library; the folder holds something else.
+        UserError: this Python lacks the sources of its library; the folder holds something else.
     """
     if not folder.exists():
         _make(folder)
@@ -111,7 +111,7 @@ def _manifest(folder: Path) -> dict[str, object]:
 
 def _foreign(folder: Path, fault: str) -> UserError:
     return UserError(
-        f"{folder} must hold python-docs as it was made; {fault}; move the folder away to have it made "
+        f"{folder} must hold python-docs as it was made; got another: {fault}; move the folder away to have it made "
         "again, and give your own text as a folder elsewhere"
     )
 
@@ -205,8 +205,8 @@ def build(raw: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
     final = {s: lines if s == "train" else [x for x in lines if x not in train] for s, lines in written.items()}
     if not all(final.values()):
         raise UserError(
-            "python-docs is made from the sources of Python's standard library and pydoc_data; this Python "
-            "came without them; use a complete Python, or give a folder of your own text"
+            "python-docs must be made from the sources of Python's standard library and pydoc_data; got a Python "
+            "without them; use a complete Python, or give a folder of your own text"
         )
     return final
 

@@ -138,7 +138,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(call, corpus, tmp_path):
         process.send_signal(getattr(signal, name))
         out, err = process.communicate(timeout=60)
         assert process.returncode == code, err
-        assert re.search(rf"stopped by {name} after step \d+; saved; go on with: rnnlm train --run run\n", err)
+        assert re.search(rf"stopped by {name} after step \d+; saved; resume with: rnnlm train --run run\n", err)
         assert "Traceback" not in err
         assert out == ""
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"train"' in line]
@@ -163,7 +163,7 @@ def test_eval_in_bands_and_by_several_protocols(call, trained):
         *[("valid", "exact", True, False), ("valid", "chunk-mean", False, False)],
         *[("test", "exact", True, False), ("test", "chunk-mean", False, False)],
     ]
-    message = "bands are of the protocol exact; chunk-mean came"
+    message = "bands must be of the protocol exact; got chunk-mean"
     assert message in fault(call, "eval", trained, "--by-position", "--protocol", "chunk-mean")
 
 
@@ -171,7 +171,7 @@ def test_data_verbs(process, call, corpus):
     assert "python-docs" in process("data", "list")[0]
     assert "entropy" in call("data", "get", "markov")[0]
     assert "train" in call("data", "check", "text")[0]
-    assert "'nowhere' came" in fault(call, "data", "check", "nowhere")
+    assert "got 'nowhere'" in fault(call, "data", "check", "nowhere")
 
 
 def test_tokenizer_train(process, call, corpus):
@@ -207,15 +207,15 @@ def test_help_names_every_option_and_key(process, call):
     ("arguments", "message"),
     [
         (("train", "--preset", "papr"), "a preset must be one of default, "),
-        (("train", "--data", "nowhere"), "'nowhere' came"),
-        (("train", "--data", ""), "'' came"),
+        (("train", "--data", "nowhere"), "got 'nowhere'"),
+        (("train", "--data", ""), "got ''"),
         (("train", "--set", "train.lrr=1"), "train.lrr must be a known key of [train]"),
-        (("train", "--set", "train.lr=fast"), "train.lr must be a valid number; 'fast' came"),
+        (("train", "--set", "train.lr=fast"), "train.lr must be a valid number; got 'fast'"),
         (("train", "--set", "train.lr"), "--set must be section.key=value"),
         (("train", "--set", "model.norm=batch"), "model.norm must be 'online', 'layer', 'rms' or 'none'"),
         (("train", "--set", "model.guard=no"), "model.guard must be 'scale', 'clamp' or 'none'"),
         (("train", "--set", "model.alpha_fwd=0"), "model.alpha_fwd must be greater than 0"),
-        (("train", "--set", "model.embedding_size=9"), "tied decoder needs model.embedding_size equal"),
+        (("train", "--set", "model.embedding_size=9"), "tied decoder must have model.embedding_size equal"),
         (("train", "--set", "train.window=uniform"), "train.window: a window must be"),
         (("train", "--backend", "fast"), "a backend must be one of auto, "),
         (("train", "--device", "cuda:99"), "got 'cuda:99'"),
@@ -269,7 +269,7 @@ def test_bad_input_on_a_run(call, trained):
         (("sample", trained, "--seed", "-1"), "-1 is not in the range 0<=x<=9223372036854775807"),
         (("sample", trained, "--seed", 2**63), "is not in the range"),
         (("sample", trained, "--prompt", "\udcff"), "a prompt must be UTF-8 text"),
-        (("eval", trained, "--data", ""), "'' came"),
+        (("eval", trained, "--data", ""), "got ''"),
         (("train", "--run", trained, "--set", "train.lr=2"), "train.lr is 0.5 there and 2.0 here"),
         (("train", "--run", trained, "--resume", "never"), "must have an empty folder"),
         (("train", "--run", trained, "--preset", "gru-online"), "got others than "),

@@ -45,22 +45,22 @@ def test_lines_end_at_line_feeds_alone(tmp_path: Path):
 
 def test_blank_lines_are_text_and_nothing_is_not(tmp_path: Path):
     assert corpora.load(str(_place(tmp_path, test=b"\n\n")), tmp_path).splits["test"] == ["", ""]
-    with pytest.raises(UserError, match=r"the test split must hold text; .*test.txt is empty; put at least one"):
+    with pytest.raises(UserError, match=r"the test split must hold text; .*test.txt, which is empty; put at least one"):
         corpora.load(str(_place(tmp_path, test=b"")), tmp_path)
 
 
 def test_faults_of_a_folder(tmp_path: Path):
-    with pytest.raises(UserError, match=r"one of python-docs, markov, ptb, wikitext-2, or a folder .*'nowhere' came"):
+    with pytest.raises(UserError, match=r"one of python-docs, markov, ptb, wikitext-2, or a folder .*got 'nowhere'"):
         corpora.load("nowhere", tmp_path)
-    with pytest.raises(UserError, match=r"or a folder of text; '' came"):
+    with pytest.raises(UserError, match=r"or a folder of text; got ''"):
         corpora.load("", tmp_path)
     with pytest.raises(UserError, match=r"must hold \{train,valid,test\}.txt or ptb\..* holds none of these"):
         corpora.load(str(tmp_path), tmp_path)
     _place(tmp_path, valid=b"ok\nab\xffc")
-    with pytest.raises(UserError, match=r"the valid split must be UTF-8 text; .*valid.txt has byte 0xff at .* 5;"):
+    with pytest.raises(UserError, match=r"the valid split must be UTF-8 text; .*valid.txt with byte 0xff at .* 5;"):
         corpora.load(str(tmp_path), tmp_path)
     (tmp_path / "valid.txt").unlink()
-    with pytest.raises(UserError, match=r"the valid split must be a file; .*valid.txt does not exist"):
+    with pytest.raises(UserError, match=r"the valid split must be a file; .*valid.txt, which does not exist"):
         corpora.load(str(tmp_path), tmp_path)
 
 
@@ -120,7 +120,9 @@ def test_the_hub_is_asked_once_and_its_text_kept(tmp_path: Path, small_ptb, monk
 
 def test_another_text_from_the_hub_is_refused_and_not_kept(tmp_path, small_ptb, monkeypatch):
     _Hub(monkeypatch, SMALL | {"test": ["b c"]})
-    with pytest.raises(UserError, match=r"the hub's ptb-text-only/ptb_text_only gave another text \(.*test: the md5"):
+    with pytest.raises(
+        UserError, match=r"got another text from the hub's ptb-text-only/ptb_text_only \(.*test: the md5"
+    ):
         corpora.load("ptb", tmp_path)
     assert not (tmp_path / "ptb").exists()
 
@@ -128,7 +130,7 @@ def test_another_text_from_the_hub_is_refused_and_not_kept(tmp_path, small_ptb, 
 def test_without_a_network_the_error_says_how_to_place_the_files(tmp_path, small_ptb, monkeypatch):
     _Hub(monkeypatch, None)
     expected = (
-        r"ptb must come from the hub or from .*ptb; the hub did not give it \(ConnectionError: no route\); "
+        r"ptb must be on the hub or in .*ptb; got no answer from the hub \(ConnectionError: no route\); "
         r"put ptb.train.txt, ptb.valid.txt, ptb.test.txt into .*ptb, or give as the data a folder"
     )
     with pytest.raises(UserError, match=expected):
@@ -149,19 +151,21 @@ def test_placed_files_need_no_network(tmp_path: Path, small_ptb, monkeypatch, fa
 
 def test_a_placed_text_that_is_not_the_published_one(tmp_path: Path, small_ptb):
     place = _place(tmp_path / "ptb", "ptb.{}.txt")
-    with pytest.raises(UserError, match=r"ptb must be the published corpus; .*ptb holds another text \(train: the md5"):
+    with pytest.raises(
+        UserError, match=r"ptb must be the published corpus; got another text from .*ptb \(train: the md5"
+    ):
         corpora.load("ptb", tmp_path)
     named = _place(tmp_path / "mine", "ptb.{}.txt")
     assert corpora.load(str(named), tmp_path).name == "mine"  # by path it is just a text
     (place / "ptb.test.txt").unlink()
-    with pytest.raises(UserError, match=r"the test split must be a file; .*ptb.test.txt does not exist"):
+    with pytest.raises(UserError, match=r"the test split must be a file; .*ptb.test.txt, which does not exist"):
         corpora.load("ptb", tmp_path)
 
 
 def test_counts_are_verified_where_no_hash_is_known():
     known = {"train": folder.Known(3, 5)}
     assert folder.faults({"train": ["a b", "", " "]}, known) == []
-    assert folder.faults({"train": ["a", "", ""]}, known) == ["train: 3 lines of 5 tokens must be there, 3 of 4 came"]
+    assert folder.faults({"train": ["a", "", ""]}, known) == ["train: must be 3 lines of 5 tokens; got 3 of 4"]
 
 
 def test_what_is_published_stands_here():
@@ -187,7 +191,7 @@ def test_a_machine_without_network_fails_in_seconds(tmp_path: Path, setting: dic
         timeout=60,
         check=False,
     )
-    assert "UserError: ptb must come from the hub or from" in done.stderr
+    assert "UserError: ptb must be on the hub or in" in done.stderr
     assert time.monotonic() - begin < 20  # of which the imports take most
     assert not (tmp_path / "data").exists()
 
@@ -207,7 +211,7 @@ def test_the_entropy_of_a_small_source_by_hand():
 def test_the_probability_of_a_text_by_hand():
     assert TWO.log_probability(["w0 w1", "w0"]) == pytest.approx(np.log(1 * 0.5 * 0.5 * 1 * 0.5), rel=1e-12)
     assert TWO.log_probability(["w1"]) == -np.inf
-    with pytest.raises(UserError, match=r"must hold the words w0 … w1; 'w2' came"):
+    with pytest.raises(UserError, match=r"must hold the words w0 … w1; got 'w2'"):
         TWO.log_probability(["w2"])
 
 
@@ -351,7 +355,9 @@ def test_python_docs_are_made_once_and_guarded(tmp_path: Path, monkeypatch: pyte
     assert f"made from Python {sys.version.split()[0]}" in corpora.check("python-docs", tmp_path / "data")
 
     (place / "valid.txt").write_text("mine\n")
-    with pytest.raises(UserError, match=r"must hold python-docs as it was made; valid.txt is another text; move"):
+    with pytest.raises(
+        UserError, match=r"must hold python-docs as it was made; got another: valid.txt is another text; move"
+    ):
         corpora.load("python-docs", tmp_path / "data")
     assert (place / "valid.txt").read_text() == "mine\n"
     (place / "manifest.json").write_text('{"builder": 0}')
@@ -393,7 +399,7 @@ def test_listing_and_check(tmp_path: Path, small_ptb, monkeypatch: pytest.Monkey
     _Hub(monkeypatch, SMALL)
     before = {line.split()[0]: line.split()[1] for line in corpora.listing(tmp_path).splitlines()}
     assert before == {"python-docs": "-", "markov": "here", "ptb": "-", "wikitext-2": "-"}
-    with pytest.raises(UserError, match=r"ptb must be in .*ptb to be checked; it is not; run `data get ptb`"):
+    with pytest.raises(UserError, match=r"ptb must be in .*ptb to be checked; got no text there; run `data get ptb`"):
         corpora.check("ptb", tmp_path)
     _place(tmp_path / "ptb", **{s: "".join(f"{x}\n" for x in lines).encode() for s, lines in SMALL.items()})
     assert "here  Penn Treebank" in corpora.listing(tmp_path)

@@ -249,9 +249,9 @@ def test_a_process_takes_the_gpu_of_its_number(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert Team(3, 4).place("cuda") == "cuda:0"
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="cuda and 2 GPUs came for process 3 of this machine"):
+    with pytest.raises(UserError, match="got cuda and 2 GPUs for process 3 of this machine"):
         Team(2, 4).place("cuda")
-    with pytest.raises(UserError, match=r"need train\.device=cuda and a GPU each; cuda:1"):
+    with pytest.raises(UserError, match=r"must have train\.device=cuda and a GPU each; got cuda:1"):
         Team(0, 2).place("cuda:1")
 
 
@@ -261,7 +261,7 @@ def test_without_the_others_there_is_no_run(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert not distributed.is_first()
     with (
-        pytest.raises(UserError, match=r"must find each other; torch cannot \(.*; start them with torchrun"),
+        pytest.raises(UserError, match=r"must find each other; got an error \(.*; start them with torchrun"),
         distributed.joined(),
     ):
         pass

@@ -34,10 +34,10 @@ def test_a_place_that_cannot_be_written_is_the_users_fault(tmp_path: Path):
 
 
 def test_faults_name_the_file(tmp_path: Path):
-    with pytest.raises(UserError, match=r"the text must be a file; .*gone.txt does not exist; put it there"):
+    with pytest.raises(UserError, match=r"the text must be a file; .*gone.txt, which does not exist; put it there"):
         read_text(tmp_path / "gone.txt", "the text")
     with pytest.raises(UserError, match=r"the text must be readable; .*: Is a directory"):
         read_text(tmp_path, "the text")
     (tmp_path / "latin.txt").write_bytes(b"ab\xe9 c")
-    with pytest.raises(UserError, match=r"must be UTF-8 text; .*latin.txt has byte 0xe9 at byte offset 2; convert"):
+    with pytest.raises(UserError, match=r"must be UTF-8 text; .*latin.txt with byte 0xe9 at byte offset 2; convert"):
         read_text(tmp_path / "latin.txt", "the text")

@@ -23,8 +23,8 @@ def test_the_second_is_refused_and_told_of_the_first(tmp_path):
         with Lock() as second, pytest.raises(UserError) as fault:
             second.take(folder)
         assert re.fullmatch(
-            rf"a run folder is for one process at a time; .*run is in use by process {os.getpid()} on \S+ since "
-            r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d; wait until that ends, stop it, or choose another folder with --run",
+            rf"a run folder must be used by one process at a time; got .*run, in use by process {os.getpid()} on \S+ "
+            r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d; wait until that ends, stop it, or choose another folder with --run",
             str(fault.value),
         )
         assert not second.holds(folder)

@@ -570,7 +570,7 @@ def test_two_runs_in_one_folder(train, settings, tmp_path):
         before = files_of(tmp_path / "run")
         other.take(tmp_path / "run")
         for options in ({}, {"overwrite": True}):
-            with pytest.raises(UserError, match=r"for one process at a time; .*run is in use by process \d+ on"):
+            with pytest.raises(UserError, match=r"by one process at a time; got .*run, in use by process \d+ on"):
                 train(**options)
         assert {**files_of(tmp_path / "run"), ".lock": b""} == before
         assert load(tmp_path / "run").step == 1, "evaluating needs no lock"
@@ -617,7 +617,7 @@ def test_a_folder_that_is_no_run(tmp_path):
         ("train.device=abacus", "a device must be one that torch can use here; got 'abacus'"),
         ("train.device=hpu", "a device must be one that torch can use here; got 'hpu'"),
         ("train.device=privateuseone", "a device must be one that torch can use here; got 'privateuseone'"),
-        ("data.source=nowhere", "'nowhere' came"),
+        ("data.source=nowhere", "got 'nowhere'"),
         ("model.hidden_size=900000000", "the weights of a model must fit into .* of memory; got"),
         ("train.batch_size=1000", "lower the batch size"),
         ("data.vocab_size=1", "a vocabulary must have at least 3 pieces"),
@@ -691,14 +691,14 @@ def test_the_unigram_model_is_of_the_training_text(train, tmp_path, corpus):
 
 def test_an_empty_name_is_not_the_runs_own_corpus(train, tmp_path):
     train("train.max_steps=1")
-    with pytest.raises(UserError, match="or a folder of text; '' came"):
+    with pytest.raises(UserError, match="or a folder of text; got ''"):
         load(tmp_path / "run").score_split("test", data="")
 
 
 def test_a_text_of_one_token(train, tmp_path, corpus):
     (corpus / "test.txt").write_text("\n")
     train("train.max_steps=1")
-    for protocol, message in (("exact", "1 tokens came"), ("chunk-mean", "must hold at least 20 tokens; got 1")):
+    for protocol, message in (("exact", "got 1 tokens"), ("chunk-mean", "must hold at least 20 tokens; got 1")):
         with pytest.raises(UserError, match=message):
             load(tmp_path / "run").score_split("test", protocol=protocol)
     (corpus / "valid.txt").write_text("\n")

@@ -152,13 +152,13 @@ def test_the_awd_law():
 
 @pytest.mark.parametrize("text", ["0", "-3", "uniform{5..2}", "uniform{0..4}", "awd{0}", "6.5", "", "uniform", True])
 def test_a_wrong_policy_names_the_forms(text):
-    with pytest.raises(UserError, match=r"such as 64, uniform\{2..128\} or awd\{70\}; .* came"):
+    with pytest.raises(UserError, match=r"such as 64, uniform\{2..128\} or awd\{70\}; got .*"):
         stream.policy(text)
 
 
 @pytest.mark.parametrize("width", [6, 0])
 def test_too_few_tokens(width: int):
-    with pytest.raises(UserError, match=f"at least 2 tokens for each of its columns; 11 tokens came for {width}"):
+    with pytest.raises(UserError, match=f"at least 2 tokens for each of its columns; got 11 tokens for {width}"):
         stream.columns(np.arange(11), width, eos=0)
 
 

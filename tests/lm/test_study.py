@@ -588,7 +588,7 @@ def test_a_folder_of_something_else_is_refused(read, tmp_path):
 
 def test_what_no_run_can_do_is_refused_before_any_begins(read, tmp_path):
     for assignment, message in (
-        ("data.source=nowhere", "'nowhere' came"),
+        ("data.source=nowhere", "got 'nowhere'"),
         ("train.backend=fast", "a backend must be one of auto"),
         ("train.device=cuda:99", "got 'cuda:99'"),
     ):

@@ -139,7 +139,9 @@ def test_a_state_comes_back(trained, kind: str, tmp_path: Path):
     ],
 )
 def test_a_foreign_state_is_refused(state):
-    with pytest.raises(UserError, match=r"a tokenizer's state must be what its state\(\) gave; .* train it again"):
+    with pytest.raises(
+        UserError, match=r"a tokenizer's state must be what its state\(\) returned; got .*; train it again"
+    ):
         tokenizers.from_state(state)
 
 
@@ -152,7 +154,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path):
 
 
 def test_the_word_eos_is_refused_where_it_could_not_be_told_apart():
-    with pytest.raises(UserError, match=r"must not hold the word <eos>.*came in 'a <eos> b'; write it otherwise"):
+    with pytest.raises(UserError, match=r"must not hold the word <eos>.*got 'a <eos> b'; replace the word"):
         tokenizers.train("word", ["a <eos> b"])
     with pytest.raises(UserError, match=r"must not hold the word <eos>"):
         tokenizers.train("word", ["a b"]).encode("a <eos>")
@@ -160,19 +162,19 @@ def test_the_word_eos_is_refused_where_it_could_not_be_told_apart():
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_a_size_that_does_not_fit_the_text(kind: str):
-    with pytest.raises(UserError, match=rf"a {kind} vocabulary .* must have at most \d+ pieces; 5000 came"):
+    with pytest.raises(UserError, match=rf"a {kind} vocabulary .* must have at most \d+ pieces; got 5000"):
         tokenizers.train(kind, LINES, 5000)
-    with pytest.raises(UserError, match=rf"a {kind} vocabulary .* must have at least \d+ pieces .*; 100 came"):
+    with pytest.raises(UserError, match=rf"a {kind} vocabulary .* must have at least \d+ pieces .*; got 100"):
         tokenizers.train(kind, LINES, 100)
-    with pytest.raises(UserError, match=r"must be trained on text; blank lines alone came"):
+    with pytest.raises(UserError, match=r"must be trained on text; got blank lines alone"):
         tokenizers.train(kind, ["", " "], 300)
     assert tokenizers.train(kind, LINES).size < tokenizers.DEFAULT_PIECES
 
 
 def test_an_unknown_kind_or_a_tiny_size():
-    with pytest.raises(UserError, match=r"must be one of word, char, bpe, unigram; 'bytes' came"):
+    with pytest.raises(UserError, match=r"must be one of word, char, bpe, unigram; got 'bytes'"):
         tokenizers.train("bytes", ["a"])
-    with pytest.raises(UserError, match=r"at least 3 pieces .* 2 came"):
+    with pytest.raises(UserError, match=r"at least 3 pieces .* got 2"):
         tokenizers.train("word", ["a"], 2)
 
 
