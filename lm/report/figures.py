@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm.report.sources import Entry, Source
-from lm.study.results import finishes, quantile, shown, value
+from lm.study.statistics import finishes, quantile, shown, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lm import files
 from lm.report import figures
 from lm.report.sources import Source
-from lm.study.results import shown, shown_finishing, shown_median
+from lm.study.statistics import shown, shown_finishing, shown_median
 from lm.tracking import LARGEST_EXPONENT, START
 
 if TYPE_CHECKING:

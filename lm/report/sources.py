@@ -7,7 +7,7 @@ from typing import Any
 
 from lm import config
 from lm.errors import UserError
-from lm.study import SUMMARY, Arm, Job, Study, results, summarize
+from lm.study import SUMMARY, Arm, Job, Study, provenance, results, statistics, summarize
 
 _SUMMARY = {
     **{"study": str, "description": str, "seeds": int, "runs": int, "runs_planned": int, "arms": list},
@@ -102,7 +102,7 @@ def _study(folder: Path) -> Source:
     ]
     # a summary of an older version does not tell which runs the authors' program would have finished
     summary["arms"] = [
-        {"finishing": results.finishing([]) | {"unknown": arm["runs"]}, **arm} for arm in summary["arms"]
+        {"finishing": statistics.finishing([]) | {"unknown": arm["runs"]}, **arm} for arm in summary["arms"]
     ]
     return Source(summary["study"], folder, summary, tuple(entries))
 
@@ -117,7 +117,7 @@ def _runs(folders: Sequence[Path]) -> Source:
         scores = [row for row in log if row["kind"] == "final"]
         diverged = next((row["what"] for row in log if row["kind"] == "diverged"), None)
         gathered = results.gather(Job(arm, settings.train.seed), log, scores, diverged)
-        entries.append(Entry({**gathered, "versions": results.versions()}, _internals(log)))
+        entries.append(Entry({**gathered, "versions": provenance.versions()}, _internals(log)))
         arms.append(arm)
     summary = summarize(Study("runs", "", tuple(arms), 1), [dict(entry.result) for entry in entries])
     again = [["train", "--preset", arm.preset, "--run", "ANOTHER"] for arm in arms]

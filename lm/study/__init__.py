@@ -6,7 +6,8 @@ STUDY/{runs,arms,epochs}.csv  STUDY/summary.json  all results so far      STUDY/
 """
 
 from lm.study.plan import Arm, Job, Study, read
-from lm.study.results import SUMMARY, sign_test, summarize, table
+from lm.study.results import SUMMARY
 from lm.study.runner import run
+from lm.study.statistics import sign_test, summarize, table
 
 __all__ = ["SUMMARY", "Arm", "Job", "Study", "read", "run", "sign_test", "summarize", "table"]

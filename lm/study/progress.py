@@ -9,11 +9,12 @@ from typing import Any
 
 from lm.study import results
 from lm.study.plan import Job, Study
+from lm.study.statistics import shown
 
 _EVERY = 1.0  # seconds between looks at the running runs' logs
 
 
-class Progress:
+class StudyProgress:
     """Says what ends; shows what runs where a person watches.
 
     Arguments:
@@ -36,7 +37,7 @@ class Progress:
         self.done.add(job)
         row = result["row"]
         told = f"diverged ({result['diverged']})" if row["diverged"] else f"best of {row['epochs']} epochs"
-        reached = ", ".join(f"{split} {results.shown(row[f'{split}_exact'])}" for split in ("valid", "test"))
+        reached = ", ".join(f"{split} {shown(row[f'{split}_exact'])}" for split in ("valid", "test"))
         self.diverged += row["diverged"]
         self.line(f"[{len(self.done)}/{len(self.jobs)}] {job}: {told}: {reached} (exact)")
 
@@ -82,7 +83,7 @@ class Progress:
         for row in results.logged(content):  # the first and the last line may be torn
             epoch = row["epoch"] - (row["kind"] not in ("valid", "internals", "epoch", "final"))
             if row["kind"] == "valid":
-                ppl = f"valid {results.shown(row['ppl'])}"
+                ppl = f"valid {shown(row['ppl'])}"
         return epoch, ppl
 
 

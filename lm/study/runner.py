@@ -21,7 +21,7 @@ from lm.errors import UserError
 from lm.machine import require_backend, require_device
 from lm.study import results
 from lm.study.plan import Job, Study
-from lm.study.progress import Progress
+from lm.study.progress import StudyProgress
 
 Say = Callable[[str], None]
 _POLL = 0.2  # seconds
@@ -70,7 +70,7 @@ def run(
     missing = [job for job in wanted if job not in done]
     _check(missing, devices)
     files.write_whole(folder / _PLAN, _described(whole).encode())
-    progress = Progress(whole, folder, done, say)
+    progress = StudyProgress(whole, folder, done, say)
     runs = _Runs(folder, threads, devices, jobs)
     failed: dict[Job, str] = {}
     with _signals(runs), ThreadPoolExecutor(jobs) as pool:

@@ -16,8 +16,8 @@ import pytest
 from lm import config, stream, study
 from lm.cli import main
 from lm.errors import UserError
-from lm.study import results, runner
-from lm.study.progress import Progress
+from lm.study import provenance, results, runner, statistics
+from lm.study.progress import StudyProgress
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "scripts/studies").glob("*.toml"))
@@ -222,15 +222,15 @@ def test_the_sign_test_by_all_outcomes(n):
 def test_quartiles_are_numpys_and_know_infinity():
     values = [5.0, 1.0, 4.0, 2.0, 9.0, 7.0]
     for share in (0, 0.25, 0.5, 0.75, 1):
-        assert results.quantile(values, share) == pytest.approx(np.quantile(values, share))
-    assert results.quantile([1.0, 2.0, math.inf], 0.5) == 2.0
-    assert results.quantile([1.0, math.inf, math.inf, math.inf], 0.75) == math.inf
+        assert statistics.quantile(values, share) == pytest.approx(np.quantile(values, share))
+    assert statistics.quantile([1.0, 2.0, math.inf], 0.5) == 2.0
+    assert statistics.quantile([1.0, math.inf, math.inf, math.inf], 0.75) == math.inf
 
 
 def row(arm, seed, ppl, diverged=False, **start):
     shown = {"arm": arm.name, "base": arm.base, "seed": seed, "diverged": diverged, "tokens_per_second": 10.0}
     return {
-        "row": {**shown, **dict.fromkeys(results.MEASURES, ppl), **dict.fromkeys(results._START), **start},
+        "row": {**shown, **dict.fromkeys(statistics.MEASURES, ppl), **dict.fromkeys(results._START), **start},
         "scores": [{"split": "test", "data_sha256": "d", "vocabulary_sha256": "v"}],
         "versions": {"torch": "2"},
     }
@@ -284,10 +284,10 @@ def test_a_result_tells_how_the_run_began(read):
 def test_which_runs_the_authors_program_finishes(read):
     arm = read().arms[0]
     told = {"first_window": 5}
-    assert results.finishes(row(arm, 1, 9.0, **told)["row"]) is True
-    assert results.finishes(row(arm, 1, 9.0, **told, overflowed_at=17)["row"]) is False
-    assert results.finishes(row(arm, 1, 9.0, **told, diverged=True)["row"]) is False
-    assert results.finishes(row(arm, 1, 9.0)["row"]) is None
+    assert statistics.finishes(row(arm, 1, 9.0, **told)["row"]) is True
+    assert statistics.finishes(row(arm, 1, 9.0, **told, overflowed_at=17)["row"]) is False
+    assert statistics.finishes(row(arm, 1, 9.0, **told, diverged=True)["row"]) is False
+    assert statistics.finishes(row(arm, 1, 9.0)["row"]) is None
 
 
 def test_medians_are_given_both_ways(read):
@@ -308,12 +308,17 @@ def test_medians_are_given_both_ways(read):
     assert lines[0] == ["good", "5", "0", "12.00", "12.00", "12.00", "3", "of", "5", "11.00", "11.0"]
     assert lines[1] == ["bad", "2", "0", "25.00", "25.00", "25.00", "unknown", "-", "-"]
     mixed = study.summarize(plan, [*found, row(bad, 3, 40.0, **told)])["arms"][1]
-    assert results.shown_finishing(mixed) == "1 of 1, 2 unknown"
+    assert statistics.shown_finishing(mixed) == "1 of 1, 2 unknown"
 
 
 def test_perplexities_as_text():
-    assert [results.shown(ppl) for ppl in (None, 12.345, 999_999.0, 1.26e82)] == ["-", "12.35", "999,999.00", "1.3e+82"]
-    assert results.shown(12_345.6, 0) == "12,346"
+    assert [statistics.shown(ppl) for ppl in (None, 12.345, 999_999.0, 1.26e82)] == [
+        "-",
+        "12.35",
+        "999,999.00",
+        "1.3e+82",
+    ]
+    assert statistics.shown(12_345.6, 0) == "12,346"
 
 
 def test_a_result_of_an_older_version_is_unknown_there(read, tmp_path, recorded):
@@ -408,7 +413,7 @@ def test_devices_are_given_out_one_for_each_run_at_a_time(read, tmp_path, monkey
 
     monkeypatch.setattr(runner._Runs, "_train_and_score", record)
     monkeypatch.setattr(runner, "_check", lambda *_: None)
-    monkeypatch.setattr(Progress, "finished", lambda *_: None)
+    monkeypatch.setattr(StudyProgress, "finished", lambda *_: None)
     monkeypatch.setattr(results, "write", lambda *_: {})
     study.run(read(SMALL, seeds=4), tmp_path / "study", jobs=2, devices=("cuda:0", "cuda:1"), say=lambda _: None)
     assert len(together) == 8
@@ -424,7 +429,7 @@ def test_arms_and_seeds_can_be_chosen(read, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner._Runs, "_train_and_score", record)
     monkeypatch.setattr(runner, "_check", lambda *_: None)
-    monkeypatch.setattr(Progress, "finished", lambda *_: None)
+    monkeypatch.setattr(StudyProgress, "finished", lambda *_: None)
     monkeypatch.setattr(results, "write", lambda *_: {})
     study.run(read(SMALL, seeds=4), tmp_path / "study", arms=["bad"], seeds=[2, 4], say=lambda _: None)
     assert begun == [("bad", 2), ("bad", 4)]
@@ -531,7 +536,7 @@ def test_a_result_needs_no_git(monkeypatch):
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", missing)
-    assert results.versions()["commit"] == "none"
+    assert provenance.versions()["commit"] == "none"
 
 
 def test_what_a_failed_run_said_is_told_whatever_it_logged(read, tmp_path, monkeypatch):
@@ -655,7 +660,7 @@ def test_the_moving_line_says_what_runs_and_fits_the_terminal(read, tmp_path, mo
     monkeypatch.setenv("COLUMNS", "200")
     plan = read(SMALL, seeds=2)
     first, other, *_ = plan.jobs()
-    progress = Progress(plan, tmp_path, [], said.append)
+    progress = StudyProgress(plan, tmp_path, [], said.append)
     assert said == ["study small: 2 arms x 2 seeds, 0 of 4 runs are done"]
     log = results.run_folder(tmp_path, first) / "metrics.jsonl"
     log.parent.mkdir(parents=True)
