@@ -79,7 +79,7 @@ class Averages:
         self.model.load_state_dict(state["model"])
 
 
-def estimate_streams(model: LanguageModel, data: Columns, window: str) -> None:
+def estimate_statistics(model: LanguageModel, data: Columns, window: str) -> None:
     """Moves the running mean and variance of online normalization to those of the weights that the model holds now.
 
     Reads the first `min(8 / (1 - alpha_fwd), all)` samples of the text from the zero state, whole rows of the columns

@@ -272,7 +272,7 @@ def run_study(
 def write_report(folders: tuple[Path, ...], out: Path | None) -> None:
     """Show runs and studies as one page, with its figures as PNG and SVG beside it.
 
-    The page is one file that needs no other and no network: curves, final perplexities, streams, gates,
+    The page is one file that needs no other and no network: curves, final perplexities, statistics, gates,
     speed, tables, commands, versions and checksums.
     """
     page = report.write(report.load(folders), out or folders[0] / "report")

@@ -37,13 +37,13 @@ class Internals:
 def look(model: LanguageModel, inputs: Tensor) -> dict[str, Any]:
     """Returns the statistics and gates of each layer, as JSON can hold them. The model is left as it was.
 
-    `streams`: by names such as `norm_mean_l0`, the minimum, 10 %, 50 % and 90 % quantiles and maximum over
+    `statistics`: by names such as `norm_mean_l0`, the minimum, 10 %, 50 % and 90 % quantiles and maximum over
     channels. `gates`: by names such as `f_l0`, `counts` of values in 20 equal bins of `low` … `high`, and
     `saturated`, the share within 5 % of the range from an end. A gate without bounds (relu) is left out.
     `recurrent`: by names such as `weight_hh_l0`, the Frobenius norm of the recurrent weights of each layer.
     """
     at = torch.tensor(QUANTILES, dtype=torch.float64)
-    streams = {
+    statistics = {
         name: [_short(value) for value in buffer.cpu().double().quantile(at)]
         for name, buffer in model.layers.named_buffers()
     }
@@ -53,7 +53,7 @@ def look(model: LanguageModel, inputs: Tensor) -> dict[str, Any]:
     values = rnnorm.gates(model.layers, model.embedding(inputs)) if any(bounds.values()) else {}
     limited = {name: (value, bounds[name.partition("_")[0]]) for name, value in values.items()}
     gates = {name: _gate(value, *limits) for name, (value, limits) in limited.items() if limits is not None}
-    return {"streams": streams, "gates": gates, "recurrent": recurrent}
+    return {"statistics": statistics, "gates": gates, "recurrent": recurrent}
 
 
 def _gate(values: Tensor, low: float, high: float) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _of_epoch(event: EpochEnded, pieces_per_word: float) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Writes scalars, histograms of the normalization streams, sampled text and hyper-parameters.
+    """Writes scalars, histograms of the normalization's statistics, sampled text and hyper-parameters.
 
     Arguments:
         folder: of the event files; what they hold of steps after `step` is marked as void.
@@ -154,7 +154,7 @@ class TensorBoard:
             case Validated():
                 loss = event.score.nll / event.score.tokens
                 self._scalars(event, "valid", {"loss": loss, "ppl": event.score.ppl})
-                self._streams(event)
+                self._statistics(event)
                 if self.internals is not None:
                     gates = self.internals.at(event.step)["gates"]
                     self._scalars(event, "saturated", {name: gate["saturated"] for name, gate in gates.items()})
@@ -181,11 +181,11 @@ class TensorBoard:
 
         self.file.add(event.step, text(name, value))
 
-    def _streams(self, event: Event) -> None:
+    def _statistics(self, event: Event) -> None:
         from torch.utils.tensorboard.summary import histogram
 
         for name, buffer in self.model.layers.named_buffers():
-            self.file.add(event.step, histogram(f"streams/{name}", buffer, _BINS))
+            self.file.add(event.step, histogram(f"statistics/{name}", buffer, _BINS))
 
 
 class EventFile:

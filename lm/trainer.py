@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lm import optim, stream
-from lm.averages import Averages, estimate_streams
+from lm.averages import Averages, estimate_statistics
 from lm.checkpoint import MOST_STEPS
 from lm.config import TrainConfig
 from lm.distributed import Team
@@ -189,7 +189,7 @@ class Trainer:
         if self.averages is None:
             return nullcontext()
         return self.averages.swapped_into(
-            self.model, lambda model: estimate_streams(model, self.data, self.config.window)
+            self.model, lambda model: estimate_statistics(model, self.data, self.config.window)
         )
 
     def _check(self) -> None:

@@ -37,7 +37,7 @@ _FINALS = {
     "test_exact": "Exact perplexity on the test text, scored once, at the checkpoint that is best on validation.",
 }
 _BANDS = {"by_frequency": "how often the training text holds the word", "by_position": "place in the line"}
-_STREAMS = (
+_STATISTICS = (
     "the normalization's statistics (mean, var) and its control (u, v) over channels: median, 10 to 90 % and extremes "
     "after each epoch of one run."
 )
@@ -86,7 +86,7 @@ def all_of(source: Source) -> dict[str, tuple["Figure", str]]:
         found[name.replace("_", "-")] = bands(source, name), caption
     names = file_names([arm["arm"] for arm in source.selected])
     for arm, file in zip(source.selected, names, strict=True):
-        found[f"streams-{file}"] = streams(source, arm), f"{arm['arm']}: {_STREAMS}"
+        found[f"statistics-{file}"] = statistics(source, arm), f"{arm['arm']}: {_STATISTICS}"
     for cell in cells:
         found[f"gates-{cell}"] = gates(source, cell), f"{_CELLS[cell]}: {_GATES}"
     found["speed"] = speed(source), "Training speed, tokens per second, median over runs, as they ran."
@@ -262,18 +262,18 @@ def bands(source: Source, name: str) -> "Figure | None":
     return figure
 
 
-def streams(source: Source, arm: Mapping[str, Any]) -> "Figure | None":
-    """The streams of one run of an arm over its epochs."""
+def statistics(source: Source, arm: Mapping[str, Any]) -> "Figure | None":
+    """The running statistics and control states of one run of an arm over its epochs."""
     entry = _shown(source, arm)
-    if entry is None or not entry.internals[-1]["streams"]:
+    if entry is None or not entry.internals[-1]["statistics"]:
         return None
     figure, grid = _grid(3.6, 2, 2)
-    names = list(entry.internals[-1]["streams"])
+    names = list(entry.internals[-1]["statistics"])
     for axes, kind in zip(grid.flat, ("mean", "var", "u", "v"), strict=True):
         for number, name in enumerate(name for name in names if f"norm_{kind}_" in name):
-            told = [row for row in entry.internals if None not in row["streams"][name]]
+            told = [row for row in entry.internals if None not in row["statistics"][name]]
             epochs = [row["epoch"] for row in told]
-            values = np.array([row["streams"][name] for row in told]).reshape(-1, 5).T
+            values = np.array([row["statistics"][name] for row in told]).reshape(-1, 5).T
             color = f"C{number}" if number else _color(arm)
             axes.fill_between(epochs, values[0], values[4], color=color, alpha=0.10, lw=0)
             axes.fill_between(epochs, values[1], values[3], color=color, alpha=0.25, lw=0)

@@ -26,7 +26,7 @@ _LOGGED = {
     "overflow": ("step",),
     "train": ("tokens_per_second",),
     "valid": ("ppl", "best"),
-    "internals": ("streams", "gates"),
+    "internals": ("statistics", "gates"),
     "epoch": ("ppl", "seconds"),
     "diverged": ("what",),
     "final": ("split", "protocol", "ppl", "data_sha256", "vocabulary_sha256"),
@@ -206,6 +206,8 @@ def logged(content: bytes) -> Iterator[Row]:
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("epoch"), int):
+            if "streams" in row:  # as older versions called them
+                row["statistics"] = row.pop("streams")
             needed = _LOGGED.get(str(row.get("kind")))
             if needed is not None and all(key in row for key in needed):
                 yield row

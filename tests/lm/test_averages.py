@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lm import stream
-from lm.averages import Averages, estimate_streams
+from lm.averages import Averages, estimate_statistics
 
 
 def weights(model):
@@ -68,7 +68,7 @@ DROPPING = {"dropout": 0.5, "embedding_dropout": 0.5, "num_layers": 2}
 
 @pytest.mark.parametrize("settings", [{"cell": "lstm", "cell_norm": True}, {"cell": "gru"}, {"cell": "rnn_tanh"}])
 @pytest.mark.parametrize("horizon", [1, 4.5, 8, 1000, math.inf])
-def test_streams_are_estimated_over_eight_horizons_or_all_of_the_text(model, data, settings, horizon):
+def test_statistics_are_estimated_over_eight_horizons_or_all_of_the_text(model, data, settings, horizon):
     settings = {**settings, "alpha_fwd": 1 - 1 / horizon} if horizon > 1 else {**settings, "alpha_fwd": 1e-9}
     net, plain = model(**DROPPING, **settings), model(**settings, num_layers=2)
     assert horizon == math.inf or data.inputs.numel() < 8 * 1000
@@ -81,7 +81,7 @@ def test_streams_are_estimated_over_eight_horizons_or_all_of_the_text(model, dat
     with torch.no_grad():
         plain(window.inputs, None, window.lengths)
     before = copy.deepcopy(net.state_dict())
-    estimate_streams(net, data, "uniform{2..9}")
+    estimate_statistics(net, data, "uniform{2..9}")
     moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
     kinds = ("mean", "var") if horizon < math.inf else ()
     norms = ("norm", "cell_norm") if "cell_norm" in settings else ("norm",)
@@ -96,7 +96,7 @@ def test_estimating_draws_nothing_and_leaves_everything_else(model, data, norm, 
     net.input_dropout.eval()
     modes, layer = [m.training for m in net.modules()], net.layers.dropout
     random = torch.get_rng_state()
-    estimate_streams(net, data, "7")
+    estimate_statistics(net, data, "7")
     assert torch.equal(torch.get_rng_state(), random)
     assert [m.training for m in net.modules()] == modes
     assert net.layers.dropout == layer == 0.5

@@ -1,4 +1,4 @@
-"""One run by several real processes: the same result as one process, or on online normalization the same streams."""
+"""One run by several real processes: the same result as one process, or on online normalization the same statistics."""
 
 import json
 import os
@@ -110,7 +110,7 @@ def test_without_norm_several_processes_equal_one(together, tmp_path, count):
 
 
 @pytest.mark.slow
-def test_online_keeps_equal_streams_and_resumes_to_the_bit(together, tmp_path):
+def test_online_keeps_equal_statistics_and_resumes_to_the_bit(together, tmp_path):
     with_it = ("model.norm=online", "model.dropout=0.3", "model.num_layers=2", "train.optimizer=adam", "train.lr=0.01")
     ranks = together(2, "whole", *with_it)
     for name, value in ranks[0]["model"].items():
@@ -127,7 +127,7 @@ AVERAGING = ("train.optimizer=asgd", "train.momentum=0.0", "train.average_patien
 
 
 @pytest.mark.slow
-def test_averages_and_their_streams_are_equal_in_all_processes(together, tmp_path):
+def test_averages_and_their_statistics_are_equal_in_all_processes(together, tmp_path):
     with_it = (*AVERAGING, "model.norm=online", "model.alpha_fwd=0.9", "model.dropout=0.3", "model.num_layers=2")
     ranks = together(2, "whole", *with_it)
     first, second = (rank["averages"] for rank in ranks)

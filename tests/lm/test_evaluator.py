@@ -24,7 +24,7 @@ def by_hand(net, ids, eos):
 
 @pytest.fixture
 def net(model):
-    """A model whose streams have moved, so that evaluation by frozen statistics differs from training's."""
+    """A model whose statistics have moved, so that evaluation by frozen statistics differs from training's."""
     net = model(dropout=0.5)
     for seed in range(3):
         torch.manual_seed(seed)

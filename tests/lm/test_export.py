@@ -14,7 +14,7 @@ from lm.trained import TrainedModel
 
 @pytest.fixture
 def trained(model, tokenizer):
-    """`trained(**model settings)`: a model whose streams have moved."""
+    """`trained(**model settings)`: a model whose statistics have moved."""
 
     def make(seed=0, **settings):
         net = model(seed, **settings)

@@ -9,7 +9,7 @@ from lm.internals import BINS, Internals, look
 @pytest.mark.parametrize(
     ("cell", "gates"), [("lstm", "ifgo"), ("gru", "rzn"), ("rnn_tanh", "h"), ("rnn_relu", "")], ids=str
 )
-def test_streams_and_gates_of_every_layer(model, cell, gates):
+def test_statistics_and_gates_of_every_layer(model, cell, gates):
     net = model(cell=cell, num_layers=2)
     net.train()
     torch.manual_seed(0)
@@ -26,9 +26,9 @@ def test_streams_and_gates_of_every_layer(model, cell, gates):
     for name, norm in found["recurrent"].items():
         assert norm == pytest.approx(before[f"layers.{name}"].square().sum().sqrt().item(), rel=1e-5)
     mean = before["layers.norm_mean_l1"]
-    low, *_, high = found["streams"]["norm_mean_l1"]
+    low, *_, high = found["statistics"]["norm_mean_l1"]
     assert (low, high) == pytest.approx((mean.min().item(), mean.max().item()), rel=1e-5)
-    assert found["streams"].keys() == {
+    assert found["statistics"].keys() == {
         f"norm_{name}_l{layer}" for name in ("mean", "var", "u", "v") for layer in (0, 1)
     }
 

@@ -43,8 +43,13 @@ def lines_of(arm, seed, epochs=3):
         at = {"step": 10 * epoch, "epoch": epoch}
         yield {"kind": "train", **at, "tokens_per_second": 1000.0 * seed}
         yield {"kind": "valid", **at, "ppl": 60.0 - epoch - seed, "best": True}
-        streams = {f"norm_{name}_l0": STREAM for name in ("mean", "var", "u", "v")} if online else {}
-        yield {"kind": "internals", **at, "streams": streams, "gates": {f"{name}_l0": gate for name in GATES[cell]}}
+        statistics = {f"norm_{name}_l0": STREAM for name in ("mean", "var", "u", "v")} if online else {}
+        yield {
+            "kind": "internals",
+            **at,
+            "statistics": statistics,
+            "gates": {f"{name}_l0": gate for name in GATES[cell]},
+        }
         yield {"kind": "epoch", **at, "ppl": 55.0, "seconds": 2.0}
 
 
@@ -187,7 +192,7 @@ def test_every_figure_is_a_file_and_says_what_it_is(written, read):
     names = {path.stem for path in (written / "figures").iterdir()}
     assert names == {
         *("curves-lstm", "curves-rnn_tanh", "valid-chunk-mean", "valid-exact", "test-exact", "by-frequency"),
-        *("by-position", "streams-lstm-online", "streams-rnn-online", "gates-lstm", "gates-rnn_tanh", "speed"),
+        *("by-position", "statistics-lstm-online", "statistics-rnn-online", "gates-lstm", "gates-rnn_tanh", "speed"),
     }
     assert len(read.alts) == len(names)
     assert all(len(alt) > 20 for alt in read.alts)
@@ -371,8 +376,8 @@ def test_runs_whose_names_are_alike_or_odd(tmp_path):
         made = figures.all_of(source)
         curves = page._save(made["curves-lstm"][0], tmp_path, "curves").decode()
         page._save(made["speed"][0], tmp_path, "speed")
-    streams = [name for name in made if name.startswith("streams-")]
-    assert streams == ["streams-a-b", "streams-a-b-2", "streams-_x", "streams-r-_-", "streams--x--"]
+    statistics = [name for name in made if name.startswith("statistics-")]
+    assert statistics == ["statistics-a-b", "statistics-a-b-2", "statistics-_x", "statistics-r-_-", "statistics--x--"]
     shown = [text.get_text().strip() for text in made["curves-lstm"][0].legends[0].get_texts()]
     assert shown == names
     assert all(f"{name}</text>" in curves for name in names)

@@ -197,7 +197,7 @@ def scored(trained):
     return evaluate(trained.model, text, trained.tokenizer, protocol="columns", batch_size=width).nll
 
 
-def test_averages_and_their_streams_are_kept_and_evaluated(train, tmp_path):
+def test_averages_and_their_statistics_are_kept_and_evaluated(train, tmp_path):
     train(*AVERAGING)
     last, best = (checkpoint.load(tmp_path / f"run/checkpoints/{name}.safetensors") for name in ("last", "best"))
     logged = [row["nll"] for row in measured(tmp_path / "run") if row["kind"] == "valid"]
@@ -212,11 +212,11 @@ def test_within_the_first_epoch_the_last_weights_are_evaluated_as_they_are(train
     train(*AVERAGING, "train.max_steps=3")
     last, best = (checkpoint.load(tmp_path / f"run/checkpoints/{name}.safetensors") for name in ("last", "best"))
     assert_equal(dict(load(tmp_path / "run", which="last").model.state_dict()), last["model"], "last")
-    # the validation at the end of the run is of the averages, with streams estimated for them
+    # the validation at the end of the run is of the averages, with statistics estimated for them
     assert torch.equal(best["model"]["decoder.bias"], last["averages"]["model"]["decoder.bias"])
-    streams = [saved["layers.norm_mean_l0"] for saved in (best["model"], last["model"], last["averages"]["model"])]
-    assert not torch.equal(streams[0], streams[1])
-    assert not streams[2].any(), "none was estimated when this was saved"
+    statistics = [saved["layers.norm_mean_l0"] for saved in (best["model"], last["model"], last["averages"]["model"])]
+    assert not torch.equal(statistics[0], statistics[1])
+    assert not statistics[2].any(), "none was estimated when this was saved"
 
 
 @pytest.fixture

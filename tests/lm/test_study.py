@@ -260,7 +260,7 @@ STARTS = [
 
 def test_a_result_tells_how_the_run_began(read):
     job = read().jobs()[0]
-    inside = {"kind": "internals", "step": 40, "streams": {}, "gates": {}}
+    inside = {"kind": "internals", "step": 40, "statistics": {}, "gates": {}}
     log = [
         *STARTS,
         {"kind": "overflow", "step": 17, "epoch": 1},
@@ -531,6 +531,13 @@ def test_lines_of_a_log_that_are_not_a_runs_are_passed_over(read, tmp_path):
         results.metrics(tmp_path)
 
 
+def test_a_log_of_an_older_version_is_read(tmp_path):
+    old = {"kind": "internals", "epoch": 1, "streams": {"norm_mean_l0": [0.0] * 5}, "gates": {}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(old) + "\n")
+    new = {"kind": "internals", "epoch": 1, "statistics": {"norm_mean_l0": [0.0] * 5}, "gates": {}}
+    assert results.metrics(tmp_path) == [new]
+
+
 def test_a_result_needs_no_git(monkeypatch):
     def missing(*_, **__):
         raise FileNotFoundError("git")
@@ -638,7 +645,7 @@ def test_a_study_that_is_stopped_or_killed_goes_on(corpus, tmp_path, capsys, mon
 
     code, said = stop(signal.SIGINT)
     assert code == 130
-    assert "stopped by SIGINT; every run is saved; the same command goes on" in said
+    assert "stopped by SIGINT; every run is saved; resume with the same command" in said
     assert "stopped by SIGINT after step" in (tmp_path / "out/runs/good/seed-1.log").read_text()
     code, _ = stop(signal.SIGKILL)
     assert code == -signal.SIGKILL

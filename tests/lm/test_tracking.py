@@ -82,7 +82,7 @@ def test_internals_are_logged_with_each_validation(tmp_path, model):
         log(event)
     found = rows(path)
     assert [row["kind"] for row in found] == ["valid", "internals", "epoch"]
-    assert found[1]["streams"]["norm_var_l0"] == [1.0] * 5
+    assert found[1]["statistics"]["norm_var_l0"] == [1.0] * 5
     assert sum(found[1]["gates"]["f_l0"]["counts"]) == 3 * 2 * 12
     JsonLines(path, 4, 1)
     assert rows(path) == found
@@ -147,9 +147,9 @@ def test_tensorboard_files_are_read_back(tmp_path, board):
     assert {"valid/loss", "valid/ppl", "epoch/ppl", "final/valid_ppl_columns"} <= set(tags["scalars"])
     assert [event.step for event in found.Scalars("train/loss")] == [1, 2]
     assert found.Scalars("valid/ppl")[0].value == 50.0
-    streams = {f"streams/norm_{name}_l0" for name in ("mean", "var", "u", "v")}
-    assert streams <= set(tags["histograms"])
-    assert found.Histograms("streams/norm_var_l0")[0].histogram_value.num == 48
+    statistics = {f"statistics/norm_{name}_l0" for name in ("mean", "var", "u", "v")}
+    assert statistics <= set(tags["histograms"])
+    assert found.Histograms("statistics/norm_var_l0")[0].histogram_value.num == 48
     assert any(tag.startswith("sample") for tag in tags["tensors"])
     content = found.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     assert b"train.lr" in content

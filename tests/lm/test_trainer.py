@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lm import stream
-from lm.averages import estimate_streams
+from lm.averages import estimate_statistics
 from lm.config import TrainConfig
 from lm.evaluator import Score, evaluate
 from lm.events import Diverged, EndedEarly, EpochEnded, Interrupted, Started, Stepped, Validated
@@ -137,7 +137,7 @@ def test_parts_of_a_step_equal_the_whole_without_norm(trainer, cell, count):
     assert ours[1]["step"] == theirs[1]["step"]
 
 
-def test_streams_see_the_parts_in_order(trainer):
+def test_statistics_see_the_parts_in_order(trainer):
     run = trainer((), {"batch_size": 4, "accumulate": 2, "max_steps": 1, "lr": 1e-12})
     alone = copy.deepcopy(run.model)
     run.fit()
@@ -338,7 +338,7 @@ def test_a_resumed_run_begins_to_average_where_it_would_have(trainer, epoch):
     assert_equal_to_the_bit(everything(resumed), everything(whole))
 
 
-def test_averages_are_validated_with_streams_of_their_own_and_the_models_come_back(trainer):
+def test_averages_are_validated_with_statistics_of_their_own_and_the_models_come_back(trainer):
     run = trainer(
         (), {"optimizer": "asgd", "average_patience": None, "epochs": 1, "lr": 2.0}, dropout=0.5, alpha_fwd=31 / 32
     )
@@ -357,7 +357,7 @@ def test_averages_are_validated_with_streams_of_their_own_and_the_models_come_ba
     ((scored, kept),) = seen
     estimated = copy.deepcopy(run.averages.model)
     estimated.load_state_dict(scored | {name: raw[name] for name, _ in estimated.named_buffers()})
-    estimate_streams(estimated, run.data, "7")
+    estimate_statistics(estimated, run.data, "7")
     for name, value in run.model.state_dict().items():
         assert torch.equal(value, raw[name]), "after the validation the model is as the last step left it"
         assert torch.equal(scored[name], kept[name])
