@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import rnnorm
+from lm.errors import missing_package
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -101,6 +102,21 @@ def test_the_command_line_says_what_to_install(absent):
         done = without(names, program, "config", "--list")
         assert (done.returncode, done.stdout) == (2, "")
         assert re.fullmatch(TOLD, done.stderr)[1] in names
+
+
+def test_python_says_what_to_install():
+    done = without({"pydantic"}, "import lm; print(lm.__doc__[:8]); lm.load")
+    assert done.stdout == "Language\n"
+    told = TOLD.removeprefix("error: ")
+    assert re.search(f"ImportError: {told}", done.stderr)
+
+
+def test_a_module_of_our_own_is_not_taken_for_a_package():
+    for name in ("lm.gone", "rnnorm"):
+        fault = ModuleNotFoundError(f"No module named {name!r}", name=name)
+        with pytest.raises(ModuleNotFoundError) as raised:
+            missing_package(fault)
+        assert raised.value is fault
 
 
 def test_a_command_says_what_it_needs_in_addition(tmp_path):

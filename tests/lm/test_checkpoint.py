@@ -40,6 +40,13 @@ def test_what_is_saved_is_loaded(saved):
     assert [file.name for file in saved.parent.iterdir()] == ["last.safetensors"]
 
 
+def test_what_is_loaded_is_not_the_file_any_more(saved):
+    loaded = checkpoint.load(saved)
+    with saved.open("r+b") as file:  # the same file, where a save would make another of its name
+        file.write(bytes(saved.stat().st_size))
+    assert torch.equal(loaded["model"]["weight"], PAYLOAD["model"]["weight"])
+
+
 def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     before = saved.read_bytes()
 
