@@ -1,4 +1,4 @@
-"""Measure rnnorm against torch: every row's two sides in turn in one process, medians and ratios.
+"""Measure rnnorm against torch: each row in a process of its own, its two sides in turn, medians and ratios.
 
     python scripts/benchmark.py                  # every row, about ten minutes on 2 cores
     python scripts/benchmark.py --quick          # a look: few rounds, small sizes only
@@ -6,13 +6,15 @@
     python scripts/benchmark.py --only LSTM      # rows whose name holds that text
 
 A ratio is time of ours / time of the yardstick, forward and backward, the median over rounds; below 1 we are
-faster. "goal" is what the project set itself for 2 threads.
+faster. "goal" is what the project set itself for 2 threads. A process for each row, because what ran before decides
+whether malloc keeps large blocks for torch's layers.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,8 +36,7 @@ Work = Callable[[], Any]
 class Row(NamedTuple):
     name: str
     size: str
-    ours: Work
-    yardstick: Work
+    works: Callable[[], tuple[Work, Work]]  # makes ours and the yardstick
     goal: float | None = None
 
 
@@ -144,42 +145,74 @@ def _step_works(V: int, size: int, T: int, N: int) -> tuple[Work, Work]:
     return _step_work(ours, our_loss), _step_work(plain, lambda: plain.loss(inputs, targets))
 
 
+def _masked_works(T: int, N: int, H: int) -> tuple[Work, Work]:
+    """With dropout inside the recurrence, and without it but with as many random numbers drawn."""
+    masked = _layer_work(rnnorm.LSTM(H, H, weight_dropout=0.5, recurrent_dropout=0.25, zoneout=0.1), T, N, H)
+    plain = _layer_work(rnnorm.LSTM(H, H), T, N, H)
+    weight = torch.randn(4 * H, H)
+
+    def drawn() -> None:
+        F.dropout(weight, 0.5)
+        for shape in ((N, H), (T, N, H), (T, N, H)):
+            (torch.rand(shape) < 0.1).float()
+        plain()
+
+    return masked, drawn
+
+
 def rows(quick: bool) -> Iterator[Row]:
+    """Every row; nothing is made before its `works` is called."""
     sizes = [(64, 20, 200), (35, 20, 650), (35, 20, 1500)][: 1 if quick else None]
-    lstm_goals = {"none": (0.80, 0.90, 0.95), "online": (0.90, 0.95, 1.00), "layer": (0.90, 0.95, 1.00)}
-    for norm, goals in lstm_goals.items():
-        for (T, N, H), goal in zip(sizes, goals, strict=False):
-            ours, torchs = _layer_work(rnnorm.LSTM(H, H, norm=norm), T, N, H), _layer_work(nn.LSTM(H, H), T, N, H)
-            yield Row(f"LSTM {norm} / nn.LSTM", f"{T},{N},{H}", ours, torchs, goal)
-    for (T, N, H), goal in zip(sizes, (0.40, 0.45, 0.55), strict=False):
-        ours, torchs = _layer_work(rnnorm.GRU(H, H), T, N, H), _layer_work(nn.GRU(H, H), T, N, H)
-        yield Row("GRU online / nn.GRU", f"{T},{N},{H}", ours, torchs, goal)
-    T, N, H = sizes[0]
-    ours = _layer_work(rnnorm.RNN(H, H), T, N, H)
-    yield Row("RNN tanh online / nn.RNN", f"{T},{N},{H}", ours, _layer_work(nn.RNN(H, H), T, N, H), 0.60)
-    ours = _evaluation_work(rnnorm.LSTM(H, H), 512, H)
-    yield Row("LSTM online, evaluation / nn.LSTM", f"512,1,{H}", ours, _evaluation_work(nn.LSTM(H, H), 512, H), 1.0)
-    online = _layer_work(rnnorm.LSTM(H, H), T, N, H)
-    reference = _layer_work(rnnorm.LSTM(H, H, backend="reference"), T, N, H)
-    scripted = _layer_work(rnnorm.LSTM(H, H, backend="scripted"), T, N, H)
-    yield Row("LSTM online / eager per step (reference)", f"{T},{N},{H}", online, reference, 0.03)
-    yield Row("LSTM online / TorchScript (scripted)", f"{T},{N},{H}", online, scripted)
-    yield Row("LSTM online, scripted / reference", f"{T},{N},{H}", scripted, reference, 0.20)
-    layered = _layer_work(rnnorm.LSTM(H, H, norm="layer"), T, N, H)
-    yield Row("LSTM layer / eager per step", f"{T},{N},{H}", layered, _layer_work(EagerLayerNormLSTM(H), T, N, H))
-    yield Row("linear_cross_entropy / torch's pair", "1280,200,10000", *_decoder_works(1280, 200, 10000), 0.45)
-    yield Row("training step, 1x200 tied / torch's parts", "64,20,200", *_step_works(10000, 200, T, N), 0.40)
-    lengths = torch.randint(1, T + 1, (N,))
-    shorter = _layer_work(rnnorm.LSTM(H, H), T, N, H, lengths=lengths)
-    yield Row("lengths uniform in 1..64 / padded, ours", f"{T},{N},{H}", shorter, online, 1.0)
+    small = T, N, H = sizes[0]
+    at = f"{T},{N},{H}"
+
+    def pair(ours: Callable[[int], nn.Module], torchs: Callable[[int], nn.Module], size: tuple[int, int, int]) -> Any:
+        T, N, H = size
+        return lambda: (_layer_work(ours(H), T, N, H), _layer_work(torchs(H), T, N, H))
+
+    def lstm(**options: Any) -> Callable[[int], nn.Module]:
+        return lambda H: rnnorm.LSTM(H, H, **options)
+
+    def torchs(kind: str) -> Callable[[int], nn.Module]:
+        return lambda H: getattr(nn, kind)(H, H)
+
+    goals = {"none": (1.00, 0.97, 0.79), "online": (1.05, 0.98, 0.80), "layer": (1.05, 0.98, 0.80)}
+    for norm, each in goals.items():
+        for size, goal in zip(sizes, each, strict=False):
+            works = pair(lstm(norm=norm), torchs("LSTM"), size)
+            yield Row(f"LSTM {norm} / nn.LSTM", ",".join(map(str, size)), works, goal)
+    for size, goal in zip(sizes, (0.56, 0.56, 0.42), strict=False):
+        works = pair(lambda H: rnnorm.GRU(H, H), torchs("GRU"), size)
+        yield Row("GRU online / nn.GRU", ",".join(map(str, size)), works, goal)
+    yield Row("RNN tanh online / nn.RNN", at, pair(lambda H: rnnorm.RNN(H, H), torchs("RNN"), small), 0.55)
+    evaluation = lambda: (_evaluation_work(lstm()(H), 512, H), _evaluation_work(nn.LSTM(H, H), 512, H))  # noqa: E731
+    yield Row("LSTM online, evaluation / nn.LSTM", f"512,1,{H}", evaluation, 1.0)
+    reference, scripted = lstm(backend="reference"), lstm(backend="scripted")
+    yield Row("LSTM online / eager per step (reference)", at, pair(lstm(), reference, small), 0.03)
+    yield Row("LSTM online / TorchScript (scripted)", at, pair(lstm(), scripted, small))
+    yield Row("LSTM online, scripted / reference", at, pair(scripted, reference, small), 0.20)
+    yield Row("LSTM layer / eager per step", at, pair(lstm(norm="layer"), EagerLayerNormLSTM, small))
+    yield Row("linear_cross_entropy / torch's pair", "1280,200,10000", lambda: _decoder_works(1280, 200, 10000), 0.52)
+    yield Row("training step, 1x200 tied / torch's parts", at, lambda: _step_works(10000, 200, T, N), 0.57)
+    lengths, begins = torch.randint(1, T + 1, (N,)), torch.rand(T, N) < 1 / 32
+    padded = lambda: _layer_work(lstm()(H), T, N, H)  # noqa: E731
+    yield Row(
+        "lengths uniform in 1..64 / padded, ours",
+        at,
+        lambda: (_layer_work(lstm()(H), T, N, H, lengths=lengths), padded()),
+        1.0,
+    )
+    yield Row("dropout inside the loop / without, ours", at, lambda: _masked_works(T, N, H), 1.05)
+    yield Row("reset / without, ours", at, lambda: (_layer_work(lstm()(H), T, N, H, reset=begins), padded()), 1.03)
 
 
 def measure(row: Row, rounds: int) -> dict[str, Any]:
     """Both sides in turn, after a warm-up of two rounds."""
     times: list[tuple[float, float]] = []
+    works = row.works()
     for _ in range(rounds + 2):
         pair = []
-        for work in (row.ours, row.yardstick):
+        for work in works:
             start = time.perf_counter()
             work()
             pair.append(time.perf_counter() - start)
@@ -193,26 +226,18 @@ def measure(row: Row, rounds: int) -> dict[str, Any]:
     }
 
 
-def growth(rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds of the online LSTM where one of T, N, H is doubled at a time."""
-    found = []
-    for T, N, H in [
-        (32, 20, 200),
-        (64, 20, 200),
-        (128, 20, 200),
-        (64, 10, 200),
-        (64, 40, 200),
-        (64, 20, 100),
-        (64, 20, 400),
-    ]:
-        work = _layer_work(rnnorm.LSTM(H, H), T, N, H)
-        times = []
-        for _ in range(rounds + 2):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        found.append({"T": T, "N": N, "H": H, "ms": statistics.median(times[2:]) * 1e3})
-    return found
+GROWTH = [(32, 20, 200), (64, 20, 200), (128, 20, 200), (64, 10, 200), (64, 40, 200), (64, 20, 100), (64, 20, 400)]
+
+
+def growth(T: int, N: int, H: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of the online LSTM of a size."""
+    work = _layer_work(rnnorm.LSTM(H, H), T, N, H)
+    times = []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return {"T": T, "N": N, "H": H, "ms": statistics.median(times[2:]) * 1e3}
 
 
 def machine() -> dict[str, Any]:
@@ -227,24 +252,48 @@ def machine() -> dict[str, Any]:
     }
 
 
+def one(task: str, quick: bool, threads: int) -> dict[str, Any]:
+    """What a process of its own measures: a row by its number, or a size of the growth table."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    kind, number = task.split(":")
+    if kind == "growth":
+        return growth(*GROWTH[int(number)], 3 if quick else 15)
+    row = list(rows(quick))[int(number)]
+    slow = "1500" in row.size or "reference" in row.name
+    return measure(row, 3 if quick else 5 if slow else 15)
+
+
+def apart(task: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    """`one` in a process of its own."""
+    command = [sys.executable, __file__, "--one", task, "--threads", str(chosen.threads)]
+    done = subprocess.run(
+        [*command, *(["--quick"] if chosen.quick else [])], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"error: {task} must end; got exit code {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds, small sizes only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds TEXT")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
+    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    torch.manual_seed(0)
-    here = machine()
+    if chosen.one:
+        print(json.dumps(one(chosen.one, chosen.quick, chosen.threads)))
+        return
+    here = machine() | {"threads": chosen.threads}
     print(f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, Python {here['python']}\n")
     print("| what | T,N,H or M,E,V | ours ms | yardstick ms | ratio | goal |\n|---|---|---|---|---|---|")
     figures = []
-    for row in rows(chosen.quick):
+    for number, row in enumerate(rows(chosen.quick)):
         if chosen.only not in row.name:
             continue
-        slow = "1500" in row.size or "reference" in row.name
-        figure = measure(row, 3 if chosen.quick else 5 if slow else 15)
+        figure = apart(f"row:{number}", chosen)
         figures.append(figure)
         goal = "" if row.goal is None else f"{row.goal:.2f}"
         print(
@@ -252,7 +301,7 @@ def main() -> None:
             f"| {figure['ratio']:.2f} | {goal} |",
             flush=True,
         )
-    sizes = [] if chosen.only else growth(3 if chosen.quick else 15)
+    sizes = [] if chosen.only else [apart(f"growth:{number}", chosen) for number in range(len(GROWTH))]
     if sizes:
         print("\n| online LSTM: T | N | H | ms |\n|---|---|---|---|")
         for size in sizes:
