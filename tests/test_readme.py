@@ -369,6 +369,7 @@ def _named(cells: list[str]) -> set[str]:
 
 def test_tables_list_all_that_there_is() -> None:
     assert _named(_table("rnnorm/README.md", "Interface")) == {*rnnorm.__all__}
+    assert _named(_table("rnnorm/README.md", "Options")) == {*rnnorm.Options.__annotations__}
     assert _named(_table("rnnorm/README.md", "Backends")) == {*rnnorm.backends()}
     assert {*rnnorm.norms.KINDS} <= _named(_table("rnnorm/README.md", "Norms"))
     assert _named(_table("rnnorm/README.md", "Environment variables")) - {"CXX"} == _environment()
