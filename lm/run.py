@@ -62,6 +62,7 @@ def train(settings: Config, path: Path, *, resume: str = "auto", overwrite: bool
     """Trains in a run folder, from its last checkpoint where it has one.
 
     Arguments:
+        path: of the run folder; made where it does not exist.
         resume: `auto` resumes the run of the folder; `never` only starts in an empty folder.
         overwrite: move a folder that holds another run out of the way, to a name beside it.
         say: receives lines for a person.
