@@ -1,4 +1,4 @@
-"""rnnorm: recurrent layers with online, layer, RMS or no normalization at every pre-activation, torch.nn's drop-in."""
+"""rnnorm: drop-in replacements for torch's recurrent layers, with online, layer, RMS or no normalization."""
 
 from rnnorm import distributed, functional, norms
 from rnnorm._cells import CELLS

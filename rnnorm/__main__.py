@@ -1,4 +1,4 @@
-"""`python -m rnnorm`: which backends can run here, and why the others cannot."""
+"""`python -m rnnorm`: list the backends, and for each that cannot run on this machine the reason."""
 
 import torch
 

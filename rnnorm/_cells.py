@@ -1,6 +1,6 @@
-"""The recurrent cells, declared: one step of math each, pure, and what their gates and states are.
+"""The recurrent cells: for each, its gates, its states and one step as a pure function.
 
-The time loop is elsewhere (`rnnorm.ops`); how a pre-activation is normalized is passed in. Gate orders are torch's.
+The time loop is in `rnnorm.ops`; the normalization of the pre-activations is passed in. Gate orders are torch's.
 """
 
 from collections.abc import Callable
@@ -48,15 +48,15 @@ class Gate(NamedTuple):
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """The bounds of the gate's values, None if there are none."""
+        """The bounds of the gate's values, None if unbounded."""
         return NONLINEARITIES[self.nonlinearity].bounds
 
 
 class Nonlinearity(NamedTuple):
-    """What a gate's normalized pre-activation goes through."""
+    """The function applied to a gate's normalized pre-activation."""
 
     function: Callable[[Tensor], Tensor]
-    bounds: tuple[float, float] | None  # of its values; None: it has none
+    bounds: tuple[float, float] | None  # of its values; None: unbounded
 
 
 NONLINEARITIES = {
@@ -68,17 +68,17 @@ NONLINEARITIES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell, declared. Tables elsewhere are derived from this."""
+    """The declaration of a cell. Tables elsewhere are derived from it."""
 
     gates: tuple[Gate, ...]  # in torch's order
     states: tuple[str, ...]
     step: Step
-    # Gates, the last ones, whose recurrent part `R h + b'` is not added to the input part: another gate comes between.
+    # The last gates, if another gate multiplies their recurrent part `R h + b'` before it is added to the input part.
     apart: tuple[str, ...] = ()
 
     @property
     def together(self) -> tuple[tuple[int, int], ...]:
-        """The ranges of gates that are normalized in one go."""
+        """The ranges of gates that are normalized together."""
         joined, count = len(self.gates) - len(self.apart), len(self.gates)
         return ((0, joined), (joined, count)) if self.apart else ((0, count),)
 
@@ -96,7 +96,7 @@ CELLS: dict[str, Cell] = {
 
 
 def rnn(nonlinearity: str) -> str:
-    """The cell's name for a nonlinearity; `ValueError` if there is none."""
+    """The name of the RNN cell with this nonlinearity. Raises `ValueError` for any but tanh and relu."""
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity must be 'tanh' or 'relu'; got {nonlinearity!r}")
     return f"rnn_{nonlinearity}"

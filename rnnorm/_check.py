@@ -1,4 +1,4 @@
-"""Refusals: each says what must hold, what was got, and what to do. Numbers may be numpy's scalars."""
+"""Argument checks: each error says what was expected, what was got and how to fix it. Numbers may be numpy scalars."""
 
 import math
 import numbers
@@ -16,7 +16,7 @@ def is_number(value: object, kind: type = numbers.Real) -> bool:
 def sizes(
     input_size: int, hidden_size: int, num_layers: int, dropout: float, proj_size: int
 ) -> tuple[int, int, int, float, int]:
-    """The same, checked, as Python's own numbers."""
+    """The same values, checked, as Python's own numbers."""
     for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
         if not is_number(value, numbers.Integral):
             raise TypeError(f"{name} must be an int; got {value!r} of type {type(value).__name__}")
@@ -37,11 +37,11 @@ def probability(name: str, value: Any) -> float:
 
 
 def zoneout(value: object, states: Sequence[str]) -> float | tuple[float, float]:
-    """One rate for every state of the cell, or those of h and c."""
+    """The checked rate for all states of the cell, or the rates of h and c."""
     if not isinstance(value, tuple | list):
         return probability("zoneout", value)
     if "c" not in states:
-        raise ValueError(f"zoneout must be one probability: this cell has no c; got {value!r}")
+        raise ValueError(f"zoneout must be one probability for a cell without a state c; got {value!r}")
     if len(value) != 2:
         raise ValueError(f"zoneout must be a probability in [0, 1], or a pair of them for h and c; got {value!r}")
     return probability("zoneout of h", value[0]), probability("zoneout of c", value[1])
@@ -49,9 +49,9 @@ def zoneout(value: object, states: Sequence[str]) -> float | tuple[float, float]
 
 def cell_norm(value: bool, norm: str, states: Sequence[str]) -> bool:
     if value and "c" not in states:
-        raise TypeError("cell_norm=True needs a cell that carries a c, an LSTM; this one has none; leave cell_norm out")
+        raise TypeError("cell_norm must be False for a cell without a state c; got True; leave it out, or use an LSTM")
     if value and norm == "none":
-        raise ValueError("cell_norm=True needs a normalization; got norm='none'; choose one or leave cell_norm out")
+        raise ValueError("cell_norm must be False with norm='none'; got True; leave it out, or choose a norm")
     return bool(value)
 
 
@@ -59,7 +59,7 @@ def norm_init(value: Any, affine: bool) -> float:
     if not is_number(value) or not math.isfinite(value):
         raise ValueError(f"norm_init must be a finite number; got {value!r}")
     if value != 1 and not affine:
-        raise ValueError(f"norm_init needs a norm with affine parameters; got {value} without one; leave it at 1")
+        raise ValueError(f"norm_init must be 1 for a norm without affine parameters; got {value}; leave it out")
     return float(value)
 
 

@@ -1,4 +1,4 @@
-"""What a recurrent layer's gates are at each step, for looking at."""
+"""Gate values of a recurrent layer at every step, for inspection."""
 
 import itertools
 
@@ -15,20 +15,22 @@ from rnnorm._module import State, in_evaluation
 def gates(layer: Recurrent, input: Tensor, hx: State | None = None) -> dict[str, Tensor]:
     """Returns the values of every gate at every step, after its nonlinearity, in evaluation mode.
 
-    Statistics are frozen and nothing of the layer moves, whatever its mode; dropout is off. Values are computed by the
-    definitional backend, step by step: slow, for diagnosis. In the dtype of the statistics (float32 at least).
+    Running statistics are frozen and dropout is off, whatever the layer's mode; the layer is not changed. Values are
+    computed step by step by the backend `"reference"`, which is slow, in the dtype of the statistics: float64 for
+    float64, float32 otherwise.
 
     Arguments:
         layer: an `LSTM`, `GRU` or `RNN`.
         input: [T, N, I], or [N, T, I] with `batch_first`.
-        hx: the first state as the layer takes it, or None for zeros.
+        hx: initial state, as the layer takes it; zeros if None.
 
     Returns:
         [T, N, H] for each gate and layer, by names such as `f_l0`: i, f, g, o of an LSTM, r, z, n of a GRU, h of an
         RNN; `_reverse` at the end for the reverse direction.
 
     Raises:
-        ValueError: an input or state of a wrong shape, dtype or device.
+        TypeError: the input is not a tensor.
+        ValueError: wrong shape, dtype or device of the input or state.
     """
     _check.is_tensor("input", input)
     if input.dim() != 3 or not input.numel():

@@ -14,7 +14,7 @@ from rnnorm import _check, _masks, _plain, ops
 from rnnorm._cells import rnn
 from rnnorm._module import Options, Own, RecurrentModule, State, in_evaluation
 
-# Torch's words, which programs may filter by.
+# The text of torch's warning, which programs may filter by.
 _NOTHING_DROPPED = (
     "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects num_layers greater "
     "than 1, but got dropout={} and num_layers={}"
@@ -22,7 +22,7 @@ _NOTHING_DROPPED = (
 
 
 class Recurrent(RecurrentModule):
-    """Stacked recurrent layers, in one or both directions; `LSTM`, `GRU` and `RNN` say which cell."""
+    """Stacked recurrent layers, in one or both directions; subclasses choose the cell."""
 
     __jit_unused_properties__: ClassVar[list[str]] = ["_all_weights", "all_weights"]  # TorchScript would compile them
     _torch_layer: ClassVar[type[nn.RNNBase]]
@@ -67,18 +67,18 @@ class Recurrent(RecurrentModule):
 
     @property
     def _all_weights(self) -> list[list[str]]:
-        """For each layer and direction the names of what torch's layer has too, in torch's order and under its name."""
+        """For each layer and direction, the names of the parameters that torch's layer has too, in torch's order."""
         names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.bias else [])]
         names += ["weight_hr"] if self.proj_size else []
         return [[name + suffix for name in names] for suffixes in self._suffixes() for suffix in suffixes]
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
-        """For each layer and direction its weights and biases that torch's layer has too, in torch's order."""
+        """For each layer and direction, the weights and biases that torch's layer has too, in torch's order."""
         return [[getattr(self, name) for name in names] for names in self._all_weights]
 
     def flatten_parameters(self) -> None:
-        """Nothing to do; here because code written for torch's layers calls it."""
+        """Does nothing; for compatibility with code written for torch's layers."""
 
     def extra_repr(self) -> str:
         options = [f"{self.input_size}, {self.hidden_size}"]
@@ -103,19 +103,25 @@ class Recurrent(RecurrentModule):
         lengths: "Tensor | Sequence[int] | None" = None,
         reset: Tensor | None = None,
     ) -> tuple[Any, State]:
-        """Run the layers over a sequence; the call forms, shapes and returned states are those of torch's layers.
+        """Run the layers over a sequence; call forms, shapes and returned states are those of torch's layers.
 
-        `input` is [T, N, I], [N, T, I] with `batch_first`, [T, I] for one sequence, or a `PackedSequence`; `hx` is `h`
-        or `(h, c)`, [L*D, N, H] each ([L*D, H] for one sequence), zero if None (L layers, D directions; with
-        `proj_size`, `h` and the output have P instead of H). `lengths` [N] in 1..T, in any order, says how much of each
-        padded sequence is real: outputs beyond are zero, states stop there, streams skip it. `reset` [T, N] bool ([N,
-        T] with `batch_first`, [T] for one sequence; with a `PackedSequence` in the caller's order of the sequences) is
-        true where a sequence begins inside a row: the state before that step is zero, and a reverse direction is cut at
-        the same border; statistics go on. Values are computed in the
-        input's dtype (under autocast in its dtype), statistics, carried values and nonlinearities in float32 at least.
-        Returns the output [T, N, D*H] and the last state; they share memory with nothing else.
-        Raises `ValueError` for a wrong rank, size, dtype, device or length, `BackendUnavailable` for a named backend
-        that cannot run the call, `RuntimeError` for a second backward where online normalization allows one.
+        Arguments, for T steps, N sequences, I inputs, H units, L layers and D directions:
+            input: [T, N, I], [N, T, I] with `batch_first`, [T, I] for one sequence, or a `PackedSequence`.
+            hx: initial state `h` or `(h, c)`, [L*D, N, H] each ([L*D, H] for one sequence); zeros if None. With
+                `proj_size` P, `h` and the output have P units.
+            lengths: [N] integers in 1..T, in any order, the lengths of padded sequences; all T if None. Outputs at
+                padded positions are zero, the last state is that of each sequence's last step, and running statistics
+                skip padding. Not with a `PackedSequence`.
+            reset: [T, N] bool ([N, T] with `batch_first`, [T] for one sequence; with a `PackedSequence` in the
+                caller's order of the sequences), true at the steps where a new sequence begins: the state before such a
+                step is zero, and a reverse direction is reset at the same boundary. Running statistics are not reset.
+
+        Returns the output [T, N, D*H] and the last state, in new memory.
+        Products run in the input's dtype, or in autocast's; statistics, carried values and nonlinearities in float32
+        (float64 for float64).
+        Raises `TypeError` for an input that is no tensor, `ValueError` for a wrong shape, dtype, device or length,
+        `BackendUnavailable` if the backend was chosen by name and cannot run the call, and `RuntimeError` in a second
+        backward pass through online normalization in training mode.
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, reset)
@@ -139,7 +145,7 @@ class Recurrent(RecurrentModule):
             reset = _check.reset_tensor(reset, shape, meaning)
             reset = reset.unsqueeze(1) if single else reset.t() if self.batch_first else reset
         y, last = self._run(x, state, found, own, reset, packed=False)
-        # In place, so that what is returned is no view: autograd refuses to detach a view in place.
+        # In place, so that results are not views, which autograd refuses to detach in place.
         if single:
             y.squeeze_(1)
             last = [value.squeeze_(1) for value in last]
@@ -151,7 +157,9 @@ class Recurrent(RecurrentModule):
         self, packed: PackedSequence, hx: State | None, lengths: Any, reset: Tensor | None
     ) -> tuple[PackedSequence, State]:
         if lengths is not None:
-            raise ValueError("lengths= must be left out with a PackedSequence, which carries its own")
+            raise ValueError(
+                "lengths must be None for a PackedSequence, which has its own; got lengths; leave them out"
+            )
         data, sizes = packed.data, packed.batch_sizes
         if data.dim() != 2:
             raise ValueError(f"the data of a PackedSequence must have 2 dimensions; got shape {tuple(data.shape)}")
@@ -179,11 +187,11 @@ class Recurrent(RecurrentModule):
         return PackedSequence(data, sizes, packed.sorted_indices, packed.unsorted_indices), self._returned(last)
 
     def _own_by_row(self) -> list[Own]:
-        """For each layer and direction, as the states have them, its weights and streams."""
+        """The weights and running statistics of each layer and direction, in the order of the states."""
         return [self._own(suffix) for suffixes in self._suffixes() for suffix in suffixes]
 
     def _prepared(self, x: Tensor, hx: State | None, single: bool, own: list[Own]) -> tuple[Tensor, list[Tensor]]:
-        """The checked input [T, N, I] and first states [L*D, N, *], in the dtype to compute in."""
+        """The checked input [T, N, I] and initial states [L*D, N, *], in the dtype to compute in."""
         if x.size(0) == 0:
             raise ValueError("input must hold at least one step; got T = 0")
         weight = own[0]["weight_ih"]
@@ -224,7 +232,7 @@ class Recurrent(RecurrentModule):
         return x, [torch.stack(values) for values in last]
 
     def _dropped(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """Dropout between layers; of packed samples it draws only theirs, as torch does: equal seeds drop equally."""
+        """Dropout between layers. For packed input it draws no numbers for padding: equal seeds give torch's masks."""
         if lengths is None:
             return F.dropout(x, self.dropout)
         active = torch.arange(x.size(0), device=lengths.device)[:, None] < lengths[None, :]
@@ -234,15 +242,17 @@ class Recurrent(RecurrentModule):
 
     @classmethod
     def from_torch(cls, layer: nn.RNNBase, **options: Any) -> Any:
-        """The layer with a copy of the weights and options of torch's `layer`; `norm=` and others as in constructing.
+        """Returns a new layer with copies of the weights and the options of torch's `layer`.
 
-        Weights that `layer` computes, by pruning, `weight_norm`, `spectral_norm` or any parametrization, are copied as
-        they are in evaluation mode, and are ordinary parameters here.
-        Raises `TypeError` if `layer` is not torch's layer of this kind, `ValueError` for other sizes than its own.
+        `options` are keyword arguments of the constructor, such as `norm`. Weights that `layer` computes (pruning,
+        `weight_norm`, `spectral_norm`, any parametrization) are copied as they are in evaluation mode, and become
+        ordinary parameters.
+        Raises `TypeError` if `layer` is not torch's layer of this kind, `ValueError` for sizes other than its own.
         """
         if not isinstance(layer, cls._torch_layer):
             raise TypeError(
-                f"{cls.__name__}.from_torch needs a torch.nn.{cls._torch_layer.__name__}; got {type(layer).__name__}"
+                f"layer must be a torch.nn.{cls._torch_layer.__name__} for {cls.__name__}.from_torch; "
+                f"got {type(layer).__name__}"
             )
         same = {name: getattr(layer, name) for name in cls._torch_options}
         for name in _SIZES:
@@ -253,38 +263,40 @@ class Recurrent(RecurrentModule):
         return _with_weights_of(layer, cls, {**same, **options})
 
     def to_torch(self) -> nn.RNNBase:
-        """Torch's layer with a copy of these weights, computed ones as in `from_torch`.
+        """Returns torch's layer with copies of the weights; computed weights as in `from_torch`.
 
-        Raises `ValueError` if a norm is on: torch has none.
+        Raises `ValueError` if the norm is not "none".
         """
         if self.norm.kind != "none":
             raise ValueError(
-                f"to_torch needs norm='none': torch.nn.{self._torch_layer.__name__} cannot normalize; got {self.norm}"
+                f"norm must be 'none' for to_torch: torch.nn.{self._torch_layer.__name__} has no norms; got {self.norm}"
             )
         return _with_weights_of(self, self._torch_layer, {name: getattr(self, name) for name in self._torch_options})
 
     def to_plain(self, make_loop: _plain.MakeLoop = _plain.Scan) -> _plain.Plain:
-        """The layer in evaluation mode, with copies of its weights and statistics, in torch's own operators only.
+        """Returns the layer in evaluation mode, on copies of its weights and statistics, in torch's own operators only.
 
-        It is what files for other programs hold: `torch.export` and `torch.onnx` keep its loop over the steps as one
-        operator, for any T and N. Call it with the input [T, N, I] and the first state or states [L*D, N, *]; it
-        returns the output and the last ones, as one flat tuple. `make_loop` makes the module that runs the loop.
+        For export to other programs: `torch.export` and `torch.onnx` keep its loop over the steps as one operator, for
+        any T and N. Call it with the input [T, N, I] and the initial states [L*D, N, *]; it returns the output and the
+        last states as one flat tuple. `make_loop` makes the module that runs the loop.
         """
         with in_evaluation(self):
             return _plain.Plain(self, make_loop)
 
 
-# Options that say how many weights there are, and of what shapes.
+# Options that determine the number and shapes of the weights.
 _SIZES = ("input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
 
 
 def _with_weights_of(layer: Any, kind: type[nn.Module], options: dict[str, Any]) -> Any:
-    """A new layer of torch's or ours with a copy of what `layer`, of ours or torch's, computes with."""
+    """A new layer of class `kind`, ours or torch's, with copies of the weights of `layer`, torch's or ours."""
     with in_evaluation(layer), torch.enable_grad():
         weights: dict[str, Tensor] = {name: getattr(layer, name) for names in layer._all_weights for name in names}
     for name in layer.state_dict():
         if not any(weight in name for weight in weights):
-            raise ValueError(f"a {type(layer).__name__} must hold the weights of its kind only; got {name}; remove it")
+            raise ValueError(
+                f"parameters and buffers of a {type(layer).__name__} must be those of its class; got {name}; remove it"
+            )
     first = next(iter(weights.values()))
     new = kind(**{"device": first.device, "dtype": first.dtype, **options})
     for name, weight in weights.items():
@@ -298,14 +310,27 @@ class LSTM(Recurrent):
     r"""Long short-term memory with every pre-activation normalized just before its nonlinearity.
 
     `i, f, o = sigmoid(norm(W x + b + R h + b'))`, `g = tanh(norm(.))`, `c' = f*c + i*g`, `h' = o * tanh(c')`; with
-    `cell_norm`, `c' = norm(c')` is used and carried. With `proj_size` P, `h' = W_hr (o * tanh(c'))`. With
-    `norm="none"` it is exactly `torch.nn.LSTM`. Arguments up to `proj_size` are torch's; `norm` is a specification of
-    `rnnorm.norms` or one of "online", "layer", "rms", "none"; `backend` "auto" or a name from `rnnorm.backends()`.
-    Parameters and buffers besides torch's: `norm_scale_l{k}`, `norm_shift_l{k}` [4H] and, for online, `norm_mean_l{k}`,
-    `norm_var_l{k}`, `norm_u_l{k}`, `norm_v_l{k}` [4H]; with `cell_norm` the same as `cell_norm_*` [H].
-    `torch.fx` records a call as one node, as of torch's layers. `quantize_dynamic` with `torch.nn.LSTM` among its types
-    does not reach this layer, which is no instance of it: without a norm, quantize `to_torch()`.
-    Raises `ValueError` or `TypeError` for options that make no sense, warns as torch does of dropout in one layer.
+    `cell_norm`, c' is replaced by norm(c'). With `proj_size` P, `h' = W_hr (o * tanh(c'))`. With `norm="none"` it
+    computes what `torch.nn.LSTM` does. Arguments up to `proj_size`, `device` and `dtype` are torch's.
+
+    Options, keyword arguments that all layers and cells share, of type `rnnorm.Options`:
+        norm: "online" (default), "layer", "rms", "none" or a specification of `rnnorm.norms`.
+        cell_norm: LSTM only; True to normalize the new c too (default False).
+        backend: "auto" (default) or a name from `rnnorm.backends()`.
+        weight_dropout: probability that an entry of `weight_hh` is zero during a call (DropConnect), in training mode
+            (default 0).
+        recurrent_dropout: probability that a unit of h is zero in the recurrent product, the same units at all steps
+            of a call, in training mode (default 0).
+        zoneout: probability that a unit of a state keeps its old value in a step, in training mode; in evaluation mode
+            the new state is the expectation. One value for all states, or a pair for h and c (default 0).
+        norm_init: initial scale of the norms' affine map (default 1).
+
+    Parameters besides torch's: `norm_scale_l{k}`, `norm_shift_l{k}` [4H]. Buffers, for online normalization:
+    `norm_mean_l{k}`, `norm_var_l{k}`, `norm_u_l{k}`, `norm_v_l{k}` [4H], at least float32. With `cell_norm`, the same
+    as `cell_norm_*` [H]. The suffix of a reverse direction is `_l{k}_reverse`.
+    `torch.fx` records a call as one node, as it does for torch's layers. `quantize_dynamic` for `torch.nn.LSTM` skips
+    this layer, which is not an instance of it: without a norm, quantize `to_torch()`.
+    Raises `ValueError` or `TypeError` for invalid arguments; warns as torch does of dropout with one layer.
     Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), section 4.
     """
 
@@ -347,8 +372,8 @@ class GRU(Recurrent):
     r"""Gated recurrent unit with every pre-activation normalized just before its nonlinearity.
 
     `r, z = sigmoid(norm(W x + b + R h + b'))`, `n = tanh(norm(W_n x + b_n + r * (R_n h + b'_n)))`,
-    `h' = (1-z)*n + z*h`. With `norm="none"` it is exactly `torch.nn.GRU`. Arguments, names and errors as in `LSTM`,
-    without `proj_size` and `cell_norm`; norm parameters and streams have 3H channels.
+    `h' = (1-z)*n + z*h`. With `norm="none"` it computes what `torch.nn.GRU` does. Arguments, options, names and errors
+    as in `LSTM`, without `proj_size` and `cell_norm`; norm parameters and running statistics are [3H].
     """
 
     _torch_layer = nn.GRU
@@ -376,8 +401,8 @@ class GRU(Recurrent):
 class RNN(Recurrent):
     r"""Elman network with the pre-activation normalized: `h' = tanh|relu(norm(W x + b + R h + b'))`.
 
-    With `norm="none"` it is exactly `torch.nn.RNN`. Arguments, names and errors as in `GRU`, and `nonlinearity`
-    "tanh" or "relu" where torch has it; norm parameters and streams have H channels.
+    With `norm="none"` it computes what `torch.nn.RNN` does. Arguments, options, names and errors as in `GRU`, and
+    `nonlinearity`, "tanh" or "relu", as in torch; norm parameters and running statistics are [H].
     """
 
     _torch_layer = nn.RNN

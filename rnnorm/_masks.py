@@ -1,6 +1,6 @@
-"""Dropout inside the recurrence: the masks of one call, drawn before the loop by torch's generator.
+"""Dropout inside the recurrence: the masks of one call, drawn before the loop from torch's random generator.
 
-One seed so gives one result on every backend. Every function is valid TorchScript too.
+So equal seeds give equal masks on every backend. Every function is also valid TorchScript.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Rates(NamedTuple):
-    """How likely it is that an entry is dropped, or that a state stays."""
+    """Probabilities that an entry is dropped, and that a unit of a state keeps its old value."""
 
     weight: float
     recurrent: float
@@ -20,13 +20,13 @@ class Rates(NamedTuple):
 
 
 def dropped(weight: Tensor, rate: float, training: bool) -> Tensor:
-    """`weight` with each entry zeroed with probability `rate`, the others scaled by 1 / (1 - rate); as it is in
+    """`weight` with each entry zeroed with probability `rate` and the others scaled by 1 / (1 - rate); unchanged in
     evaluation mode. Source: Wan et al., ICML 2013 (DropConnect); Merity et al., 2017 (arXiv 1708.02182)."""
     return F.dropout(weight, rate, training)
 
 
 def recurrent(rate: float, training: bool, h: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The factors [N, P] of the h that enters the recurrent product, the same at all steps; None where it is whole.
+    """The factors [N, P] of h in the recurrent product, the same at all steps; None if nothing is dropped.
 
     Source: Gal and Ghahramani, NeurIPS 2016 (arXiv 1512.05287).
     """
@@ -39,8 +39,8 @@ def recurrent(rate: float, training: bool, h: Tensor, dtype: torch.dtype) -> Ten
 
 
 def zoneout(rate: float, training: bool, T: int, state: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """How much of the old state [N, *] stays at each step [T, N, *]: 1 with probability `rate`, else 0; in evaluation
-    mode the expectation. None where nothing stays.
+    """The share of the old state [N, *] kept at each step [T, N, *]: 1 with probability `rate`, else 0; in evaluation
+    mode its expectation. None if `rate` is 0.
 
     Source: Krueger et al., ICLR 2017 (arXiv 1606.01305).
     """
@@ -53,9 +53,9 @@ def zoneout(rate: float, training: bool, T: int, state: Tensor, dtype: torch.dty
 
 
 def reversed_reset(reset: Tensor, lengths: Tensor | None) -> Tensor:
-    """Where a reverse direction starts from zero: after the last step of each sequence that is followed by another.
+    """Where the state of a reverse direction is reset: at the last step of each sequence that another one follows.
 
-    `reset` [T, N] marks the first steps. The first step that the direction takes has its given state.
+    `reset` [T, N] marks the first steps. The first step that the direction takes has the initial state.
     """
     T = reset.size(0)
     after = torch.cat((reset[1:], torch.zeros_like(reset[:1])))

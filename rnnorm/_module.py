@@ -1,4 +1,4 @@
-"""What layers and cells share: how one layer and direction holds its parameters and streams, and how it is called."""
+"""What layers and cells share: parameters, running statistics and options, and the operands of a call."""
 
 import math
 import re
@@ -16,26 +16,26 @@ from rnnorm import _check, _masks, _torchscript, norms, ops
 from rnnorm._cells import CELLS
 
 State = Tensor | tuple[Tensor, Tensor]
-Own = dict[str, Any]  # the weights and streams of one layer and direction by operand, None where there is none
+Own = dict[str, Any]  # the weights and statistics of one layer and direction by operand name; None where absent
 STATISTICS = {"mean": 0.0, "var": 1.0, "u": 0.0, "v": 0.0}
 # A norm's affine parameters in older state dicts, also pruned or parametrized.
 _OLD_NAME = re.compile(r"((?:parametrizations\.)?(?:cell_)?norm)_(weight|bias)(.*)")
 _NEW_NAMES = {"weight": "scale", "bias": "shift"}
-# Operands of which the fused loops need both or neither.
+# The fused loops need both operands of a pair, or neither.
 _PAIRS = (("bias_ih", "bias_hh"), ("norm_scale", "norm_shift"), ("cell_norm_scale", "cell_norm_shift"))
 
 
 class RunningStatsModule(nn.Module):
-    """A module whose streaming statistics never fall below float32, whatever `.half()` does to the parameters."""
+    """A module whose running statistics stay at least float32, also after `.half()`."""
 
     _statistic_name: ClassVar[re.Pattern[str]]  # of a whole buffer name; its group 1 is the kind
 
     def _statistic_buffers(self) -> dict[str, Tensor]:
-        """The module's own stream buffers by name."""
+        """The module's own buffers of running statistics, by name."""
         return {name: b for name, b in self._buffers.items() if b is not None and self._statistic_name.fullmatch(name)}
 
     def _statistics_by_kind(self) -> dict[str, list[Tensor]]:
-        """The module's own streams `mean`, `var`, `u`, `v`, in the same order for each."""
+        """The module's own running statistics `mean`, `var`, `u`, `v`, in the same order for each."""
         found: dict[str, list[Tensor]] = {kind: [] for kind in STATISTICS}
         for name, buffer in self._statistic_buffers().items():
             found[self._statistic_name.sub(r"\1", name)].append(buffer)
@@ -57,7 +57,7 @@ class RunningStatsModule(nn.Module):
             self._buffers[name] = buffer.to(ops.statistics_dtype(buffer.dtype))
 
     def _traced(self, input: Proxy, *args: Any, **kwargs: Any) -> Any:
-        """What `torch.fx` records of a call: one node, as for torch's own layers, which are leaves of its tracing."""
+        """Record a call as one node of `torch.fx`, as it does for torch's own layers, which it does not trace into."""
         tracer: Any = input.tracer
         if tracer.root is self:
             raise TypeError(
@@ -68,25 +68,14 @@ class RunningStatsModule(nn.Module):
 
     @torch.no_grad()
     def reset_running_stats(self) -> None:
-        """Set every stream to its start: mean 0, variance 1, control u and v 0, in place."""
+        """Reset the running statistics in place: mean 0, variance 1, control states u and v 0."""
         for kind, buffers in self._statistics_by_kind().items():
             for buffer in buffers:
                 buffer.fill_(STATISTICS[kind])
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments that layers and cells share.
-
-    norm: a specification of `rnnorm.norms` or one of "online", "layer", "rms", "none".
-    cell_norm: LSTM only, normalize the new c too.
-    backend: "auto" or a name from `rnnorm.backends()`.
-    weight_dropout: probability that an entry of `weight_hh` is zero in a call (DropConnect); training only.
-    recurrent_dropout: probability that a unit of h is zero where it enters the recurrent product, the same units at all
-        steps of a call; training only.
-    zoneout: probability that a unit keeps its old value in a step, for every state or a pair for h and c; in evaluation
-        mode the expectation.
-    norm_init: initial scale of the norms' affine map.
-    """
+    """The keyword arguments that layers and cells share. `LSTM` documents them."""
 
     norm: "Literal['online', 'layer', 'rms', 'none'] | norms.Spec"
     cell_norm: bool
@@ -126,7 +115,7 @@ class RecurrentModule(RunningStatsModule):
     recurrent_dropout: float
     zoneout: float | tuple[float, float]
     norm_init: float
-    draws_masks: bool  # False: dropout inside the recurrence is as in evaluation mode, whatever the mode
+    draws_masks: bool  # False: dropout inside the recurrence acts as in evaluation mode, also in training
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for key in [key for key in state_dict if key.startswith(prefix)]:
@@ -137,7 +126,8 @@ class RecurrentModule(RunningStatsModule):
 
     def _set_options(self, options: "Options") -> None:
         if unknown := options.keys() - Options.__annotations__:
-            raise TypeError(f"{type(self).__name__} has no option {min(unknown)!r}; it has {', '.join(_DEFAULTS)}")
+            known = ", ".join(_DEFAULTS)
+            raise TypeError(f"options of {type(self).__name__} must be among {known}; got {min(unknown)!r}")
         found: Options = {**_DEFAULTS, **options}
         states = CELLS[self.cell].states
         self.norm = norms.resolve(found["norm"])
@@ -152,7 +142,7 @@ class RecurrentModule(RunningStatsModule):
         self.norm_init = _check.norm_init(found["norm_init"], self.norm.affine)
 
     def _register(self, suffix: str, input_size: int, device: Any, dtype: Any) -> None:
-        """Create the parameters and streams of one layer and direction, uninitialized."""
+        """Create the parameters and running statistics of one layer and direction, uninitialized."""
         C = len(CELLS[self.cell].gates) * self.hidden_size
         out = self.proj_size or self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {"weight_ih": (C, input_size), "weight_hh": (C, out)}
@@ -169,9 +159,9 @@ class RecurrentModule(RunningStatsModule):
         if self.norm.kind == "online":
             wide = ops.statistics_dtype(dtype or torch.get_default_dtype())
             for prefix, channels in (("norm", C), ("cell_norm", self.hidden_size))[: 1 + self.cell_norm]:
-                for stream in STATISTICS:
+                for statistic in STATISTICS:
                     buffer = torch.empty(channels, device=device, dtype=wide)
-                    self.register_buffer(f"{prefix}_{stream}{suffix}", buffer)
+                    self.register_buffer(f"{prefix}_{statistic}{suffix}", buffer)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return _torchscript.scriptable(self)
@@ -181,7 +171,7 @@ class RecurrentModule(RunningStatsModule):
         return _masks.Rates(self.weight_dropout, self.recurrent_dropout, *zoneout)
 
     def _options_repr(self) -> list[str]:
-        """The shared options that are not their defaults, norm always."""
+        """The shared options that differ from their defaults, and the norm."""
         held = {name: getattr(self, name) for name in _DEFAULTS if name != "norm"}
         changed = [f"{name}={value!r}" for name, value in held.items() if value != _DEFAULTS[name]]  # type: ignore[literal-required]
         return [*changed, f"norm={self.norm}"]
@@ -191,28 +181,30 @@ class RecurrentModule(RunningStatsModule):
         return [[""]]
 
     def _own(self, suffix: str) -> Own:
-        """What one layer and direction holds. A computed weight is computed here, once a call."""
+        """The weights and statistics of one layer and direction. Computed weights are computed here, once per call."""
         own = {name: getattr(self, name + suffix, None) for name in ops.HELD}
         for one, other in _PAIRS:
             if (own[one] is None) != (own[other] is None):
-                raise ValueError(f"{one + suffix} and {other + suffix} must both be there or both be None; one is None")
+                raise ValueError(
+                    f"{one + suffix} and {other + suffix} must both be tensors or both None; got one of each"
+                )
         if not self.training:
-            # Nothing moves, so nothing needs the control; and torch.compile checks what a backward might move.
+            # No control process runs, and torch.compile checks every buffer that a backward pass might update.
             own |= dict.fromkeys(("norm_u", "norm_v", "cell_norm_u", "cell_norm_v"))
         return own
 
     def _suited_input(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The checked input [..., I], in autocast's dtype where that is on; it must suit `weight`."""
+        """The input [..., I], checked against `weight`, in autocast's dtype where that is on."""
         if x.size(-1) != self.input_size:
             raise ValueError(f"input's last dimension must be input_size = {self.input_size}; got {x.size(-1)}")
         wanted = autocast_dtype(x)
-        # What is float64 stays out of autocast.
+        # Autocast leaves float64 alone.
         autocast = wanted is not None and weight.dtype != torch.float64
         _check.like_weights("input", x, weight, autocast)
         return x if wanted is None else x.to(wanted)
 
     def reset_parameters(self) -> None:
-        """Draw the weights as torch does, uniformly within 1/sqrt(H), and start norms and streams afresh."""
+        """Draw the weights as torch does, uniformly within 1/sqrt(H), and reset norms and running statistics."""
         bound = 1.0 / math.sqrt(self.hidden_size)
         for name, parameter in self.named_parameters(recurse=False):
             if "norm_scale" in name:
@@ -238,8 +230,8 @@ class RecurrentModule(RunningStatsModule):
     def _first_states(
         self, x: Tensor, hx: State | None, lead: tuple[int, ...], meaning: str, weight: Tensor
     ) -> list[Tensor]:
-        """The checked states `hx` of shape `(*lead, units)`, one per name in the cell's states, in the dtype of the
-        suited input `x`; zero if None. They must suit `weight`."""
+        """The initial states `(*lead, units)`, one for each of the cell's, in the dtype of the checked input `x`; zeros
+        if `hx` is None. Checked against `weight`."""
         names, autocast = CELLS[self.cell].states, autocast_dtype(x) is not None
         widths = {"h": self.proj_size or self.hidden_size, "c": self.hidden_size}
         if hx is None:
@@ -249,8 +241,8 @@ class RecurrentModule(RunningStatsModule):
         if not tensors or len(given) != len(names) or (len(names) == 1) != isinstance(hx, Tensor):
             form = "one tensor h_0" if len(names) == 1 else "a pair (h_0, c_0)"
             kinds = ", ".join(type(value).__name__ for value in given)
-            came = "one tensor" if isinstance(hx, Tensor) else f"a {type(hx).__name__} of {len(given)} ({kinds})"
-            raise ValueError(f"the state hx must be {form}; got {came}")
+            found = "one tensor" if isinstance(hx, Tensor) else f"a {type(hx).__name__} of {len(given)} ({kinds})"
+            raise ValueError(f"the state hx must be {form}; got {found}")
         for name, value in zip(names, given, strict=True):
             units = "P" if name == "h" and self.proj_size else "H"
             _check.shape(f"{name}_0", value, (*lead, widths[name]), f"({meaning}{units})")
@@ -260,13 +252,13 @@ class RecurrentModule(RunningStatsModule):
     def _operands(
         self, own: Own, x: Tensor, h: Tensor, c: Tensor | None, lengths: Tensor | None, reset: Tensor | None = None
     ) -> ops.Operands:
-        """The operands of one call; the masks of dropout inside the recurrence are drawn here."""
+        """The operands of one call. Draws the masks of dropout inside the recurrence."""
         T, rates, wide = x.size(0), self._mask_rates(), ops.statistics_dtype(x.dtype)
         training = self.training and self.draws_masks
         if rates.weight and training:
             own = {**own, "weight_hh": _masks.dropped(own["weight_hh"], rates.weight, training)}
         if x.dtype != own["weight_ih"].dtype:
-            # Only under autocast: parameters follow the products' dtype.
+            # Under autocast only: parameters take the dtype of the products.
             own = {
                 k: t.to(x.dtype) if t is not None and k.startswith(("weight", "bias")) else t for k, t in own.items()
             }
@@ -290,12 +282,12 @@ class RecurrentModule(RunningStatsModule):
 
 @contextmanager
 def in_evaluation(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` is in evaluation mode and its computed weights are what a call would compute first.
+    """Context in which `module` is in evaluation mode and its computed weights are up to date.
 
-    Torch's forward pre-hooks that compute weights (pruning, weight and spectral norm) are run; parametrizations are
-    computed when they are read, and in evaluation mode neither moves anything.
+    Runs torch's forward pre-hooks that compute weights (pruning, weight and spectral norm); parametrizations are
+    computed when they are read. In evaluation mode neither has side effects.
     """
-    from torch.nn.utils.prune import BasePruningMethod  # here: torch does not import it by itself
+    from torch.nn.utils.prune import BasePruningMethod  # here, since torch does not import it itself
 
     training = {part: part.training for part in module.modules()}
     try:
@@ -311,7 +303,7 @@ def in_evaluation(module: nn.Module) -> Iterator[None]:
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants for `tensor`'s products, None where it is off or the tensor is float64."""
+    """Autocast's dtype for products with `tensor`; None if autocast is off or the tensor is float64."""
     kind = tensor.device.type
     if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
         return None

@@ -1,4 +1,4 @@
-"""`OnlineNorm`: the primitive as a module, for vectors and feature maps."""
+"""`OnlineNorm`: online normalization as a module, for vectors and feature maps."""
 
 import math
 import numbers
@@ -14,16 +14,17 @@ from rnnorm._module import STATISTICS, RunningStatsModule
 
 
 class OnlineNorm(RunningStatsModule):
-    r"""Online normalization of C channels, sample by sample, with streaming statistics and no batch.
+    r"""Online normalization of C channels, sample by sample, without batch statistics.
 
-    `y = (x - mean) / sqrt(var + eps)` with the statistics of the samples before `x` (in evaluation mode the frozen
-    ones), `z = weight * y + bias`, then the guard: "clamp" clips to [-5, 5], "scale" divides each sample by its root
-    mean square over all channels (and positions), "none". The backward pass is the paper's control process; it can run
-    once per forward. `control_floor` is that of `norms.Online`, with the mean of `y^2` over a sample's positions, and
-    streams that would not be finite stay as they were.
-    Input and output (N, C) or (N, C, *), same dtype; statistics are float32 (float64 for float64).
-    Parameters `weight`, `bias` and buffers `mean`, `var`, `u`, `v`, all [C].
-    Raises `ValueError` for constants out of range, a wrong number of channels, dtype or device.
+    `y = (x - mean) / sqrt(var + eps)` with the running statistics of the samples before `x` (frozen in evaluation
+    mode), `z = weight * y + bias`, then the guard: "clamp" clips to [-5, 5], "scale" divides each sample by its root
+    mean square over all channels and positions, "none" leaves z as it is. The backward pass is the paper's control
+    process; it can run once per forward pass. `control_floor` as in `norms.Online`, with the mean of `y^2` over a
+    sample's positions; running statistics that would not be finite are not updated.
+    Input and output are (N, C) or (N, C, *) and have the same dtype; running statistics are float32 (float64 for
+    float64). Parameters `weight`, `bias` and buffers `mean`, `var`, `u`, `v` are [C].
+    Raises `ValueError` for constants out of range and for input of a wrong shape, dtype or device, `TypeError` for
+    constants that are no numbers and input that is no tensor.
     Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), section 3.
     """
 
@@ -48,7 +49,7 @@ class OnlineNorm(RunningStatsModule):
         if not _check.is_number(num_features, numbers.Integral) or num_features <= 0:
             raise ValueError(f"num_features must be an int greater than 0; got {num_features!r}")
         self.constants = norms.Online(alpha_fwd, alpha_bwd, eps, affine, guard, control_floor).constants
-        self._constants = [*self.constants]  # the same, as TorchScript hands it to the operator
+        self._constants = [*self.constants]  # the same, as TorchScript passes it to the operator
         self.num_features = num_features = int(num_features)
         self.alpha_fwd = float(alpha_fwd)
         self.alpha_bwd = float(alpha_bwd)
@@ -69,7 +70,7 @@ class OnlineNorm(RunningStatsModule):
     v: Tensor
 
     def reset_parameters(self) -> None:
-        """Weight 1, bias 0, streams at their start."""
+        """Set weight to 1 and bias to 0, and reset the running statistics."""
         if self.weight is not None and self.bias is not None:
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
@@ -82,7 +83,7 @@ class OnlineNorm(RunningStatsModule):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize `input` (N, C) or (N, C, *), in the order of its samples."""
+        """Normalize the samples of `input` (N, C) or (N, C, *) in order; the output has its shape and dtype."""
         if not torch.jit.is_scripting():
             if isinstance(input, Proxy):
                 return self._traced(input)
@@ -91,7 +92,7 @@ class OnlineNorm(RunningStatsModule):
             raise ValueError(f"input must have shape (N, C = {self.num_features}, *); got {list(input.shape)}")
         if not input.is_floating_point() or ops.statistics_dtype(input.dtype) != self.mean.dtype:
             raise ValueError(
-                f"input must suit the statistics' dtype {self.mean.dtype}; got {input.dtype}; "
+                f"input must have a dtype for statistics in {self.mean.dtype}; got {input.dtype}; "
                 "convert one with .to(dtype)"
             )
         if input.device != self.mean.device:
@@ -103,7 +104,7 @@ class OnlineNorm(RunningStatsModule):
         if input.numel() == 0:
             if weight is None or bias is None:
                 return input.clone()
-            # Zero gradients, not none: processes that share their gradients all need them.
+            # Gradients of zero, not None: distributed training needs them on all processes.
             return input + 0 * (weight.sum() + bias.sum()).to(input.dtype)
         x = input.reshape(input.size(0), self.num_features, -1).to(self.mean.dtype)
         if self.training:
@@ -116,7 +117,7 @@ class OnlineNorm(RunningStatsModule):
             # Copies: autograd keeps them, and later training calls move the statistics.
             rstd = (self.var + self.eps).rsqrt()
             y = (x - self.mean.clone().unsqueeze(1)) * rstd.unsqueeze(1)
-        # Back in the input's shape before the last operation, so that what is returned is no view, nor what was saved.
+        # Reshape before the last operation, so that the result is neither a view nor saved for the backward pass.
         y = y.reshape(input.shape)
         channels = [self.num_features] + [1] * (input.dim() - 2)
         if weight is not None and bias is not None:

@@ -1,4 +1,4 @@
-"""A recurrent layer in evaluation mode as ordinary torch operators, for files that must run where rnnorm is not."""
+"""A recurrent layer in evaluation mode in ordinary torch operators, for files that run without rnnorm."""
 
 from collections.abc import Callable
 
@@ -10,13 +10,13 @@ from rnnorm import _torch, ops
 from rnnorm._cells import CELLS
 from rnnorm._module import STATISTICS, RecurrentModule
 
-# Makes of a step a module that maps the input's parts [T, N, G*H] and a first state [N, S] to the state after each
+# Turns a step into a module that maps the input parts [T, N, G*H] and an initial state [N, S] to the state after each
 # step [T, N, S].
 MakeLoop = Callable[["PlainStep"], nn.Module]
 
 
 class _Copies(nn.Module):
-    """A module that holds copies of some of a layer's parameters and streams, under their names without suffix."""
+    """A module with copies of some of a layer's parameters and statistics, under their names without suffix."""
 
     def _copy(self, layer: RecurrentModule, suffix: str, *names: str) -> None:
         for name in names:
@@ -25,9 +25,9 @@ class _Copies(nn.Module):
 
 
 class PlainStep(_Copies):
-    """One step of one layer and direction: the input's part [N, G*H] and the state [N, S] give the next state.
+    """One step of one layer and direction: the next state from the input part [N, G*H] and the state [N, S].
 
-    The state is `h` [N, P] and, where the cell has one, `c` [N, H], side by side.
+    The state is `h` [N, P] and, for an LSTM, `c` [N, H], concatenated.
     """
 
     def __init__(self, layer: RecurrentModule, suffix: str, spec: ops.CallSpec) -> None:
@@ -47,10 +47,10 @@ class PlainStep(_Copies):
         )
         if self.weight_hr is not None:
             new_h = F.linear(new_h.to(state.dtype), self.weight_hr)  # type: ignore[arg-type]
-        # Zoneout's expectation; where nothing stays no operation is left in the file.
+        # Zoneout's expectation; without zoneout no operation for it is exported.
         new_h = _stayed(self.rates.zoneout_h, h, new_h)
         new_c = None if new_c is None else _stayed(self.rates.zoneout_c, c, new_c)
-        # Statistics are float32 at least, and so is what they made; the state is in the weights' dtype.
+        # Normalized values have the dtype of the statistics, at least float32; the state has the weights' dtype.
         return (new_h if new_c is None else torch.cat((new_h, new_c), 1)).to(state.dtype)
 
     def _normalizer(self, prefix: str) -> Callable[[Tensor, int], Tensor]:
@@ -94,7 +94,7 @@ class _Direction(_Copies):
 
 
 class Plain(nn.Module):
-    """What a layer's `to_plain` returns."""
+    """The module that a layer's `to_plain` returns."""
 
     def __init__(self, layer: RecurrentModule, make_loop: MakeLoop) -> None:
         super().__init__()

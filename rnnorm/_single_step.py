@@ -1,4 +1,4 @@
-"""Cells: one step of one layer, with torch's call forms. A step is a sequence of length 1 on the same operators."""
+"""Cells: one step of one layer, called as torch's. A step is a sequence of length 1 on the same operators."""
 
 from typing import Any, Unpack
 
@@ -36,12 +36,13 @@ class CellModule(RecurrentModule):
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *self._options_repr()])
 
     def forward(self, input: Tensor, hx: Any = None, *, reset: Tensor | None = None) -> Any:
-        """One step: `input` [N, I] or [I], `hx` `h` or `(h, c)` [N, H] or [H], zero if None; returns the new state.
+        """Run one step and return the new state `h` or `(h, c)`.
 
-        `reset` [N] bool ([] for one sequence) is true where a sequence begins: the state before the step is zero. Masks
-        of dropout inside the recurrence are drawn at each call.
-        In training mode every call is one step of the streams; backward through several calls must run in reverse order
-        of the calls, as autograd does. Errors as in the layers.
+        `input` is [N, I] or [I]; `hx` is `h` or `(h, c)`, [N, H] or [H] each, zeros if None; `reset` [N] bool ([] for
+        one sequence) is true where a new sequence begins: its state before the step is zero. Dtypes and errors as in
+        the layers. Masks of dropout inside the recurrence are drawn at each call. In training mode every call updates
+        the running statistics by one step; backward passes through several calls must run in reverse order of the
+        calls, as autograd runs them.
         """
         if isinstance(input, Proxy):
             return self._traced(input, hx, **({} if reset is None else {"reset": reset}))
@@ -58,13 +59,13 @@ class CellModule(RecurrentModule):
         begins = None if reset is None else _check.reset_tensor(reset, lead, f"({meaning})").reshape(1, -1)
         results = ops.run(self._operands(own, x.unsqueeze(0), state[0], c, None, begins), self._spec())
         self._move_statistics(own, results)
-        # In place, so that what is returned is no view: autograd refuses to detach a view in place.
+        # In place, so that results are not views, which autograd refuses to detach in place.
         last = [s.squeeze_(0) if single else s for s in (results.h, results.c)]
         return (last[0], last[1]) if c is not None else last[0]
 
 
 class LSTMCell(CellModule):
-    """One step of `rnnorm.LSTM`, called as `torch.nn.LSTMCell`: `(h', c') = cell(x, (h, c))`."""
+    """One step of `rnnorm.LSTM`, called as `torch.nn.LSTMCell`: `(h', c') = cell(x, (h, c))`. Options as in `LSTM`."""
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class LSTMCell(CellModule):
 
 
 class GRUCell(CellModule):
-    """One step of `rnnorm.GRU`, called as `torch.nn.GRUCell`: `h' = cell(x, h)`."""
+    """One step of `rnnorm.GRU`, called as `torch.nn.GRUCell`: `h' = cell(x, h)`. Options as in `GRU`."""
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class GRUCell(CellModule):
 
 
 class RNNCell(CellModule):
-    """One step of `rnnorm.RNN`, called as `torch.nn.RNNCell`: `h' = cell(x, h)`."""
+    """One step of `rnnorm.RNN`, called as `torch.nn.RNNCell`: `h' = cell(x, h)`. Options as in `RNN`."""
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
 """The adapter to TorchScript: what `torch.jit.script` compiles in place of a layer or cell (`__prepare_scriptable__`).
 
-A substitute is the same layer under a subclass: it shares parameters, buffers and their names, behaves the same in
-eager mode (`torch.jit.script` leaves substitutes inside the eager parent), and has a `forward` that TorchScript reads.
-Differences when scripted: no `PackedSequence` (use `lengths`, a tensor); autocast does not reach the layer, so
-half-precision input is widened to the weights' dtype.
+A substitute is the same layer as an instance of a subclass: it shares parameters, buffers and their names, behaves the
+same in eager mode (`torch.jit.script` leaves substitutes inside the eager parent), and has a `forward` that TorchScript
+can compile. Differences when scripted: no `PackedSequence` (pass `lengths`, a tensor); autocast does not apply to the
+layer, so half-precision input is converted to the weights' dtype.
 """
 
 import functools
@@ -38,7 +38,7 @@ def _suited(name: str, value: Tensor, weight: Tensor) -> Tensor:
 
 
 def _suited_states(names: list[str], given: list[Tensor], shapes: list[list[int]], weight: Tensor) -> list[Tensor]:
-    """The first states, zero if none is given."""
+    """The initial states, zeros if none is given."""
     if len(given) == 0:
         return [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for shape in shapes]
     states: list[Tensor] = []
@@ -64,7 +64,7 @@ def _suited_reset(reset: Tensor, shape: list[int]) -> Tensor:
 
 
 class _Scriptable(nn.Module):
-    """What the substitutes share. TorchScript reads these annotations, of one class only."""
+    """What the substitutes share. TorchScript reads the annotations of one class only, so all are here."""
 
     original: Any  # the layer's or cell's own class
     input_size: int
@@ -110,26 +110,26 @@ class _Scriptable(nn.Module):
         zoneout_c: Tensor | None = None
         if c is not None:
             zoneout_c = _masks.zoneout(rates.zoneout_c, training, T, c, wide)
-        streams: dict[str, Tensor] = {}
+        buffers: dict[str, Tensor] = {}
         for name, buffer in self.named_buffers():
-            streams[name] = buffer
+            buffers[name] = buffer
         y, last_h, last_c, mean, var, cell_mean, cell_var = torch.ops.rnnorm.sequence(
             *(x, h, c, w["weight_ih"], weight_hh, w.get("bias_ih"), w.get("bias_hh"), w.get("weight_hr")),
             *(w.get("norm_scale"), w.get("norm_shift"), w.get("cell_norm_scale"), w.get("cell_norm_shift")),
             *(lengths, reset, recurrent_mask, zoneout_h, zoneout_c),
-            *(streams.get("norm_mean" + suffix), streams.get("norm_var" + suffix)),
-            *(streams.get("norm_u" + suffix), streams.get("norm_v" + suffix)),
-            *(streams.get("cell_norm_mean" + suffix), streams.get("cell_norm_var" + suffix)),
-            *(streams.get("cell_norm_u" + suffix), streams.get("cell_norm_v" + suffix)),
+            *(buffers.get("norm_mean" + suffix), buffers.get("norm_var" + suffix)),
+            *(buffers.get("norm_u" + suffix), buffers.get("norm_v" + suffix)),
+            *(buffers.get("cell_norm_mean" + suffix), buffers.get("cell_norm_var" + suffix)),
+            *(buffers.get("cell_norm_u" + suffix), buffers.get("cell_norm_v" + suffix)),
             *(o.cell, o.norm, o.guard, o.constants, o.cell_norm),
             *(self.training, reverse, o.wanted),
         )
         if self.training and o.norm == "online":
-            streams["norm_mean" + suffix].copy_(mean.detach())
-            streams["norm_var" + suffix].copy_(var.detach())
+            buffers["norm_mean" + suffix].copy_(mean.detach())
+            buffers["norm_var" + suffix].copy_(var.detach())
             if o.cell_norm:
-                streams["cell_norm_mean" + suffix].copy_(cell_mean.detach())
-                streams["cell_norm_var" + suffix].copy_(cell_var.detach())
+                buffers["cell_norm_mean" + suffix].copy_(cell_mean.detach())
+                buffers["cell_norm_var" + suffix].copy_(cell_var.detach())
         return y, last_h, last_c
 
 
@@ -145,7 +145,7 @@ class _ScriptableLayer(_Scriptable):
             x = x.transpose(0, 1)
         T, N, width = x.size()
         if width != self.input_size or T == 0:
-            raise ValueError(f"input must hold a step and have input_size = {self.input_size}; got {input.size()}")
+            raise ValueError(f"input must have T > 0 steps of input_size = {self.input_size}; got shape {input.size()}")
         weight = self.weights[0]["weight_ih"]
         x = _suited("input", x, weight)
         rows, units = len(self.suffixes), self.hidden_size
@@ -267,7 +267,7 @@ _FORMS: dict[str, type[_Scriptable]] = {
 
 
 def _form(module: Any) -> str:
-    """The name of the form that a layer or cell needs."""
+    """The name of the substitute class for a layer or cell."""
     states = "Two" if len(CELLS[module.cell].states) == 2 else "One"
     return f"_{states}State{'Cell' if module.single_step else 'Layer'}"
 
@@ -278,29 +278,30 @@ def _substitute(original: Any, form: str) -> Any:
 
 
 def _substituted(original: Any, form: str) -> Any:
-    """An empty substitute, as unpickling and copying make it."""
+    """An empty substitute, for unpickling and copying."""
     kind = _substitute(original, form)
     return kind.__new__(kind)
 
 
 def scriptable(module: Any) -> Any:
-    """What TorchScript compiles for a layer or cell.
+    """The substitute that TorchScript compiles for a layer or cell.
 
-    Raises `TypeError` for a subclass with a `forward` of its own or a computed weight, `BackendUnavailable` for a
-    backend that cannot run the weights' device and dtype, or that is no operator.
+    Raises `TypeError` for a subclass that overrides `forward` and for computed weights, `BackendUnavailable` for a
+    backend that is not an operator or cannot run on the weights' device and dtype.
     """
     original = module.original if isinstance(module, _Scriptable) else type(module)
     if not original.forward.__module__.startswith("rnnorm."):
         raise TypeError(
-            f"torch.jit.script needs rnnorm's own forward; got {original.__name__}, which has another; "
+            f"forward must be rnnorm's own under torch.jit.script; got {original.__name__}, which overrides it; "
             "hold the layer as a member instead"
         )
     suffixes = [suffix for layer in module._suffixes() for suffix in layer]
     for name in (name + suffix for suffix in suffixes for name in ops.DIFFERENTIABLE[3:]):
-        # Not looked at: to compute a weight may move what it is computed from, as spectral norm's vector.
+        # Not read: computing a weight may have side effects, as with spectral norm.
         if name in module.__dict__ or is_parametrized(module, name):
             raise TypeError(
-                f"torch.jit.script needs {name} to be a parameter; it is computed; remove its parametrization or hook"
+                f"{name} must be a parameter under torch.jit.script; got a computed weight; "
+                "remove its parametrization or hook"
             )
     weights = [
         {name: p for name in ops.DIFFERENTIABLE if (p := module._parameters.get(name + suffix)) is not None}
@@ -311,7 +312,7 @@ def scriptable(module: Any) -> Any:
     backend = ops.choose(spec.wanted, first.device, first.dtype, spec)
     if backend.differentiable:
         raise ops.BackendUnavailable(
-            f"backend {backend.name!r} cannot run under TorchScript: it is no operator; choose another backend"
+            f"backend {backend.name!r} cannot run under TorchScript: it is not an operator; choose another backend"
         )
     new = _substituted(original, _form(module))
     new.__dict__ = dict(module.__dict__)

@@ -1,4 +1,4 @@
-"""Which normalization a recurrent layer puts before its nonlinearities: frozen specifications, no tensors."""
+"""Specifications of the normalization before a recurrent layer's nonlinearities: frozen dataclasses, no tensors."""
 
 import math
 import numbers
@@ -10,9 +10,9 @@ GUARDS = ("none", "scale", "clamp")
 
 
 class Constants(NamedTuple):
-    """Every number of a normalization: the one value that operators, backends and C++ take, in this order.
+    """The numbers of a normalization, as operators, backends and C++ take them, in this order.
 
-    Defaults are those of a norm that has no such constant.
+    A norm that lacks a constant has its default.
     """
 
     eps: float = 1e-5
@@ -29,7 +29,7 @@ class _Norm:
     kind: ClassVar[str]
 
     def _number(self, name: str) -> Any:
-        """The field of that name as it was given, a number; the field is then Python's own float."""
+        """The field's value, checked to be a number; the field itself becomes Python's own float."""
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number; got {value!r} of type {type(value).__name__}")
@@ -43,29 +43,29 @@ class _Norm:
 
     @property
     def constants(self) -> Constants:
-        """The specification's numbers, with defaults for those that it lacks."""
+        """The specification's numbers, with defaults for those it lacks."""
         own = {name: float(getattr(self, name)) for name in Constants._fields if hasattr(self, name)}
         return Constants(**own)
 
 
 @dataclass(frozen=True)
 class Online(_Norm):
-    r"""Online normalization: streaming statistics in the forward pass, a control process in the backward pass.
+    r"""Online normalization: running statistics in the forward pass, a control process in the backward pass.
 
-    `y = (x - mean) / sqrt(var + eps)` with `mean`, `var` of the samples before `x`; then
+    `y = (x - mean) / sqrt(var + eps)` with the running `mean` and `var` of the samples before `x`; then
     `scale * y + shift` (if `affine`), then the guard: `"scale"` divides by the root mean square over the
-    H units of a gate, `"clamp"` clips to [-5, 5].
+    H units of a gate, `"clamp"` clips to [-5, 5], `"none"` leaves the values as they are.
 
     `alpha_fwd`, `alpha_bwd` in (0, 1] are the decay factors of the statistics and of the control process.
 
-    `control_floor` < 1 bounds the factor `1 - (1 - alpha_bwd) * y^2` by which the control state v passes from one
-    sample to the next. The paper has no bound (-inf, the default), and while |y| stays above
-    `sqrt(2 / (1 - alpha_bwd))`, as in the first steps at a large learning rate, v diverges. 1e-5 is the bound of the
-    authors' batched code, of the time of their results.
+    `control_floor` < 1 is a lower bound on the decay `1 - (1 - alpha_bwd) * y^2` of the control state v from one sample
+    to the next. The paper has no bound (-inf, the default); v then diverges while |y| exceeds
+    `sqrt(2 / (1 - alpha_bwd))`, as in the first steps at a large learning rate. 1e-5 is the bound in the authors'
+    batched code from the time of their results.
 
-    A call after which any mean or variance of a layer and direction would not be finite leaves all of them as they
-    were; its output still shows the NaN. A backward pass after which u or v would not be finite, as with a loss scale
-    that is too large, leaves both as they were (not so on backend `"reference"`, which is the text alone).
+    If a mean or variance of a layer and direction would not be finite after a call, none of them is updated; the NaN
+    still reaches the output. If u or v would not be finite after a backward pass, as with too large a loss scale,
+    neither is updated (except on backend `"reference"`, which follows the paper literally).
 
     Raises `ValueError` for values outside their range.
     Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), eq. 8-12.
@@ -91,7 +91,9 @@ class Online(_Norm):
             raise ValueError(f"guard must be one of {', '.join(map(repr, GUARDS))}; got {self.guard!r}")
         floor = self._number("control_floor")
         if not floor < 1:
-            raise ValueError(f"control_floor must be less than 1; got {floor}; -inf is none, 1e-5 steadies")
+            raise ValueError(
+                f"control_floor must be less than 1; got {floor}; -inf sets no bound, 1e-5 prevents divergence"
+            )
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class RMS(_PerSample):
 
 @dataclass(frozen=True)
 class Identity(_Norm):
-    """No normalization: the layer is exactly torch's."""
+    """No normalization: the layer computes what torch's does."""
 
     affine: ClassVar[bool] = False
     guard: ClassVar[str] = "none"
@@ -138,7 +140,7 @@ _BY_NAME: dict[str, type[Spec]] = {"online": Online, "layer": Layer, "rms": RMS,
 
 
 def resolve(norm: "str | Spec") -> Spec:
-    """The specification for a name (`"online"`, `"layer"`, `"rms"`, `"none"`) or for itself; `ValueError` otherwise."""
+    """The specification of that name; a specification is returned as it is. Raises `ValueError` for anything else."""
     if isinstance(norm, Spec):
         return norm
     if isinstance(norm, str) and norm in _BY_NAME:

@@ -1,4 +1,4 @@
-"""Whole-sequence execution: `run` takes one layer and direction, chooses the backend, and returns its results."""
+"""Whole-sequence execution: `run` chooses a backend and runs one layer and direction on it."""
 
 import torch
 
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def run(operands: Operands, spec: CallSpec) -> Results:
-    """Run a sequence on the backend that `spec.wanted` names (`"auto"`: the best one that can)."""
+    """Run a sequence on the backend that `spec.wanted` names (`"auto"`: the first one that can)."""
     if spec.wanted == "auto" or not by_name(spec.wanted).differentiable:
         return sequence.run(operands, spec)
     if spec.controlled:

@@ -1,7 +1,7 @@
-"""Compiling the C++ operators, at first use: one library in a per-user cache, published by one atomic rename.
+"""Compiles the C++ operators at first use: one library in a per-user cache, published by an atomic rename.
 
-Threads of a process wait for one build and share its library. Between processes there is no lock: those that build at
-the same time each build their own and publish the same thing; one that is killed leaves a folder that nobody reads.
+Threads of a process wait for one build and share its library. Processes do not lock each other out: those that build at
+the same time publish equal files one after the other, and a killed one leaves a folder that is never read.
 A process forked after the load has the operators; one forked before loads them itself.
 `python -m rnnorm.ops.build` builds ahead of time.
 """
@@ -28,7 +28,7 @@ _STALE_SECONDS = 24 * 3600
 
 
 class BuildError(RuntimeError):
-    """The operators cannot be built here; the text says why, with the compiler's last lines."""
+    """The operators cannot be built on this machine; the message holds the compiler's last lines."""
 
 
 class CacheError(BuildError):
@@ -62,7 +62,7 @@ def _flags() -> list[str]:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a cache may be shared between machines."""
+    """The processor's features, on which -march=native depends: machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
@@ -97,7 +97,7 @@ def _compile(compiler: str, folder: Path, target: Path) -> None:
     objects = [folder / f"{path.stem}.o" for path in units]
     jobs = []
     for unit, made in zip(units, objects, strict=True):
-        # To a file, not a pipe: nobody reads while several compilers run.
+        # To a file: a pipe would fill up while several compilers run.
         log = made.with_suffix(".log").open("w+")
         command = [compiler, *_flags(), "-c", str(unit), "-o", str(made)]
         jobs.append((subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log))
@@ -119,7 +119,7 @@ def _compile(compiler: str, folder: Path, target: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed builds left behind long ago."""
+    """Remove folders that killed builds left, once they are a day old."""
     for left in folder.glob("building-*"):
         try:
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:
@@ -133,7 +133,7 @@ def _build_in(cache: Path, compiler: str, name: str) -> Path:
     _sweep(cache)
     folder = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
     print(
-        f"rnnorm: building its CPU operators with {compiler}, once for this torch; this takes up to a minute ...",
+        f"rnnorm: building the CPU operators with {compiler}, once for this torch; this takes up to a minute ...",
         file=sys.stderr,
         flush=True,
     )
@@ -163,7 +163,7 @@ def _made(compiler: str | None, name: str, cache: Path) -> Path:
         full = isinstance(problem, OSError) or "No space left" in str(problem) or "Read-only" in str(problem)
         if not full:
             raise
-        raise CacheError(f"{cache} cannot be written: {problem}; set RNNORM_CACHE to a folder that can") from None
+        raise CacheError(f"{cache} cannot be written: {problem}; set RNNORM_CACHE to a writable folder") from None
 
 
 def library() -> Path:
@@ -179,24 +179,23 @@ def _load() -> Failure | None:
         try:
             torch.ops.load_library(str(_made(compiler, name, cache_folder())))
         except CacheError as problem:
-            # A folder that is read-only or full must not cost the user the operators: build for this process alone.
-            # A library that is loaded needs its file no longer.
+            # The cache is read-only or full: build for this process alone. A loaded library no longer needs its file.
             try:
                 with tempfile.TemporaryDirectory(prefix="rnnorm-") as folder:
                     torch.ops.load_library(str(_made(compiler, name, Path(folder))))
             except CacheError as second:
-                raise BuildError(f"neither folder can be used: {problem}; {second}") from None
+                raise BuildError(f"neither the cache nor a temporary folder can be used: {problem}; {second}") from None
     except (BuildError, OSError) as problem:
         return Failure(problem)
     return None
 
 
 _lock = threading.Lock()
-_outcome: list[Failure | None] = []  # of the one attempt to load
+_outcome: list[Failure | None] = []  # result of the only attempt to load
 
 
 def load() -> Failure | None:
-    """Load the operators into this process, once; None if they are there, else why not. Threads wait for the first."""
+    """Load the operators into this process, once; returns None, or why it failed. Threads wait for the first one."""
     if not _outcome:
         with _lock:  # torch ends a process that loads a second library of the same operators
             if not _outcome:
@@ -205,7 +204,7 @@ def load() -> Failure | None:
 
 
 def _unlocked() -> None:
-    """A child that is forked while another thread holds the lock would wait for it for ever."""
+    """Replace the lock: a child forked while another thread holds it would wait forever."""
     global _lock
     _lock = threading.Lock()
 

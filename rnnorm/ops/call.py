@@ -1,6 +1,6 @@
-"""One call of a recurrent layer and direction over a whole sequence: what goes in, what comes out.
+"""One call of a recurrent layer and direction over a whole sequence: its operands, specification and results.
 
-The field order is the argument order of the operator `rnnorm::sequence` and those behind it.
+The field order is the argument order of the operators `rnnorm::sequence`, `sequence_saving` and `sequence_backward`.
 """
 
 from typing import NamedTuple
@@ -27,16 +27,16 @@ class Operands(NamedTuple):
     norm_shift: Tensor | None  # [C]
     cell_norm_scale: Tensor | None  # [H]
     cell_norm_shift: Tensor | None  # [H]
-    # From here on nothing is differentiated.
+    # The following fields are not differentiated.
     lengths: Tensor | None  # [N] int64 on the CPU, each in 1..T; None: all T
-    reset: Tensor | None  # [T, N] bool, true where the state before the step is zero
-    recurrent_mask: Tensor | None  # [N, P], multiplied to the h that enters the recurrent product
-    zoneout_h: Tensor | None  # [T, N, P], how much of the old h stays; statistics dtype, as recurrent_mask
-    zoneout_c: Tensor | None  # [T, N, H], the same of c
-    # From here on buffers, which move between the forward and the backward pass.
-    norm_mean: Tensor | None  # [C], statistics dtype, as the next seven
+    reset: Tensor | None  # [T, N] bool, true if the state before the step is zero
+    recurrent_mask: Tensor | None  # [N, P], factor of h in the recurrent product
+    zoneout_h: Tensor | None  # [T, N, P], share of the old h that is kept; statistics dtype, as recurrent_mask
+    zoneout_c: Tensor | None  # [T, N, H], the same for c
+    # The following fields are buffers, which are updated between the forward and the backward pass.
+    norm_mean: Tensor | None  # [C], statistics dtype, as the following seven
     norm_var: Tensor | None
-    norm_u: Tensor | None  # moved in place by the backward operator
+    norm_u: Tensor | None  # updated in place by the backward operator
     norm_v: Tensor | None
     cell_norm_mean: Tensor | None  # [H]
     cell_norm_var: Tensor | None
@@ -46,7 +46,7 @@ class Operands(NamedTuple):
 
 DIFFERENTIABLE = Operands._fields[: Operands._fields.index("lengths")]
 SAVED = Operands._fields[: Operands._fields.index("norm_mean")]
-HELD = DIFFERENTIABLE[3:] + Operands._fields[len(SAVED) :]  # what a module holds under these names
+HELD = DIFFERENTIABLE[3:] + Operands._fields[len(SAVED) :]  # the tensors that a module holds, under these names
 MOVED_IN_BACKWARD = ("norm_u", "norm_v", "cell_norm_u", "cell_norm_v")
 
 
@@ -58,13 +58,13 @@ class CallSpec(NamedTuple):
     guard: str
     constants: Constants
     cell_norm: bool
-    training: bool  # online: move the statistics, and use the control process in the backward
+    training: bool  # online: update the statistics, and run the control process in the backward pass
     reverse: bool
     wanted: str  # the backend: `"auto"` or a name
 
     @property
     def declared(self) -> Cell:
-        """What the cell is."""
+        """The declaration of the cell."""
         return CELLS[self.cell]
 
     @property
@@ -74,7 +74,7 @@ class CallSpec(NamedTuple):
 
     @property
     def controlled(self) -> bool:
-        """The backward is the control process: not repeatable, since it moves u and v."""
+        """True if the backward pass runs the control process, which updates u and v and cannot be repeated."""
         return self.norm == "online" and self.training
 
 
@@ -84,19 +84,19 @@ class Results(NamedTuple):
     y: Tensor  # [T, N, P], zero at padded positions
     h: Tensor  # [N, P]
     c: Tensor  # [N, H]
-    norm_mean: Tensor  # [C], the statistics after the sequence, as the next three
+    norm_mean: Tensor  # [C], the statistics after the sequence, as the following three
     norm_var: Tensor
     cell_norm_mean: Tensor  # [H]
     cell_norm_var: Tensor
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics, carried values and nonlinearities: float64 for float64, else float32."""
+    """The dtype of statistics, carried values and nonlinearities: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def results_like(operands: Operands, spec: CallSpec) -> Results:
-    """Uninitialized results of the right shapes; the streams' new statistics only where they move."""
+    """Uninitialized results of the right shapes; new statistics only if the call updates them."""
     x, h, c = operands.x, operands.h, operands.c
 
     def moved(statistic: Tensor | None) -> Tensor:

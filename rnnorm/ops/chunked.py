@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-_LEAST_ROWS, _MOST_ROWS = 64, 256  # a chunk: products of full speed, and below 1/8 of the logits of 1,000 rows
+_LEAST_ROWS, _MOST_ROWS = (
+    64,
+    256,
+)  # of a chunk: full speed of the products, and memory below 1/8 of the logits of 1,000 rows
 
 
 def linear_cross_entropy(
@@ -15,9 +18,9 @@ def linear_cross_entropy(
     dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Nats [M] and the gradients of their weighted sum for `hidden`, `weight`, `bias`; empty where not needed.
+    """Nats [M] and the gradients of their weighted sum with respect to `hidden`, `weight`, `bias`; empty if not needed.
 
-    `dtype` is that of the products, `needs` which gradients are wanted.
+    `dtype` is that of the products; `needs` says which gradients are needed.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     keep = slice(None) if weights is None else weights.nonzero().squeeze(1)
@@ -47,7 +50,7 @@ def linear_cross_entropy(
             grad_weight += gradient.to(dtype).t() @ (narrow * scale).to(dtype)
         if needs[2]:
             grad_bias.addmv_(gradient.t(), scale.squeeze(1))
-        del product, logits, gradient  # before the next chunk's, not after
+        del product, logits, gradient  # before the next chunk allocates its own
     nats = hidden.new_zeros(len(hidden), dtype=torch.float64)
     nats[keep] = counted
     grad_hidden = hidden.new_empty(0)

@@ -1,8 +1,8 @@
-"""What is said when a backend cannot give a gradient, and the kind of reason that is worth a warning."""
+"""Error messages for gradients that cannot be computed, and the type of a reason that is worth a warning."""
 
 
 class Failure(str):
-    """Why a backend that should run here cannot: `"auto"` says it once, since the user may want to mend it."""
+    """Why a backend that should run here cannot; `"auto"` warns of it once, since the user may be able to fix it."""
 
 
 SECOND_BACKWARD = (
@@ -15,14 +15,14 @@ DOUBLE_BACKWARD = (
 )
 FUSED_DOUBLE_BACKWARD = (
     "double backward through a fused recurrent layer is not supported: its backward pass is not differentiable; call "
-    "backward without create_graph=True, or make the layer with backend='reference'"
+    "backward without create_graph=True, or construct the layer with backend='reference'"
 )
 TRANSFORM = (
     "transforms of torch.func (grad, vjp, jacrev, vmap ...), batches of gradients (is_grads_batched) and forward-mode "
-    "derivatives (jvp) do not reach through rnnorm's operators; call autograd's backward for one gradient at a time, "
-    "or make a recurrent layer without online normalization in training mode with backend='reference'"
+    "derivatives (jvp) are not supported by rnnorm's operators; call autograd's backward for one gradient at a time, "
+    "or use backend='reference' with another norm or in evaluation mode"
 )
 RECOMPUTATION = (
     "an online-normalized layer in training mode cannot be recomputed during backward (activation checkpointing): its "
-    "statistics have moved since the first forward; checkpoint other layers, or use another norm or evaluation mode"
+    "statistics have changed since the first forward; checkpoint other layers, or use another norm or evaluation mode"
 )

@@ -1,9 +1,9 @@
-"""What the operators of `rnnorm::` share: how they are registered, how gradients reach them, what they refuse.
+"""What the operators of `rnnorm::` share: registration, gradients and the calls they reject.
 
-A public operator decides at run time whether it keeps what a backward needs. Its kernel for autograd's dispatch key
-records a `torch.autograd.Function` where a gradient is wanted, else it calls the plain kernel below; so a graph that
-was captured without gradients (torch.export, torch.jit.trace, TorchScript) can be differentiated later.
-An eager call that nothing looks at does the same without the dispatcher.
+A public operator decides at run time whether to save tensors for a backward pass: its kernel for autograd's dispatch
+key records a `torch.autograd.Function` if a gradient is needed, else it calls the plain kernel below. So a graph
+captured without gradients (torch.export, torch.jit.trace, TorchScript) can be differentiated later.
+An eager call that nothing observes does the same without the dispatcher.
 """
 
 import math
@@ -27,9 +27,9 @@ def operator(
     """Register `rnnorm::<name>` and return it.
 
     Arguments:
-        kernel: computes it, on any device.
-        fake: makes results of the right shapes and dtypes.
-        recorded: called instead where autograd looks; by default gradients stop at the operator.
+        kernel: computes the results, on any device.
+        fake: returns empty results of the right shapes and dtypes.
+        recorded: called instead for autograd's dispatch key; if None, gradients stop at the operator.
     """
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
@@ -47,8 +47,8 @@ def needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
 def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
     """True if no compiler, tracer, mode or tensor subclass is active.
 
-    Then what an operator does can be called directly; for so many arguments the dispatcher takes 0.04 ms, of the 0.14
-    of a small layer's call.
+    Then the code behind an operator can be called directly; for so many arguments the dispatcher takes 0.04 ms, of the
+    0.14 ms of a small layer's call.
     """
     return (
         not torch.compiler.is_compiling()
@@ -65,7 +65,7 @@ def refuse_recomputation() -> None:
 
 
 def refuse_transforms(operands: Sequence[Tensor | None]) -> None:
-    """Raise `RuntimeError` where a derivative would be lost on its way through an operator, without a word."""
+    """Raise `RuntimeError` if an operator would silently lose a derivative."""
     if torch.compiler.is_compiling():
         return
     if _torch.is_transformed([operand for operand in operands if operand is not None]):
@@ -73,13 +73,13 @@ def refuse_transforms(operands: Sequence[Tensor | None]) -> None:
 
 
 def begin_backward(ctx: Any, grads: Sequence[Tensor | None], controlled: bool, repeatable: bool) -> None:
-    """Raise `RuntimeError`, before any state moves, for a backward pass that would give wrong gradients.
+    """Raise `RuntimeError`, before any state is updated, for a backward pass that would give wrong gradients.
 
     Arguments:
-        ctx: of the autograd function; holds `spent`, False after the forward pass.
+        ctx: context of the autograd function; its `spent` is False after the forward pass.
         grads: incoming gradients.
-        controlled: the backward pass moves u and v.
-        repeatable: a second backward pass gives the same gradients.
+        controlled: True if the backward pass updates u and v.
+        repeatable: True if a second backward pass gives the same gradients.
     """
     given = [grad for grad in grads if grad is not None]
     if not torch.compiler.is_compiling() and (_torch.is_batched(given) or _torch.is_transformed(given)):
@@ -92,15 +92,15 @@ def begin_backward(ctx: Any, grads: Sequence[Tensor | None], controlled: bool, r
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Statistics stay in their own dtype whatever autocast does to products."""
+    """A context without autocast, so that statistics keep their dtype."""
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 @contextmanager
 def kept_finite(control: Sequence[Tensor | None]) -> Iterator[None]:
-    """Inside, u and v move, unless they would not be finite. A step with such a gradient is skipped by whoever watches
-    for it, as a GradScaler does that looks for its scale; one that stayed in u and v would spoil all that come."""
+    """Context that restores u and v if they are not finite at its end. A GradScaler skips a step with such gradients;
+    if they remained in u and v, all later gradients would be wrong too."""
     before = [(moved, moved.clone()) for moved in control if moved is not None]
     yield
     chosen = finite_or([kept for _, kept in before], [moved for moved, _ in before])
@@ -110,8 +110,8 @@ def kept_finite(control: Sequence[Tensor | None]) -> Iterator[None]:
 
 
 def finite_or(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
-    """`after`, or the values of `before` if any value of `after` is not finite; they move together or not at all."""
-    # On a CPU it costs next to nothing to look at a value; elsewhere it would mean to wait for the device.
+    """`after`, or `before` if any value of `after` is not finite; all tensors are replaced, or none."""
+    # Reading a value is cheap on the CPU; elsewhere it would synchronize with the device.
     if all(moved.is_cpu and math.isfinite(moved.sum()) for moved in after):
         return after
     finite = torch.stack([moved.isfinite().all() for moved in after]).all()

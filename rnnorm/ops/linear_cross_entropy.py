@@ -1,6 +1,6 @@
 """The operator `rnnorm::linear_cross_entropy`: a linear decoder, its cross entropy and their gradients in one pass.
 
-Gradients are formed in the forward, where the logits are at hand block by block; the backward only scales them.
+The forward pass computes the gradients, while it has the logits block by block; the backward pass only scales them.
 """
 
 from typing import Any
@@ -65,7 +65,7 @@ linear_cross_entropy_saving = library.operator(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """A call that is recorded: the gradients that are wanted are formed now."""
+    """A recorded call: the forward pass computes the gradients that are needed."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
@@ -81,9 +81,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # that is create_graph=True; what was formed in the forward has no graph
+        if torch.is_grad_enabled():  # create_graph=True: the gradients of the forward pass have no graph
             raise RuntimeError(
-                "linear_cross_entropy has first derivatives only; call backward without create_graph=True"
+                "double backward through linear_cross_entropy is not supported: it has first derivatives only; "
+                "call backward without create_graph=True"
             )
         grads: list[Tensor | None] = [None] * ctx.inputs
         if grad_total is not None:

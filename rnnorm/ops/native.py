@@ -7,14 +7,14 @@ from torch import Tensor
 
 from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, Results, statistics_dtype
 
-# False sends every product through BLAS: the path of processors without the micro-kernel, for tests.
+# False: all products by BLAS, as on processors without the micro-kernel; for tests.
 use_micro_kernel = True
-# Threads of a call; 0 leaves it to the kernel, up to torch.get_num_threads().
+# Threads of a call; 0: the kernel chooses, up to torch.get_num_threads().
 threads = 0
 
 
 def widths(operands: Operands, spec: CallSpec) -> dict[str, int]:
-    """Columns of what is kept of every sample, by its name in C++ and in that order; 0 where it does not apply."""
+    """Columns of each tensor kept of all samples, by its name in C++ and in that order; 0 if it does not apply."""
     G, C, P = spec.gates, operands.weight_ih.size(0), operands.h.size(1)
     H = C // G
     normed, online, scaled = spec.norm != "none", spec.norm == "online", spec.guard == "scale"
@@ -39,10 +39,10 @@ class Native:
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
         if device.type != "cpu":
-            return f"it runs on the CPU, not on {device}"
+            return f"it runs on the CPU only; got {device}"
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            return f"it computes in floating point, not in {dtype}"
-        # Not at import: nothing is compiled, or looked for, before it is needed.
+            return f"it supports floating-point dtypes only; got {dtype}"
+        # Not at import: the compiler runs only when it is needed.
         from rnnorm.ops import build
 
         return build.load()
@@ -51,7 +51,7 @@ class Native:
         x = operands.x
         S, dtype = x.size(0) * x.size(1), statistics_dtype(x.dtype)
         kept = [x.new_empty((S, width) if width else (0,), dtype=dtype) for width in widths(operands, spec).values()]
-        return [*kept, x.new_empty(1, dtype=torch.int64)]  # partition, a count of threads
+        return [*kept, x.new_empty(1, dtype=torch.int64)]  # partition: the number of threads
 
     def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
         found = torch.ops.rnnorm_cpu.forward(

@@ -1,4 +1,4 @@
-"""The operator `rnnorm::online_norm`: one stream of samples per channel."""
+"""The operator `rnnorm::online_norm`: online normalization of C independent channels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -45,7 +45,7 @@ def _backward_fake(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, 
 
 
 class _OnlineNorm(torch.autograd.Function):
-    """A call that is recorded for the control process."""
+    """A recorded call, whose backward pass is the control process."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> tuple[Tensor, ...]:

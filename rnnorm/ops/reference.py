@@ -1,7 +1,7 @@
-"""The definitional backend: the text of the algorithm, a loop over steps and samples, for any device and dtype.
+"""The reference backend: the algorithm as published, a loop over steps and samples, for any device and dtype.
 
-Autograd differentiates everything but the online stream's own step, so this is an independent check of every
-hand-written gradient. It is slow on purpose; nothing here is shared with the fast backends.
+Autograd differentiates everything but the online normalization itself, so this is an independent check of every
+hand-written gradient. It favours clarity over speed, and shares no code with the fast backends.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from rnnorm.ops.call import CallSpec, Operands, Results, statistics_dtype
 
 
 class OnlineStep(torch.autograd.Function):
-    """Some samples of a stream, one by one: Chiley et al., eq. 8 (forward) and 9-12 (backward).
+    """Online normalization of n samples, one by one: Chiley et al., eq. 8 (forward) and 9-12 (backward).
 
-    `x` [n, C, D]; `mean`, `var` [C] are moved in place by the forward, `u`, `v` [C] by the backward.
+    `x` [n, C, D]; the forward pass updates `mean`, `var` [C] in place, the backward pass `u`, `v` [C].
     """
 
     @staticmethod
@@ -36,7 +36,7 @@ class OnlineStep(torch.autograd.Function):
             var.copy_(alpha_fwd * var + (1 - alpha_fwd) * own_var + alpha_fwd * (1 - alpha_fwd) * d * d)
             mean.add_((1 - alpha_fwd) * d)
         ctx.save_for_backward(y, s)
-        # Not saved through autograd: they are moved on purpose between forward and backward.
+        # Not saved through autograd, which would reject their updates between forward and backward.
         ctx.control = u, v
         ctx.constants = constants
         ctx.spent = False
@@ -60,7 +60,7 @@ class OnlineStep(torch.autograd.Function):
 
 
 def _guard(z: Tensor, guard: str, constants: Constants) -> Tensor:
-    """Bound the drift of normalized values `z` [n, G, H], by gate."""
+    """Apply the guard to normalized values `z` [n, G, H], gate by gate."""
     if guard == "scale":
         return z / (z.square().mean(-1, keepdim=True) + constants.scale_eps).sqrt()
     if guard == "clamp":
@@ -73,20 +73,20 @@ def normalizer(
     H: int,
     weight: Tensor | None,
     bias: Tensor | None,
-    streams: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor] | None,
 ) -> Callable[[Tensor, int], Tensor]:
-    """The normalization of one layer: `normalize(pre [n, k*H], first gate)`, moving the streams' mean and var."""
+    """The normalization of one layer, `normalize(pre [n, k*H], first gate)`; updates mean and var of `statistics`."""
 
     def normalize(pre: Tensor, first: int = 0) -> Tensor:
         if spec.norm == "none":
             return pre
         part = slice(first * H, first * H + pre.size(1))
-        if streams is not None:
+        if statistics is not None:
             if spec.training:
-                y = OnlineStep.apply(pre[:, :, None], *(s[part] for s in streams), spec.constants)[:, :, 0]
+                y = OnlineStep.apply(pre[:, :, None], *(s[part] for s in statistics), spec.constants)[:, :, 0]
             else:
-                mean, var = (s[part] for s in streams[:2])
-                # A copy: autograd keeps it, and later training calls move the statistics.
+                mean, var = (s[part] for s in statistics[:2])
+                # A copy: autograd keeps it, and later training calls update the statistics.
                 y = (pre - mean.clone()) / (var.clone() + spec.constants.eps).sqrt()
         else:
             gates = pre.unflatten(1, (-1, H))
@@ -100,23 +100,23 @@ def normalizer(
     return normalize
 
 
-def _streams(operands: Operands, prefix: str) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+def _statistics(operands: Operands, prefix: str) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     mean, var, u, v = (getattr(operands, f"{prefix}_{name}") for name in ("mean", "var", "u", "v"))
     return None if mean is None else (mean.clone(), var.clone(), u, v)
 
 
 def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = lambda _: None) -> Results:
-    """A whole sequence, step by step and, in the streams, sample by sample.
+    """Run a whole sequence step by step, online normalization sample by sample.
 
-    `watch` sees what each nonlinearity is given, [n, k*H] for the k gates that are normalized together.
+    `watch` is called with the inputs of the nonlinearities, [n, k*H] for the k gates that are normalized together.
     """
     o = operands
     T, N, _ = o.x.shape
     dtype, wide = o.x.dtype, statistics_dtype(o.x.dtype)
     H = o.weight_ih.size(0) // spec.gates
-    gate_streams, cell_streams = _streams(o, "norm"), _streams(o, "cell_norm")
-    normalize_gates = normalizer(spec, H, o.norm_scale, o.norm_shift, gate_streams)
-    cell = normalizer(spec, H, o.cell_norm_scale, o.cell_norm_shift, cell_streams)
+    gate_stats, cell_stats = _statistics(o, "norm"), _statistics(o, "cell_norm")
+    normalize_gates = normalizer(spec, H, o.norm_scale, o.norm_shift, gate_stats)
+    cell = normalizer(spec, H, o.cell_norm_scale, o.cell_norm_shift, cell_stats)
     normalize_cell: Callable[[Tensor], Tensor] = (lambda c: cell(c, 0)) if spec.cell_norm else (lambda c: c)
     step = CELLS[spec.cell].step
 
@@ -152,7 +152,7 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
     statistics: list[Tensor] = []
     if spec.controlled:
         before: list[Any] = [o.norm_mean, o.norm_var, o.cell_norm_mean, o.cell_norm_var]
-        after = [*(gate_streams or ())[:2], *(cell_streams or ())[:2]]
+        after = [*(gate_stats or ())[:2], *(cell_stats or ())[:2]]
         finite = torch.cat(after).isfinite().all()
         statistics = [torch.where(finite, moved, held) for moved, held in zip(after, before, strict=False)]
     mean, var, cell_mean, cell_var = [*statistics, *[empty] * 4][:4]
@@ -170,7 +170,7 @@ class Reference:
     losses = ()
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
-        return None if dtype.is_floating_point else f"it computes in floating point, not in {dtype}"
+        return None if dtype.is_floating_point else f"it supports floating-point dtypes only; got {dtype}"
 
     def saved_like(self, operands: Operands, spec: CallSpec) -> list[Tensor]:
         return []

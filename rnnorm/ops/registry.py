@@ -16,13 +16,13 @@ from rnnorm.ops.scripted import Scripted
 
 
 class BackendUnavailable(RuntimeError):  # noqa: N818
-    """A backend that was asked for by name cannot run this call."""
+    """A backend that was chosen by name cannot run this call."""
 
 
 class Backend(Protocol):
-    """What a row of the registry offers. `differentiable` backends run under autograd, without operators.
+    """The interface of a backend. `differentiable` backends run under autograd, without operators.
 
-    One that has `losses` has `linear_cross_entropy` too, with the arguments of `rnnorm.ops.chunked`'s.
+    A backend with `losses` also has `linear_cross_entropy`, with the arguments of the function in `rnnorm.ops.chunked`.
     """
 
     name: str
@@ -30,16 +30,16 @@ class Backend(Protocol):
 
     @property
     def losses(self) -> tuple[torch.dtype, ...]:
-        """The dtypes of products in which it computes `linear_cross_entropy`."""
+        """The dtypes of products that its `linear_cross_entropy` supports."""
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
-        """None if it can run such a call, else the reason. Without a spec: whether it can run here at all."""
+        """None if it can run such a call, else the reason. Without a spec: if it can run on this machine at all."""
 
     def saved_like(self, operands: Operands, spec: CallSpec) -> list[Tensor]:
         """Uninitialized tensors of the shapes that `forward` saves."""
 
     def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
-        """The results, and what `backward` needs if `save`."""
+        """The results and, if `save`, the tensors that `backward` needs."""
 
     def backward(
         self,
@@ -50,7 +50,7 @@ class Backend(Protocol):
         need_input: bool,
         need_weights: bool,
     ) -> list[Tensor | None]:
-        """Gradients of the differentiable operands for those of `y`, `h`, `c`; moves u and v in place."""
+        """Gradients of the differentiable operands from those of `y`, `h`, `c`; updates u and v in place."""
 
 
 BACKENDS: list[Backend] = [Native(), Scripted(), Reference()]
@@ -69,7 +69,7 @@ def by_name(name: str) -> Backend:
 
 @functools.cache
 def _warn_once(name: str, reason: str) -> None:
-    warnings.warn(f"rnnorm goes on without its faster backend {name!r}: {reason}", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"rnnorm runs without its faster backend {name!r}: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def choose(wanted: str, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> Backend:
@@ -99,10 +99,10 @@ def choose_loss(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
-    """Every backend's name, with None if it can run on `device` here, or the reason why it cannot."""
+    """Each backend's name, with None if it can run on `device` here, else with the reason why it cannot."""
     device = torch.device(device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as fault:
-        return {b.name: f"there is no device {device} here: {str(fault).splitlines()[0]}" for b in BACKENDS}
+        return {b.name: f"device {device} is not available: {str(fault).splitlines()[0]}" for b in BACKENDS}
     return {b.name: b.why_not(device, dtype, None) for b in BACKENDS}

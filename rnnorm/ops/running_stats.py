@@ -1,36 +1,36 @@
-"""The online stream without a loop over samples: a few tensor operations for n samples of C channels.
+"""Online normalization without a loop over samples: a few tensor operations for n samples of C channels.
 
 With samples in order, each recurrence `s <- a_k * s + b_k` is linear. Where `a` is constant (mean, variance, u) the
 states before every sample are one product with a triangular matrix of decay powers; where it depends on the data
-(v) they are a scan. Every function here is also valid TorchScript, and moves the states it is given in place.
+(v) they are a scan. Every function here is also valid TorchScript, and updates its states in place.
 Symbols as in Chiley et al., NeurIPS 2019 (arXiv 1905.05894): alpha the decay factor, u and v the control states.
 """
 
 import torch
 from torch import Tensor
 
-# Rows of one triangular product: beyond it, the quadratic cost of the product outweighs one more block.
+# Rows of one triangular product: with more, its quadratic cost exceeds that of another block.
 BLOCK = 64
-# Samples up to which a scan goes row by row: beyond it, doubling has fewer operations by more than it does in vain.
+# Samples up to which a scan runs row by row: with more, doubling is faster in spite of its redundant work.
 ROW_BY_ROW = 32
 
 
 def _decay(alpha: float, n: int) -> tuple[Tensor, Tensor]:
-    """Of the recurrence `s <- alpha * s + b_k`: powers [m, 1] and weights [m, m], m = n + 1, such that the state before
-    sample i is `powers[i] * s + weights[i] @ b`. Shorter streams use the upper left corners."""
+    """For the recurrence `s <- alpha * s + b_k`: powers [m, 1] and weights [m, m], m = n + 1, such that the state
+    before sample i is `powers[i] * s + weights[i] @ b`. For fewer samples, use the upper left corners."""
     i = torch.arange(n + 1, dtype=torch.float64).unsqueeze(1)
     exponent = i - 1 - i.t()
     return torch.pow(alpha, i), torch.where(exponent >= 0, torch.pow(alpha, exponent.clamp(min=0)), 0.0)
 
 
 def forward_weights(alpha: float, n: int, like: Tensor) -> Tensor:
-    """For `statistics`: the weights [m+1, m] of m = min(n, BLOCK) samples in the averages."""
+    """The weights for `statistics`: [m+1, m], of m = min(n, BLOCK) samples in the averages."""
     _, weights = _decay(alpha, max(1, min(n, BLOCK)))
     return ((1 - alpha) * weights[:, :-1]).to(like.device, like.dtype)
 
 
 def backward_weights(alpha: float, n: int, like: Tensor) -> Tensor:
-    """For `controlled`: the weights [m, 1+m] of the state u and of m = min(n, BLOCK) values in the sums."""
+    """The weights for `controlled`: [m, 1+m], of the state u and of m = min(n, BLOCK) values in the sums."""
     powers, weights = _decay(alpha, max(1, min(n, BLOCK)))
     return torch.cat((powers, weights[:, :-1]), 1)[:-1].to(like.device, like.dtype)
 
@@ -38,11 +38,11 @@ def backward_weights(alpha: float, n: int, like: Tensor) -> Tensor:
 def statistics(
     m: Tensor, w: Tensor | None, mean: Tensor, var: Tensor, alpha: float, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Deviations `d = m - mean` and the variances [n, C] that each sample is normalized with; moves `mean`, `var` [C].
+    """Deviations `d = m - mean` and variances [n, C] for normalizing each sample; updates `mean`, `var` [C].
 
     `m` [n, C] are the samples' own means, `w` [n, C] their own biased variances (None: one value per channel);
     `weights` are `forward_weights`. Both states are averages `s <- s + (1 - alpha) * (b - s)`, summed relative to the
-    state before the first sample: a large state costs no digits, and none drifts by rounded weights.
+    state before the first sample: large states lose no precision, and rounded weights cause no drift.
     """
     n, block = m.size(0), weights.size(1)
     ds: list[Tensor] = []
@@ -57,7 +57,7 @@ def statistics(
         b = torch.addcmul(-var, d, d, value=alpha)
         if w is not None:
             b = b + w[start : start + block]
-        variance = torch.addmm(var, full, b).clamp_(min=0.0)  # where decay is fast, digits cancel
+        variance = torch.addmm(var, full, b).clamp_(min=0.0)  # with fast decay, cancellation may give less
         var.copy_(variance[k])
         ds.append(d)
         variances.append(variance[:k])
@@ -67,7 +67,7 @@ def statistics(
 
 
 def _finite(products: Tensor) -> Tensor:
-    """In a diverging control the products of factors overflow before what they multiply is there, which may be 0."""
+    """Clamp products of factors, which overflow in a diverging control process: inf times a 0 would be NaN."""
     most = 3.4e38 if products.dtype == torch.float32 else 1.7e308
     return products.clamp(-most, most)
 
@@ -91,10 +91,10 @@ def _walked(a: Tensor, b: Tensor, state: Tensor, row_by_row: int = ROW_BY_ROW) -
 
 
 def scanned(a: Tensor, b: Tensor, state: Tensor) -> Tensor:
-    """States of `s <- a_k * s + b_k` before each of the n samples `a`, `b` [n, C]; moves `state` [C]."""
+    """States of `s <- a_k * s + b_k` before each of the n samples `a`, `b` [n, C]; updates `state` [C]."""
     n = b.size(0)
     pairs = n // 2
-    # Joined two by two, half as many samples remain to be walked.
+    # Joining samples in pairs leaves half as many.
     first_a, first_b, second_a = a[: 2 * pairs : 2], b[: 2 * pairs : 2], a[1::2]
     states = _walked(_finite(second_a * first_a), torch.addcmul(b[1::2], second_a, first_b), state)
     firsts = states[:pairs]
@@ -107,7 +107,7 @@ def scanned(a: Tensor, b: Tensor, state: Tensor) -> Tensor:
 
 
 def controlled(e: Tensor, u: Tensor, alpha: float, weights: Tensor) -> Tensor:
-    """`e - (1 - alpha) * u` [n, C] with the u before each sample of `u <- u + e - (1 - alpha) * u`; moves `u` [C].
+    """`e - (1 - alpha) * u` [n, C] with the u before each sample of `u <- u + e - (1 - alpha) * u`; updates `u` [C].
 
     `weights` are `backward_weights`.
     """
@@ -140,7 +140,7 @@ def online_norm(
 def online_norm_backward(
     g: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha: float, floor: float
 ) -> Tensor:
-    """The control process for gradients `g` [N, C, D] of `y` [N, C, D]: `dx` [N, C, D]; moves `u`, `v` [C]."""
+    """The control process for gradients `g` [N, C, D] of `y` [N, C, D]: `dx` [N, C, D]; updates `u`, `v` [C]."""
     v_before = scanned((1 - (1 - alpha) * (y * y).mean(2)).clamp(min=floor), (g * y).mean(2), v)
     e = (g - (1 - alpha) * v_before.unsqueeze(2) * y) * rstd.unsqueeze(2)
     own = e.mean(2)

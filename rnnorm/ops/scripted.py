@@ -1,8 +1,8 @@
-"""The fused loop under TorchScript, forward and backward written by hand: any device and dtype torch has products for.
+"""The fused loop in TorchScript, with a hand-written backward pass, for any device and dtype with matrix products.
 
-This is the only file that compiles TorchScript. One product makes the input parts of all steps before the loop; the
-loop does the recurrent product, norms, gates and states; weight gradients are one product each after it. Samples
-are kept compact, S = sum(lengths) rows in step order, so that padding is neither computed nor seen by a stream.
+This is the only file that compiles TorchScript. Before the loop, one product computes the input parts of all steps; the
+loop computes the recurrent product, norms, gates and states; after it, weight gradients are one product each. Samples
+are compact, S = sum(lengths) rows in step order, so padding is neither computed nor enters the running statistics.
 """
 
 import functools
@@ -20,7 +20,7 @@ from rnnorm.ops.running_stats import backward_weights, controlled, forward_weigh
 
 
 class Norm(NamedTuple):
-    """The normalization of some gates of H units. `mean var u v` [C] are copies, moved in place."""
+    """The normalization of some gates of H units. `mean var u v` [C] are copies, updated in place."""
 
     kind: str
     guard: str
@@ -33,13 +33,13 @@ class Norm(NamedTuple):
     var: Tensor
     u: Tensor
     v: Tensor
-    weights: Tensor  # decay weights of the direction that runs
-    grad_weight: Tensor  # [C], added to by the backward
+    weights: Tensor  # decay weights of the pass, forward or backward
+    grad_weight: Tensor  # [C], accumulated by the backward pass
     grad_bias: Tensor
 
 
 class Kept(NamedTuple):
-    """What a normalization keeps of every sample: `y` [S, C], `rstd` [S, C] or [S, G], guard's `scale` [S, G]."""
+    """What a normalization keeps of every sample: `y` [S, C], `rstd` [S, C] or [S, G], the guard's `scale` [S, G]."""
 
     y: Tensor
     rstd: Tensor
@@ -47,29 +47,29 @@ class Kept(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What the loop keeps of every sample, beside its norms."""
+    """What the loop keeps of every sample, apart from the norms."""
 
     gates: Tensor  # [S, G*H], the input parts, overwritten by the gates after their nonlinearities
     h: Tensor  # [S, P], the state before the step
-    c: Tensor  # [S, H], LSTM: the same
+    c: Tensor  # [S, H], LSTM: c before the step
     extra: Tensor  # [S, H], LSTM: tanh(c'); GRU: the recurrent part of n
 
 
 class Steps(NamedTuple):
-    """The walk over a sequence: rows `start[k]:stop[k]` of the compact samples are step k, in processing order."""
+    """The steps of a sequence in processing order: step k has rows `start[k]:stop[k]` of the compact samples."""
 
     start: list[int]
     stop: list[int]
-    rows: list[Tensor]  # which sequences are active; none when all N are
-    dense: bool
-    save: bool  # keep the trace of every step, else only the last
+    rows: list[Tensor]  # the active sequences of each step; empty if dense
+    dense: bool  # all N sequences are active at all steps
+    save: bool  # keep the trace of every step, not only of the last
 
 
 class Recurrence(NamedTuple):
-    """The weights of the recurrent part, in the dtype of the products, and which nonlinearity an RNN has."""
+    """The weights of the recurrent part, in the dtype of the products, and the nonlinearity of an RNN."""
 
     weight: Tensor  # [G*H, P]
-    bias: Tensor  # [G*H], where a recurrent part stays apart: elsewhere the input part holds it
+    bias: Tensor  # [G*H], used by cells with a separate recurrent part; otherwise the input part includes it
     projection: Tensor | None  # [P, H]
     relu: bool
 
@@ -123,7 +123,7 @@ def _normalize(pre: Tensor, norm: Norm, kept: Kept, start: int) -> Tensor:
 
 
 def _normalize_backward(grad: Tensor, norm: Norm, kept: Kept, start: int) -> Tensor:
-    """Gradient of the pre-activations for `grad` [n, k*H] at row `start`; adds up those of the affine map."""
+    """Gradient of the pre-activations from `grad` [n, k*H] at row `start`; accumulates those of the affine map."""
     if norm.kind == "none":
         return grad
     stop = start + grad.size(0)
@@ -164,10 +164,10 @@ def _normalize_backward(grad: Tensor, norm: Norm, kept: Kept, start: int) -> Ten
 class Masks(NamedTuple):
     """Dropout inside the recurrence, and where sequences begin."""
 
-    recurrent: Tensor | None  # [N, P], multiplied to the h that enters the recurrent product
-    zoneout_h: Tensor | None  # [S, P], how much of the old state stays
+    recurrent: Tensor | None  # [N, P], factor of h in the recurrent product
+    zoneout_h: Tensor | None  # [S, P], share of the old state that is kept
     zoneout_c: Tensor | None  # [S, H]
-    reset: Tensor | None  # [S, 1] bool, the state before the step is zero
+    reset: Tensor | None  # [S, 1] bool, true if the state before the step is zero
 
 
 def _gather(state: Tensor, steps: Steps, k: int) -> Tensor:
@@ -183,12 +183,12 @@ def _before(state: Tensor, steps: Steps, k: int, reset: Tensor | None) -> Tensor
 
 
 def _entering(h: Tensor, steps: Steps, k: int, mask: Tensor | None) -> Tensor:
-    """The h that enters the recurrent product of step k; in the backward, of its gradient that of h."""
+    """h as it enters the recurrent product of step k; in the backward pass, the gradient of h from that product's."""
     return h if mask is None else h * _gather(mask, steps, k)
 
 
 def _zoned(new: Tensor, old: Tensor, stays: Tensor | None, start: int, stop: int) -> Tensor:
-    """A state after zoneout; its gradient passes to `new` by `_to_new` and to `old` by `_to_old`."""
+    """A state after zoneout. `_to_new` and `_to_old` give the gradients of `new` and `old`."""
     if stays is None:
         return new
     share = stays[start:stop]
@@ -200,7 +200,7 @@ def _to_new(grad: Tensor, stays: Tensor | None, start: int, stop: int) -> Tensor
 
 
 def _to_old(through: Tensor, grad: Tensor, stays: Tensor | None, masks: Masks, start: int, stop: int) -> Tensor:
-    """The gradient of the state before a step: `through` the step, and past it where zoneout kept the old one."""
+    """The gradient of the state before a step: `through` the step and, with zoneout, past it."""
     if stays is not None:
         through = through + grad * stays[start:stop]
     reset = masks.reset
@@ -241,7 +241,7 @@ def _lstm(
     masks: Masks,
     y: Tensor,
 ) -> list[Tensor]:
-    """All steps: writes the output `y` [S, P], `trace` and `kepts`, returns the last states. So do the other cells."""
+    """Run all steps: write the output `y` [S, P], `trace` and `kepts`; return the last states. Other cells likewise."""
     h, c = states[0], states[1]
     weight, projection = recurrence.weight.t(), recurrence.projection
     H = c.size(1)
@@ -335,8 +335,8 @@ def _lstm_backward(
     masks: Masks,
     parts: list[Tensor],
 ) -> list[Tensor]:
-    """All steps, last first. Writes `parts`, the gradients of the input part, the recurrent part [S, G*H] (the same
-    tensor but for a GRU) and the hidden values [S, P]; returns those of the first states. So do the other cells.
+    """Run all steps, last first: write `parts`, the gradients of the input part, the recurrent part [S, G*H] (the same
+    tensor except for a GRU) and the hidden values [S, P]; return those of the initial states. Other cells likewise.
     """
     grad_h, grad_c = grads[0], grads[1]
     projection = recurrence.projection
@@ -440,13 +440,13 @@ _LOOPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     with warnings.catch_warnings():
-        # torch 2.13 deprecates TorchScript as a whole; it is this backend's purpose.
+        # torch 2.13 deprecates TorchScript as a whole; this backend is written in it.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
         return torch.jit.script(function)
 
 
 def _walk(o: Operands, spec: CallSpec, save: bool) -> tuple[Steps, Tensor | None]:
-    """The steps in processing order, and which rows of the padded [T*N] samples are real (None: all)."""
+    """The steps in processing order, and the rows of the padded [T*N] samples that are real (None: all)."""
     T, N, _ = o.x.shape
     if o.lengths is None or bool((o.lengths == T).all()):
         order = range(T)[:: -1 if spec.reverse else 1]
@@ -466,21 +466,21 @@ def _real_rows(tensor: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _masks(o: Operands, real: Tensor | None) -> Masks:
-    """The masks with the samples in the order of the loop; those of a recurrent product stay by sequence."""
+    """The masks, by sample in the order of the loop; the recurrent mask stays by sequence."""
     zoneout_h, zoneout_c = (None if stays is None else _real_rows(stays, real) for stays in (o.zoneout_h, o.zoneout_c))
     reset = None if o.reset is None else _real_rows(o.reset.unsqueeze(2), real)
     return Masks(o.recurrent_mask, zoneout_h, zoneout_c, reset)
 
 
 def _norm(o: Operands, spec: CallSpec, prefix: str, on: bool, backward: bool) -> Norm:
-    """The normalization with that prefix, on copies of its streams."""
+    """The normalization with that prefix, on copies of its running statistics."""
     wide, N = statistics_dtype(o.x.dtype), o.x.size(1)
     empty = torch.empty(0, dtype=wide, device=o.x.device)
     parts: dict[str, Any] = {"weight": getattr(o, f"{prefix}_scale"), "bias": getattr(o, f"{prefix}_shift")}
     parts = {name: None if value is None else value.to(wide) for name, value in parts.items()}
     for name in ("mean", "var", "u", "v"):
-        stream = getattr(o, f"{prefix}_{name}")
-        parts[name] = empty if stream is None else stream.clone()
+        statistic = getattr(o, f"{prefix}_{name}")
+        parts[name] = empty if statistic is None else statistic.clone()
     weights = empty
     if on and spec.controlled:
         weights = (
@@ -508,7 +508,7 @@ def _columns(values: Tensor, first: int, last: int, gates: int) -> Tensor:
 
 
 def _by_part(spec: CallSpec, values: tuple[Any, Any], narrow: Callable[[Any, int, int, int], Any]) -> list[Any]:
-    """What each normalization of a step works on: `values` of the gates normalized together, then of the cell state."""
+    """The `values` for each normalization of a step: of the gates normalized together, then of the cell state."""
     parts = [narrow(values[0], first, last, spec.gates) for first, last in spec.declared.together]
     return [*parts, values[1]]
 
@@ -530,7 +530,7 @@ def _narrow_kept(kept: Kept, first: int, last: int, gates: int) -> Kept:
 
 
 def _slabs(o: Operands, spec: CallSpec, save: bool) -> list[Tensor]:
-    """Room for the trace and what both norms keep, in the statistics dtype; of one step where nothing is saved."""
+    """Memory for the trace and what both norms keep, in the statistics dtype; for one step if nothing is saved."""
     S, N, C, P, G = o.x.size(0) * o.x.size(1), o.x.size(1), o.weight_ih.size(0), o.h.size(1), spec.gates
     H = C // G
 
@@ -554,7 +554,7 @@ def _recurrence(o: Operands, spec: CallSpec) -> Recurrence:
 
 
 def _input_part(samples: Tensor, o: Operands, spec: CallSpec, out: Tensor) -> None:
-    """`samples @ W + b` [S, G*H] into `out`, and the recurrent bias where that is not inside a gate's product."""
+    """Write `samples @ W + b` [S, G*H] to `out`, plus the recurrent bias if no recurrent part is separate."""
     if samples.dtype == out.dtype:
         torch.mm(samples, o.weight_ih.t(), out=out)
     else:
@@ -579,7 +579,7 @@ class Scripted:
     linear_cross_entropy = staticmethod(chunked.linear_cross_entropy)
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
-        return None if dtype.is_floating_point else f"it computes in floating point, not in {dtype}"
+        return None if dtype.is_floating_point else f"it supports floating-point dtypes only; got {dtype}"
 
     def saved_like(self, operands: Operands, spec: CallSpec) -> list[Tensor]:
         return _slabs(operands, spec, save=True)

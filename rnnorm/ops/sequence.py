@@ -1,8 +1,8 @@
 """The operator `rnnorm::sequence`: a recurrent layer and direction over a whole sequence.
 
-The forward operators are functional: new statistics are returned, and the module copies them into its buffers. The
-backward operator moves u and v in place. The operators behind the public one name the backend that runs; the public one
-holds what the user asked for, `"auto"` or a name, and chooses when it runs.
+The forward operators are functional: they return new statistics, which the module copies to its buffers. The backward
+operator updates u and v in place. The public operator takes the user's choice of backend, `"auto"` or a name, and
+resolves it when it runs; the operators behind it take the name of the backend that was chosen.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _REQUIRED = ("x", "h", "weight_ih", "weight_hh")
 def _operands_schema(mutable: Sequence[str] = ()) -> str:
     def kind(name: str) -> str:
         if name in mutable:
-            # Never None: torch's modes look at every tensor that an operator writes.
+            # Never None: torch's modes inspect every tensor that an operator writes.
             return f"Tensor({chr(97 + mutable.index(name))}!) {name}"
         return f"Tensor{'' if name in _REQUIRED else '?'} {name}"
 
@@ -54,14 +54,14 @@ def _forward(backend: Backend, operands: Operands, spec: CallSpec, save: bool) -
     if operands.lengths is not None and saved:
         rows, used = operands.x.size(0) * operands.x.size(1), int(operands.lengths.sum())
         for kept in saved:
-            # Padding leaves rows over, and no result may depend on what memory held.
+            # Padding leaves rows unused; results must not depend on uninitialized memory.
             if kept.size(0) == rows:
                 kept[used:].zero_()
     return _finite_statistics(results, operands) if spec.controlled else results, saved
 
 
 def _finite_statistics(results: Results, operands: Operands) -> Results:
-    """`results` with the statistics of before where any of those after is not finite."""
+    """`results`, with the statistics before the call if any statistic after it is not finite."""
     names = [name for name in _STATISTICS if getattr(operands, name) is not None]
     before, after = ([getattr(held, name) for name in names] for held in (operands, results))
     kept: dict[str, Any] = dict(zip(names, library.finite_or(before, after), strict=True))
@@ -75,7 +75,7 @@ def _plain(*args: Any) -> Results:
 
 def _plain_fake(*args: Any) -> Results:
     operands, spec = _unpack(args)
-    _chosen(operands, spec)  # a named backend that cannot run raises already while a graph is made
+    _chosen(operands, spec)  # a named backend that cannot run raises while the graph is captured
     return results_like(operands, spec)
 
 
@@ -165,7 +165,7 @@ def _backward_fake(
 sequence_backward = library.operator(
     "sequence_backward",
     f"(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor[] saved, bool need_input, bool need_weights, "
-    # One by one: operators that move their arguments and return a list cannot be made functional for torch.compile.
+    # Not as a list: torch.compile cannot functionalize operators that mutate arguments and return a list.
     f"{_operands_schema(MOVED_IN_BACKWARD)}, {_SPEC_SCHEMA}) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
     _backward_kernel,
     _backward_fake,
@@ -173,7 +173,7 @@ sequence_backward = library.operator(
 
 
 class _Sequence(torch.autograd.Function):
-    """A call that is recorded for a backward pass, on the backend that is chosen now."""
+    """A recorded call; the backend is chosen in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, spec: CallSpec, *args: Any) -> tuple[Tensor, ...]:
@@ -185,11 +185,11 @@ class _Sequence(torch.autograd.Function):
         else:
             *results, saved = sequence_saving(*operands, *spec)
         ctx.save_for_backward(*operands[: len(SAVED)], *saved)
-        # u and v are moved on purpose between forward and backward: autograd's version check must not see them.
+        # Not saved through autograd, which would reject the updates of u and v between forward and backward.
         ctx.buffers = operands[len(SAVED) :]
         ctx.spec = spec
         ctx.spent = False
-        # Nobody asks for gradients of the statistics: zeros for them would cost memory.
+        # Zeros for the unused gradients of the statistics would cost memory.
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[3:])
         return tuple(results)
@@ -198,7 +198,7 @@ class _Sequence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         spec: CallSpec = ctx.spec
         library.begin_backward(ctx, grads, spec.controlled, not spec.controlled or spec.constants.alpha_bwd == 1)
-        kept = ctx.saved_tensors  # read once: non-reentrant checkpointing unpacks by the reading
+        kept = ctx.saved_tensors  # read once: non-reentrant checkpointing unpacks at each read
         operands = Operands._make((*kept[: len(SAVED)], *ctx.buffers))
         saved = kept[len(SAVED) :]
         needed = dict(zip(DIFFERENTIABLE, ctx.needs_input_grad[1:], strict=False))
@@ -216,7 +216,7 @@ class _Sequence(torch.autograd.Function):
 
 
 def run(operands: Operands, spec: CallSpec) -> Results:
-    """`rnnorm::sequence`, by the shortest way."""
+    """Call `rnnorm::sequence`, without the dispatcher if nothing observes the call."""
     library.refuse_transforms(operands)
     if not library.is_unobserved(operands):
         return Results(*sequence(*operands, *spec))

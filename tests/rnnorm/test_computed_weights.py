@@ -128,7 +128,7 @@ def test_a_parametrized_weight_is_computed_once_a_call(kind: str, training: bool
 def test_torchscript_refuses_them_and_moves_nothing(kind: str, way: str) -> None:
     module = _made(getattr(rnnorm, kind), way)
     before = _state(module)
-    with pytest.raises(TypeError, match=r"needs weight_ih.* to be a parameter; it is computed; remove its"):
+    with pytest.raises(TypeError, match=r"weight_ih.* must be a parameter .*; got a computed weight; remove its"):
         torch.jit.script(module)
     torch.testing.assert_close(_state(module), before, rtol=0, atol=0)
 
@@ -171,5 +171,5 @@ def test_conversions_that_cannot_be_say_why() -> None:
         rnnorm.LSTM.from_torch(layer, proj_size=2)
     assert rnnorm.LSTM.from_torch(layer, hidden_size=H, batch_first=True).batch_first
     layer.register_parameter("peephole", nn.Parameter(torch.zeros(H)))
-    with pytest.raises(ValueError, match="LSTM must hold the weights of its kind only; got peephole; remove it"):
+    with pytest.raises(ValueError, match="of a LSTM must be those of its class; got peephole; remove it"):
         rnnorm.LSTM.from_torch(layer)

@@ -76,7 +76,7 @@ def test_a_group_is_its_own(tmp_path: Path) -> None:
     assert outside == [
         0.0,
         1.0,
-        "average_running_stats must be called by the processes of its group; this one is not in it",
+        "average_running_stats must be called by processes of its group; got a process outside it",
     ]
 
 

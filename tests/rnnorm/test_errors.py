@@ -1,4 +1,4 @@
-"""Every bad argument has one clear error: what must hold, what came, what to do."""
+"""Every bad argument has one clear error: what was expected, what was got, how to fix it."""
 
 import re
 from collections.abc import Callable
@@ -34,9 +34,9 @@ _CONSTRUCTION: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: _lstm(norm=None), ValueError, "norm must be one of .*; got None"),
     (lambda: _lstm(norm=norms.Online), ValueError, "norm must be one of .*; got <class"),
     (lambda: _lstm(backend="cuddn"), ValueError, "backend must be one of 'auto', .*'scripted', .*; got 'cuddn'"),
-    (lambda: _lstm(cell_norm=True, norm="none"), ValueError, "cell_norm=True needs a normalization; got norm='none'"),
-    (lambda: rnnorm.GRU(3, 4, cell_norm=True), TypeError, "cell_norm"),
-    (lambda: rnnorm.GRU(3, 4, proj_size=2), TypeError, "proj_size"),
+    (lambda: _lstm(cell_norm=True, norm="none"), ValueError, "cell_norm must be False with norm='none'; got True"),
+    (lambda: rnnorm.GRU(3, 4, cell_norm=True), TypeError, "cell_norm must be False .* without a state c; got True"),
+    (lambda: rnnorm.GRU(3, 4, proj_size=2), TypeError, "options of GRU must be among norm, .*; got 'proj_size'"),
     (lambda: _lstm(proj_size=4), ValueError, r"proj_size must be an int in \[0, hidden_size=4\); got 4"),
     (lambda: _lstm(proj_size=-1), ValueError, "proj_size must be an int"),
     (lambda: _lstm(proj_size=True), ValueError, "proj_size must be an int .*; got True"),
@@ -55,7 +55,7 @@ _CONSTRUCTION: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: norms.Online(alpha_fwd=float("nan")), ValueError, r"alpha_fwd must lie in \(0, 1\]; got nan"),
     (lambda: norms.Online(alpha_fwd="0.9"), TypeError, "alpha_fwd must be a number; got '0.9' of type str"),
     (lambda: norms.Online(guard="clip"), ValueError, "guard must be one of 'none', 'scale', 'clamp'; got 'clip'"),
-    (lambda: norms.Online(control_floor=1), ValueError, "control_floor must be less than 1; got 1; -inf is none"),
+    (lambda: norms.Online(control_floor=1), ValueError, "control_floor must be less than 1; got 1; -inf sets no"),
     (lambda: norms.Online(control_floor=float("nan")), ValueError, "control_floor must be less than 1; got nan"),
     (lambda: norms.Online(control_floor=None), TypeError, "control_floor must be a number; got None"),
     (lambda: norms.Online(eps=0), ValueError, "eps must be greater than 0; got 0"),
@@ -65,9 +65,9 @@ _CONSTRUCTION: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: rnnorm.OnlineNorm(3, alpha_fwd=2), ValueError, r"alpha_fwd must lie in \(0, 1\]"),
     (lambda: rnnorm.OnlineNorm(3, guard="relu"), ValueError, "guard must be one of"),
     (lambda: rnnorm.OnlineNorm(3, eps=-1), ValueError, "eps must be greater than 0"),
-    (lambda: rnnorm.LSTM.from_torch(nn.GRU(3, 4)), TypeError, "LSTM.from_torch needs a torch.nn.LSTM; got GRU"),
-    (lambda: rnnorm.RNN.from_torch(nn.Linear(3, 4)), TypeError, "RNN.from_torch needs a torch.nn.RNN; got Linear"),
-    (lambda: _lstm().to_torch(), ValueError, "to_torch needs norm='none': torch.nn.LSTM cannot normalize; got Online"),
+    (lambda: rnnorm.LSTM.from_torch(nn.GRU(3, 4)), TypeError, "layer must be a torch.nn.LSTM for LSTM.*; got GRU"),
+    (lambda: rnnorm.RNN.from_torch(nn.Linear(3, 4)), TypeError, "layer must be a torch.nn.RNN for RNN.*; got Linear"),
+    (lambda: _lstm().to_torch(), ValueError, "norm must be 'none' for to_torch: torch.nn.LSTM .*; got Online"),
 ]
 _CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
@@ -121,7 +121,7 @@ _CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "lengths must be integers; got torch.bool",
     ),
-    (lambda: _lstm()(_PACKED, lengths=[5, 3]), ValueError, "lengths= must be left out with a PackedSequence"),
+    (lambda: _lstm()(_PACKED, lengths=[5, 3]), ValueError, "lengths must be None for a PackedSequence"),
     (lambda: _lstm()(_PACKED._replace(data=_X)), ValueError, r"must have 2 dimensions; got shape \(5, 2, 3\)"),
     (lambda: _lstm()(_PACKED, _state(1, 3, 4)), ValueError, r"= \(1, 2, 4\); got \(1, 3, 4\)"),
     (lambda: rnnorm.LSTMCell(3, 4)(_X), ValueError, r"input must have shape \(N, I\) or \(I,\); got \(5, 2, 3\)"),
@@ -149,7 +149,7 @@ _CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: rnnorm.OnlineNorm(3)(torch.zeros(5, 3).long()),
         ValueError,
-        "must suit the statistics' dtype torch.float32",
+        "must have a dtype for statistics in torch.float32",
     ),
     (lambda: rnnorm.OnlineNorm(3)(torch.zeros(5, 3).double()), ValueError, "got torch.float64; convert one"),
     (lambda: rnnorm.OnlineNorm(3)(torch.zeros(5, 3, device="meta")), ValueError, "device cpu; got meta; move one"),
@@ -164,7 +164,7 @@ def test_refusal(call: Callable[[], Any], kind: type[Exception], text: str) -> N
         call()
 
 
-def test_refusal_moves_no_stream() -> None:
+def test_refused_call_leaves_the_statistics_unchanged() -> None:
     layer = _lstm()
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     for arguments in ({"lengths": [5, 0]}, {"hx": _state(1, 3, 4)}):

@@ -72,7 +72,12 @@ def test_public_names() -> None:
     assert all(hasattr(rnnorm, name) for name in rnnorm.__all__)
 
 
+def test_options_are_documented_in_lstm() -> None:
+    for name in rnnorm.Options.__annotations__:
+        assert f"\n        {name}: " in str(rnnorm.LSTM.__doc__)
+
+
 def test_backends_of_what_is_not_here() -> None:
     if not torch.cuda.is_available():
-        assert all("there is no device cuda here" in str(reason) for reason in rnnorm.backends("cuda").values())
+        assert all("device cuda is not available" in str(reason) for reason in rnnorm.backends("cuda").values())
     assert all(reason is not None for reason in rnnorm.backends(dtype=torch.int64).values())

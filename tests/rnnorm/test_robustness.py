@@ -413,7 +413,7 @@ def test_half_a_pair_of_parameters_is_refused(backend: str, pair: tuple[str, ...
     for name in pair:
         layer = _make(backend=backend)
         setattr(layer, name + "_l0", None)
-        with pytest.raises(ValueError, match="must both be there or both be None"):
+        with pytest.raises(ValueError, match="must both be tensors or both None; got one of each"):
             layer(torch.randn(5, 2, 3))
 
 

@@ -185,7 +185,7 @@ def test_from_torch_with_a_norm_starts_it_afresh(name: str) -> None:
     assert torch.equal(ours.weight_hh_l0, theirs.weight_hh_l0)
     assert ours.norm_scale_l0.eq(1).all()
     assert ours.norm_var_l0.eq(1).all()
-    with pytest.raises(ValueError, match=r"to_torch needs norm='none'.*cannot normalize; got Online"):
+    with pytest.raises(ValueError, match=r"norm must be 'none' for to_torch.*; got Online"):
         ours.to_torch()
 
 
@@ -257,7 +257,7 @@ def test_subclasses_convert() -> None:
     ours = Mine.from_torch(theirs, norm="none", dtype=torch.float32)
     assert (type(ours), ours.weight_ih_l0.dtype, ours.weight_hh_l0.requires_grad) == (Mine, torch.float32, False)
     assert type(ours.to_torch()) is nn.GRU
-    with pytest.raises(TypeError, match=r"Mine.from_torch needs a torch.nn.GRU; got LSTM"):
+    with pytest.raises(TypeError, match=r"must be a torch.nn.GRU for Mine.from_torch; got LSTM"):
         Mine.from_torch(nn.LSTM(I, H))
 
 

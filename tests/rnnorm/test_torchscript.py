@@ -33,7 +33,7 @@ _TENSOR_ERROR = torch.jit.Error
 
 
 def _record(module: Any, layer: Any, case: cases.Case, backward: bool = True) -> dict[str, Tensor]:
-    """Two windows with carried state: outputs, gradients, streams."""
+    """Two windows with carried state: outputs, gradients, running statistics."""
     generator = torch.Generator().manual_seed(3)
     lengths = None if case.lengths is None else torch.tensor(case.lengths)
     found: dict[str, Tensor] = {}
@@ -213,7 +213,9 @@ def test_half_precision_input_is_widened() -> None:
 
 
 def test_reference_is_refused() -> None:
-    with pytest.raises(BackendUnavailable, match="backend 'reference' cannot run under TorchScript: it is no operator"):
+    with pytest.raises(
+        BackendUnavailable, match="backend 'reference' cannot run under TorchScript: it is not an operator"
+    ):
         torch.jit.script(rnnorm.LSTM(3, 4, backend="reference"))
 
 
@@ -222,7 +224,7 @@ def test_subclass_with_its_own_forward_is_refused() -> None:
         def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(input)[0]
 
-    with pytest.raises(TypeError, match=r"needs rnnorm's own forward; got Own.* hold the layer as a member"):
+    with pytest.raises(TypeError, match=r"forward must be rnnorm's own .*; got Own.* hold the layer as a member"):
         torch.jit.script(Own(3, 4))
 
 
@@ -233,7 +235,7 @@ def test_computed_weights_are_refused() -> None:
 
     layer = rnnorm.LSTM(3, 4)
     nn.utils.parametrize.register_parametrization(layer, "norm_scale_l0", Doubled())
-    with pytest.raises(TypeError, match="needs norm_scale_l0 to be a parameter; it is computed"):
+    with pytest.raises(TypeError, match=r"norm_scale_l0 must be a parameter .*; got a computed weight"):
         torch.jit.script(layer)
 
 
@@ -242,7 +244,7 @@ def test_bad_input_is_refused() -> None:
     x = torch.randn(5, 2, 3)
     for arguments, text in [
         ((torch.randn(5),), "input must have 3 dimensions"),
-        ((torch.randn(5, 2, 7),), "input must hold a step and have input_size = 3"),
+        ((torch.randn(5, 2, 7),), "input must have T > 0 steps of input_size = 3"),
         ((x.float(),), "input must have the weights' dtype"),
         ((x, (torch.zeros(1, 2, 4), torch.zeros(1, 3, 4))), "the state c must have shape"),
         ((x, None, torch.tensor([5, 6])), "lengths must lie in 1..T = 1..5"),
