@@ -73,6 +73,8 @@ class RunningStatsModule(nn.Module):
             for buffer in buffers:
                 buffer.fill_(STATISTICS[kind])
 
+    reset_streams = reset_running_stats  # its name in version 0.1
+
 
 class Options(TypedDict, total=False):
     """The keyword arguments that layers and cells share. `LSTM` documents them."""

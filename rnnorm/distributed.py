@@ -45,6 +45,9 @@ def average_running_stats(module: nn.Module, group: "dist.ProcessGroup | None" =
             buffer.copy_(part)
 
 
+average_streams = average_running_stats  # its name in version 0.1
+
+
 def _running_stats(module: nn.Module) -> dict[str, list[Tensor]]:
     """The module's running statistics by kind, in the same order for each kind."""
     found: dict[str, list[Tensor]] = {"mean": [], "var": [], "u": [], "v": []}

@@ -1,6 +1,7 @@
 """Layers and cells under `torch.jit.script`: equal to eager in every option, saved, loaded elsewhere, trained."""
 
 import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,7 @@ def test_scripting_a_parent_leaves_it_as_it_was() -> None:
     packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 3]))
     assert isinstance(model.rnn(packed)[0], nn.utils.rnn.PackedSequence)
     model.rnn(torch.randn(5, 2, 3), lengths=[2, 5])
+    assert isinstance(pickle.loads(pickle.dumps(model)).rnn, type(model.rnn))
     twin = copy.deepcopy(model)
     assert twin.rnn.weight_hh_l0.data_ptr() != model.rnn.weight_hh_l0.data_ptr()
     ids, lengths = torch.randint(11, (5, 2)), torch.tensor([5, 3])
