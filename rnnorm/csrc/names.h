@@ -1,5 +1,5 @@
 // The lists of names that Python and C++ share; that of the cells is in cpu/cells.h. The operator rnnorm_cpu::names returns
-// all of them, and a test compares names and order with Python's.
+// all lists, and a test compares names and order with Python's.
 #pragma once
 
 #include <c10/util/Exception.h>

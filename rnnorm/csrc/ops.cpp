@@ -1,4 +1,4 @@
-// The CPU operators: schemas and kernels. A call's operands are checked here and its type is chosen.
+// The CPU operators: schemas and kernels. Operands are checked and the type is chosen here.
 #include <torch/library.h>
 
 #include <optional>

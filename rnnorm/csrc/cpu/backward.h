@@ -16,9 +16,9 @@ struct Backward : Pass<T> {
 
   States<T> h, c;
   Tensor grad_y, grad_h, grad_c;             // [S, P] or undefined, [N, P], [N, H]; the last two updated in place
-  Tensor grad_input_part, grad_hidden_part;  // [S, C]; the same tensor unless a recurrent part stays apart
+  Tensor grad_input_part, grad_hidden_part;  // [S, C]; the same tensor unless a recurrent part is separate
   Tensor grad_hidden, projected;             // with a projection: [S, P], [S, H]
-  Tensor entered;                            // [S, P] h as it entered the recurrent product, where that is not h itself
+  Tensor entered;                            // [S, P] h as it entered the recurrent product, if that differs from h
   Tensor grad_affine, grad_cell_affine;      // [2, C], [2, H]
   Tensor grad_x, grad_weight_ih, grad_weight_hh, grad_weight_hr, grad_bias_ih, grad_bias_hh;
   bool need_input, need_weights;
@@ -83,19 +83,19 @@ struct Backward : Pass<T> {
     if (projected.defined()) projection.pack_columns(get(Operand::weight_hr) + units.begin, H);
 
     // This thread's part of a step: gradients of h (own outputs), of the projection's input (own units), of pre-activations, and
-    // of h past its product. Copies, since rows that threads share would suffer false sharing.
+    // of h other than through its product. Copies, since shared rows would cause false sharing.
     std::vector<T> dh(N * p), d_out(projected.defined() ? N * u : 0), q(N * G * u), grads(N * G * u), dc(N * u);
     std::vector<T> direct(Chosen::reads_h ? N * u : 0);
     std::vector<T> later = own_columns(grad_h, outputs), carried = own_columns(grad_c, units);  // by sequence
     T* const new_c = get(this->stays_c.defined() ? Kept::cell_new : Kept::cell_state);
-    // What zoneout leads past the step, by row: gradients of h (own outputs) and of c (own units).
+    // Gradients that bypass the step by zoneout, by row: of h (own outputs) and of c (own units).
     std::vector<T> past_h(this->stays_h.defined() ? N * p : 0), past_c(this->stays_c.defined() ? N * u : 0);
     for (size_t k = walk.steps.size(); k-- > 0;) {
       const Step step = walk.steps[k];
       if (step.count == 0) continue;
       gradient_of_output(step, outputs, later, dh);
-      lead_past(step, outputs, this->stays_h, past_h, [&](int64_t i) { return &dh[i * p]; });
-      lead_past(step, units, this->stays_c, past_c, [&](int64_t i) { return &carried[walk.row[step.first + i] * u]; });
+      split_zoneout(step, outputs, this->stays_h, past_h, [&](int64_t i) { return &dh[i * p]; });
+      split_zoneout(step, units, this->stays_c, past_c, [&](int64_t i) { return &carried[walk.row[step.first + i] * u]; });
       if (projected.defined()) {
         for (int64_t i = 0; i < step.count; ++i)
           std::copy_n(&dh[i * p], p, grad_hidden.data_ptr<T>() + (step.first + i) * P + outputs.begin);
@@ -119,7 +119,7 @@ struct Backward : Pass<T> {
         store(at, grad_hidden_part, bias_hh);
       }
       team.wait();
-      // Own columns of the gradient of h before the step; written to its rows directly if all of them are active.
+      // Own columns of the gradient of h before the step; written in place if all rows are active.
       const T* parts = grad_hidden_part.data_ptr<T>() + step.first * C;
       const bool in_place = this->enters_as_it_is() && !this->stays_h.defined() && !Chosen::reads_h;
       recurrent.multiply(gemm, step.count, parts, C, in_place ? later.data() : dh.data(), p, false);
@@ -139,7 +139,7 @@ struct Backward : Pass<T> {
     gemm.release();
   }
 
-  // If the forward pass ran with another number of threads, rearrange what it kept into these threads' blocks.
+  // If the forward pass ran with another number of threads, rearrange the kept tensors into these threads' blocks.
   void take_over(int threads) {
     int64_t& partition = *kept[Kept::partition].template data_ptr<int64_t>();
     const int from = static_cast<int>(partition);
@@ -171,7 +171,7 @@ struct Backward : Pass<T> {
       std::copy_n(own.data() + n * columns.size(), columns.size(), tensor.data_ptr<T>() + n * tensor.size(1) + columns.begin);
   }
 
-  // dh [count, columns]: the sum of what later steps and y give.
+  // dh [count, columns]: the sum of the gradients from later steps and from y.
   void gradient_of_output(const Step& step, Range columns, const std::vector<T>& later, std::vector<T>& dh) const {
     const T* dy = pointer<T>(grad_y);
     const int64_t p = columns.size();
@@ -182,9 +182,9 @@ struct Backward : Pass<T> {
     }
   }
 
-  // Split the gradient of a state after zoneout: the old state's part goes to `past`, the new one's stays in `rows`.
+  // Split the gradient of a state after zoneout: the old state's part is written to `past`, the new one's remains in `rows`.
   template <typename Row>
-  void lead_past(const Step& step, Range columns, const Tensor& stays, std::vector<T>& past, const Row& rows) const {
+  void split_zoneout(const Step& step, Range columns, const Tensor& stays, std::vector<T>& past, const Row& rows) const {
     if (!stays.defined()) return;
     const int64_t n = columns.size(), width = stays.size(-1);
     for (int64_t i = 0; i < step.count; ++i) {
@@ -199,8 +199,8 @@ struct Backward : Pass<T> {
     }
   }
 
-  // Scatter the gradient of h before the step to its rows: that through the product, what the step left in `direct`, and
-  // what zoneout led past it.
+  // Write the gradient of h before the step to its rows: the sum of those through the product, through the step itself
+  // (`direct`) and past it by zoneout (`past`).
   void finish_h(const Step& step, Range outputs, const std::vector<T>& dh, const T* direct, const std::vector<T>& past,
                 std::vector<T>& later) const {
     const int64_t p = outputs.size();
@@ -223,7 +223,7 @@ struct Backward : Pass<T> {
     }
   }
 
-  // The same for c, whose gradient through the step is in its place.
+  // The same for c, whose gradient through the step is in `carried` already.
   void finish_c(const Step& step, int64_t u, const std::vector<T>& past, std::vector<T>& carried) const {
     if (past.empty() && !call.has(Operand::reset)) return;
     for (int64_t i = 0; i < step.count; ++i) {
@@ -236,7 +236,7 @@ struct Backward : Pass<T> {
     }
   }
 
-  // Copy a step's gradients of pre-activations to `parts` [S, C], and add them to the biases' `sums` [G, units].
+  // Copy a step's gradients of pre-activations to `parts` [S, C], and add them to `sums` [G, units], the gradients of a bias.
   template <Kind kind>
   void store(const BackwardStep<T, kind>& at, const Tensor& parts, T* sums) const {
     const int64_t u = at.units();
@@ -319,7 +319,7 @@ struct Backward : Pass<T> {
     multiply_transposed(id, threads, grad_hidden, {outputs});
   }
 
-  // In the order of rnnorm.ops.call.DIFFERENTIABLE; empty where it does not apply.
+  // In the order of rnnorm.ops.call.DIFFERENTIABLE; empty tensors where they do not apply.
   std::vector<Tensor> results() {
     if (need_input && !walk.dense) {
       const Tensor compact = grad_x;

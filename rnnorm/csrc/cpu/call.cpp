@@ -25,7 +25,7 @@ Options::Options(std::string_view cell, std::string_view norm, std::string_view 
   TORCH_CHECK(this->guard == Guard::none || kind == Kind::online, "rnnorm: guard must be none with norm ", norm, "; got ",
               guard);
   TORCH_CHECK(!cell_norm || (traits[index(this->cell)].has_c && kind != Kind::none),
-              "rnnorm: cell_norm must be false with cell ", cell, " and norm ", norm);
+              "rnnorm: cell_norm must be false with cell ", cell, " and norm ", norm, "; got true");
   check_threads(threads);
 }
 
@@ -34,7 +34,7 @@ namespace {
 at::ScalarType dtype_of(const Tensors& operands) {
   check_count(operands.size(), Table<Operand>::size, "operands");
   const std::optional<Tensor> x = operands.get(index(Operand::x));
-  TORCH_CHECK(x, "rnnorm: operand x is missing");
+  TORCH_CHECK(x, "rnnorm: operand x must be a tensor; got None");
   return x->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
@@ -51,7 +51,7 @@ Call::Call(const Tensors& operands, const Options& options)
       }()),
       walk(check_operands()) {}
 
-// Raises for wrong operands, before anything is read through their pointers.
+// Raises for invalid operands, before anything is read through their pointers.
 Walk Call::check_operands() {
   for (size_t k = 0; k < tensors.size; ++k) {
     const Operand which = static_cast<Operand>(k);
@@ -89,8 +89,8 @@ Walk Call::check_operands() {
   together(Operand::cell_norm_scale, Operand::cell_norm_shift);
   if (cell.has_c) needed({Operand::c});
   for (Operand which : {Operand::c, Operand::weight_hr, Operand::zoneout_c})
-    TORCH_CHECK(cell.has_c || !has(which), "rnnorm: operand ", name_of(which), " must be left out with cell ",
-                name_of(options.cell));
+    TORCH_CHECK(cell.has_c || !has(which), "rnnorm: operand ", name_of(which), " must be None with cell ",
+                name_of(options.cell), "; got a tensor");
   if (options.kind == Kind::online) {
     needed({Operand::norm_mean, Operand::norm_var});
     if (options.training) needed({Operand::norm_u, Operand::norm_v});
@@ -102,7 +102,7 @@ Walk Call::check_operands() {
 
 Tensor Call::ready(const Tensor& tensor, const char* role, std::string_view name) const {
   check_memory(tensor, {role, name});
-  TORCH_CHECK(tensor.is_floating_point(), Label{role, name}, " must be of floating point; got dtype ", tensor.scalar_type());
+  TORCH_CHECK(tensor.is_floating_point(), Label{role, name}, " must have a floating-point dtype; got ", tensor.scalar_type());
   return tensor.to(dtype).contiguous();
 }
 
@@ -137,19 +137,19 @@ at::DimVector Call::shape(Operand which) const {
 }
 
 void Call::needed(std::initializer_list<Operand> all) const {
-  for (Operand which : all) TORCH_CHECK(has(which), "rnnorm: operand ", name_of(which), " is missing");
+  for (Operand which : all) TORCH_CHECK(has(which), "rnnorm: operand ", name_of(which), " must be a tensor; got None");
 }
 
 void Call::together(Operand one, Operand other) const {
   TORCH_CHECK(has(one) == has(other), "rnnorm: operands ", name_of(one), " and ", name_of(other),
-              " must be given together; got one of them");
+              " must both be tensors or both None; got one of each");
 }
 
 // Shape [0] if it does not apply.
 at::DimVector Call::shape(Kept which) const {
   const bool normed = options.kind != Kind::none, scaled = options.guard == Guard::scale;
   const bool online = options.kind == Kind::online, of_cell = options.cell_norm;
-  // Padding included: shapes do not depend on the values of lengths.
+  // Including padding, so that shapes do not depend on the values of lengths.
   const auto rows = [this](bool applies, int64_t width) { return applies ? at::DimVector{T * N, width} : at::DimVector{0}; };
   switch (which) {
     case Kept::hidden: return rows(true, P);
@@ -162,7 +162,7 @@ at::DimVector Call::shape(Kept which) const {
     case Kept::cell_y: return rows(of_cell, H);
     case Kept::cell_rstd: return rows(of_cell, online ? H : 1);
     case Kept::cell_scale: return rows(of_cell && scaled, 1);
-    case Kept::partition: return {1};  // the number of threads whose blocks y, rstd and the cell's are made of
+    case Kept::partition: return {1};  // the number of threads, whose blocks make up y, rstd, cell_y and cell_rstd
   }
   return {};
 }
@@ -194,11 +194,11 @@ Table<Kept> Call::checked(const std::vector<Tensor>& saved) const {
   return kept;
 }
 
-// Another thread pays off if it takes over some microseconds of each step, and has a vector of units.
+// Another thread pays off if it saves some microseconds per step and has a full vector of units.
 int Call::threads() const {
-  constexpr int64_t worthwhile = 500'000;  // multiplications of a step
+  constexpr int64_t worthwhile = 500'000;  // multiplications in a step
   if (options.threads > 0) return static_cast<int>(std::min(options.threads, H));
-  // With few rows the time is that of loading the weights from the cache, as long as four rows take.
+  // Below four rows, loading the weights from the cache dominates: it takes as long as computing four rows.
   const int64_t useful = std::min(H / 16, 1 + std::max<int64_t>(N, 4) * P * C / worthwhile);
   return static_cast<int>(std::clamp<int64_t>(useful, 1, at::get_num_threads()));
 }

@@ -1,4 +1,4 @@
-// One call of rnnorm_cpu::forward or backward: its options, its operands with their sizes, and what is kept between the two.
+// One call of rnnorm_cpu::forward or backward: its options, operands and sizes, and the tensors kept between the two.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,14 +26,14 @@ struct Options {
   Guard guard;
   Constants constants;
   bool cell_norm, training, reverse, save, micro;
-  int64_t threads;  // 0: as many as pay off
+  int64_t threads;  // 0: chosen by the size of the problem
 };
 
 struct Gradient {
   Tensor y, h, c;
 };
 
-// One tensor for each member of an enum; undefined where there is none.
+// One tensor for each member of an enum; undefined if absent.
 template <typename Enum>
 class Table {
  public:
@@ -51,12 +51,12 @@ T* pointer(const Tensor& tensor) {
   return tensor.defined() && tensor.numel() > 0 ? tensor.data_ptr<T>() : nullptr;
 }
 
-// Its arguments are checked when it is made; kernels trust it.
+// The constructor checks the arguments; kernels rely on that.
 class Call {
  public:
   Call(const Tensors& operands, const Options& options);
 
-  // The gradients of y, h and c, contiguous and of the call's dtype; undefined where there is none.
+  // The gradients of y, h and c, contiguous and of the call's dtype; undefined if absent.
   Gradient checked(const Tensors& grads) const;
   Table<Kept> make_kept() const;
   Table<Kept> checked(const std::vector<Tensor>& kept) const;
@@ -66,7 +66,7 @@ class Call {
   bool has(Operand which) const { return tensors[which].defined(); }
   Tensor empty(at::IntArrayRef shape) const;
   Tensor zeros(at::IntArrayRef shape) const;
-  Tensor scratch(at::IntArrayRef shape) const;  // uninitialized, for temporaries and for what is kept
+  Tensor scratch(at::IntArrayRef shape) const;  // uninitialized, for temporaries and kept tensors
 
   Options options;
   Traits cell;

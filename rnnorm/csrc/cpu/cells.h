@@ -1,10 +1,10 @@
 // The cells, one header each. A cell is a struct with
 //   gates    the number of gates, blocks of H rows of the weights
-//   apart    true if the last gate's recurrent part is not added to its input part: another gate comes between
+//   apart    true if another gate multiplies the last gate's recurrent part before it is added to the input part
 //   has_c    true if there is a second state c beside h, which cell_norm and a projection need
-//   reads_h  true if the step uses h other than by its product with the weights
+//   reads_h  true if the step uses h also outside its product with the weights
 //   forward(step), backward(step)   the step and its derivative; see step.h
-//   recurrent_gradient(step)        if apart: turns the gradient of the last gate's input part into that of its recurrent part
+//   recurrent_gradient(step)        if apart: converts the gradient of the last gate's input part to that of its recurrent part
 #pragma once
 
 #include "../names.h"
@@ -28,7 +28,7 @@ struct Traits {
 inline constexpr Traits traits[] = {RNNORM_CELLS(RNNORM_TRAITS)};
 #undef RNNORM_TRAITS
 
-// Call `function` with the cell and the norm as template arguments: the only branches on them.
+// Call `function` with the cell and the norm as template arguments. All branches on them are here.
 template <typename Function>
 auto choose(Cell cell, Kind kind, const Function& function) {
   const auto with_cell = [&]<typename Chosen>() {

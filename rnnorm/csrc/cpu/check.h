@@ -1,4 +1,4 @@
-// Checks of operator arguments: kernels read them through pointers, so nothing may be taken on trust.
+// Checks of operator arguments, which kernels read through unchecked pointers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,7 +7,7 @@
 
 namespace rnnorm {
 
-// What an error calls a tensor: its role, such as "operand", and its name.
+// The name of a tensor in errors: its role, such as "operand", and its own name.
 struct Label {
   const char* role;
   std::string_view name;
@@ -38,7 +38,7 @@ inline void check_count(size_t found, size_t expected, const char* what) {
   TORCH_CHECK(found == expected, "rnnorm: there must be ", expected, ' ', what, "; got ", found);
 }
 
-// More threads than this are a mistake, and OpenMP ends a process for which it cannot start them.
+// OpenMP aborts the process if it cannot start the threads.
 inline void check_threads(int64_t threads) {
   constexpr int64_t most = 1024;
   TORCH_CHECK(threads >= 0 && threads <= most, "rnnorm: threads must lie in 0..", most, "; got ", threads);

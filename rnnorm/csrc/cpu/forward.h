@@ -105,7 +105,7 @@ struct Forward : Pass<T> {
     gemm.release();
   }
 
-  // Add the bias to the last gate's recurrent part, and keep it.
+  // Add the bias to the last gate's recurrent part, and copy it to the kept tensor.
   void finish_apart(const Step& step, Range units, Rows<T> rows) const {
     const T* bias = get(Operand::bias_hh);
     T* keep = get(Kept::apart);
@@ -120,7 +120,7 @@ struct Forward : Pass<T> {
     }
   }
 
-  // The state after a step, from the new values, in these columns.
+  // Write these columns of the state after a step, from the new values and the state before it.
   void zoneout(const Step& step, Range columns, const States<T>& state, const Tensor& stays, const Tensor& values) const {
     if (!stays.defined()) return;
     for (int64_t s = step.first; s < step.first + step.count; ++s) {
@@ -134,7 +134,7 @@ struct Forward : Pass<T> {
     }
   }
 
-  // Copy the new h to y, which shares no memory with what is kept: the caller may change it in place.
+  // Copy the new h to y, which shares no memory with kept tensors, since the caller may modify it in place.
   void publish(const Step& step, Range columns) const {
     const T* from = h.history + columns.begin;
     T* to = y.data_ptr<T>() + columns.begin;
@@ -144,7 +144,7 @@ struct Forward : Pass<T> {
   }
 
   // The input part of this thread's units, computed for many samples at once: enough for an efficient product, few enough to
-  // stay in the cache until they are used.
+  // remain in the cache until used.
   class InputPart {
    public:
     InputPart(const Forward& pass, Range units)
@@ -155,16 +155,16 @@ struct Forward : Pass<T> {
       for (int64_t g = 0; g < pass.G; ++g) {
         const int64_t channel = g * pass.H + units.begin;
         panels_.pack_rows(g * u, u, pass.get(Operand::weight_ih) + channel * pass.I, pass.I);
-        // Where the recurrent part stays apart, so does its bias.
+        // A separate recurrent part has its own bias.
         for (int64_t j = 0; j < u && bias != nullptr; ++j)
           bias_[g * u + j] = bias[channel + j] + (g < pass.joined_gates() ? hidden_bias[channel + j] : T(0));
       }
     }
 
-    // [count, W] for the samples of a step; may be overwritten.
+    // Returns [count, W] for the samples of a step; the caller may overwrite it.
     T* of(const Step& step) {
       if (step.first < first_ || step.first + step.count > end_) {
-        // In a reverse direction the next samples lie before this step.
+        // In a reverse direction the following samples precede this step in memory.
         first_ = pass_.call.options.reverse ? std::max<int64_t>(0, step.first + step.count - capacity_) : step.first;
         end_ = std::min(first_ + capacity_, pass_.S);
         panels_.multiply(pass_.gemm, end_ - first_, pass_.samples.template data_ptr<T>() + first_ * pass_.I, pass_.I,
@@ -192,7 +192,7 @@ struct Forward : Pass<T> {
     return gathered.data();
   }
 
-  // y [T, N, P], h [N, P], c [N, H], the four statistics in training, then what was kept.
+  // y [T, N, P], h [N, P], c [N, H], the four statistics in training, then the kept tensors.
   std::vector<Tensor> results() {
     const Tensor last_h = call.empty({N, P}), last_c = call.cell.has_c ? call.empty({N, H}) : call.empty({0});
     this->gather(h.history, P, walk.last, last_h.data_ptr<T>());

@@ -14,7 +14,7 @@
 
 namespace rnnorm {
 
-// Whether the micro-kernel exists in this torch and can be generated for this processor.
+// True if the micro-kernel exists in this torch and can be generated for this processor.
 bool micro_kernel_works();
 
 // C [M, N] (+)= A [M, K] B [K, N] by at::addmm.
@@ -53,12 +53,12 @@ struct Gemm {
   }
 };
 
-// The block of one micro-kernel call: eight times seven rows, and as much of K as keeps a slice of B, which is read again for
-// every seven rows, in the L2 cache.
+// The block of one micro-kernel call: eight times seven rows, and a depth in K such that the slice of B, which is read again
+// for every seven rows, fits in the L2 cache.
 inline constexpr int64_t block_rows = 56, block_depth = 512;
 
-// Columns cut into slices for the micro-kernel: at most four vectors of 16 wide, which leaves registers for seven rows at a
-// time, and of equal width, since a narrow remainder would run at a fraction of the speed.
+// Columns cut into slices for the micro-kernel: at most four vectors of 16, which leaves registers for seven rows at a time,
+// and of nearly equal width, since a narrow remainder would run at a fraction of the speed.
 class Slices {
  public:
   static constexpr int64_t widest = 64;
@@ -73,7 +73,7 @@ class Slices {
   int64_t columns_, vectors_, count_;
 };
 
-// Copy `count` rows of `width` values into contiguous memory: each from `column` of its own pointer, or `ld` apart.
+// Copy `count` rows of `width` values to contiguous memory: from `column` of separate pointers, or with row stride `ld`.
 template <typename T>
 void copy_rows(const T* const* rows, int64_t column, int64_t count, int64_t width, T* out) {
   for (int64_t k = 0; k < count; ++k) std::copy_n(rows[k] + column, width, out + k * width);
@@ -104,7 +104,7 @@ inline void transpose_lanes(Lanes* rows) {
 }
 #endif
 
-// Transpose one tile of 16 x 16 values by shuffles, if this type and processor have them; returns whether it did.
+// Transpose one tile of 16 x 16 values by shuffles; returns false if the type or the processor does not support it.
 template <typename T>
 bool transpose_tile(const T* in, int64_t ld, T* out, int64_t out_ld) {
 #if defined(__AVX512F__)

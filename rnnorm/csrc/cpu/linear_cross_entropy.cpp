@@ -32,7 +32,7 @@ struct Problem {
   const T* weights;           // [M] of the rows; null: all 1
   std::vector<int64_t> rows;  // with a weight other than 0
   int64_t E, V;
-  int64_t threads;  // 0: as many as pay off
+  int64_t threads;  // 0: chosen by the size of the problem
   double* nats;
   T *grad_hidden, *grad_weight, *grad_bias;  // null: not needed
   Gemm<T> gemm;
@@ -181,7 +181,7 @@ class Decoder {
     }
   }
 
-  // Raise the references that a logit of the tile exceeds by too much, and rescale earlier sums; returns whether any was raised.
+  // Raise the references that a logit of the tile exceeds by more than the headroom, and rescale earlier sums; true if any was.
   bool raise(bool started) {
     Report<T>& mine = board_->reports[id_];
     bool any = false;
@@ -289,7 +289,7 @@ class Decoder {
   std::vector<std::pair<int64_t, int64_t>> targets_;  // targets in the slice, with their rows in the block
 };
 
-// Rows of a block: at least `least_rows`, and as many as need less memory than an eighth of all logits.
+// Rows of a block: as many as need less memory than an eighth of all logits, but at least `least_rows`.
 template <typename T>
 int64_t block_rows(const Problem<T>& problem, int threads) {
   const int64_t M = problem.rows.size();
@@ -302,7 +302,7 @@ int64_t block_rows(const Problem<T>& problem, int threads) {
 template <typename T>
 void solve(const Problem<T>& problem) {
   const int64_t M = problem.rows.size();
-  constexpr int64_t worthwhile = 2'000'000;  // multiplications of one product: below, a second thread does not pay off
+  constexpr int64_t worthwhile = 2'000'000;  // multiplications of one product per additional thread
   const int64_t useful = std::min(1 + M * problem.V * problem.E / worthwhile, int64_t{at::get_num_threads()});
   const int most = static_cast<int>(std::min(problem.threads > 0 ? problem.threads : useful, (problem.V + 63) / 64));
   const int64_t width = block_rows(problem, most);
@@ -323,7 +323,7 @@ void solve(const Problem<T>& problem) {
   });
 }
 
-// The rows whose weight is not 0. Checks their targets, which index the weights.
+// The rows whose weight is not 0. Raises if one of their targets is out of range.
 template <typename T>
 std::vector<int64_t> counted(const Tensor& targets, const T* weights, int64_t V) {
   std::vector<int64_t> rows;

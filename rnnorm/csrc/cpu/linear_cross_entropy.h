@@ -1,10 +1,10 @@
-// A linear decoder and its cross entropy on the CPU, with gradients, without ever holding all the logits.
+// A linear decoder and its cross entropy on the CPU, with gradients, without storing all logits.
 //
 // Each thread owns a slice of the vocabulary and processes the rows block by block. In a block it computes tile by tile the
-// logits (transposed, [tile, rows], so that weights and gradients are used as they lie in memory), their exponentials relative
+// logits (transposed, [tile, rows], so that weights and gradients are used in their own layout), their exponentials relative
 // to a reference that is chosen before the maximum is known, and the product of these with the weights. After a barrier the
-// sums give the log-sum-exp, and the kept exponentials give the gradients of weight and bias; the factor that turns them into
-// probabilities is applied to the narrow operand, hidden.
+// sums give the log-sum-exp, and the kept exponentials give the gradients of weight and bias; the factor that converts them
+// to probabilities is applied to the narrow operand, hidden.
 #pragma once
 
 #include <ATen/core/Tensor.h>

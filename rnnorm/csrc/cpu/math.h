@@ -1,11 +1,11 @@
-// Nonlinearities: for float in plain arithmetic, which the compiler vectorizes; for double the standard library's.
+// Nonlinearities: plain arithmetic for float, which the compiler vectorizes; the standard library's for double.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-// A call inside a loop would keep it from being vectorized.
+// A function call in a loop would prevent vectorization.
 #define RNNORM_INLINE inline __attribute__((always_inline))
 
 namespace rnnorm {

@@ -1,5 +1,5 @@
 // One step of a normalization for the units of one thread, forward and backward.
-// Samples are processed one by one, in order; vectors run over channels, which are independent in online normalization.
+// Samples are processed one by one, in order; loops over channels, which are independent in online normalization, are vectorized.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 #include "../names.h"
 #include "team.h"
 
-// One copy for all cells: inlined into each of them, sums over units would be vectorized in different ways and round differently.
+// Not inlined, so that all cells share one copy: otherwise sums over units would be vectorized, and rounded, differently in each.
 #if defined(__clang__)
 #define RNNORM_ONE_COPY __attribute__((noinline))
 #else
@@ -21,8 +21,8 @@
 
 namespace rnnorm {
 
-// Where the values of some units lie in `y` and, where each unit has one, in `rstd`: a block [S, G, units] for each thread,
-// so that a thread reads and writes memory in order and shares no cache line with another.
+// The offset of some units' values in `y` and, if each unit has one, in `rstd`: a block [S, G, units] for each thread, so that
+// a thread accesses memory in order, without false sharing.
 inline int64_t kept_place(int64_t S, int64_t G, const Range& units, int64_t sample, int64_t gate) {
   return G * (units.begin * S + sample * units.size()) + gate * units.size();
 }
@@ -53,14 +53,14 @@ struct Norm {
   const T *weight = nullptr, *bias = nullptr;                      // [C]; 1 and 0 without an affine map
   const T* frozen = nullptr;                                       // [C] 1 / sqrt(var + eps) in evaluation
   T *mean = nullptr, *var = nullptr, *u = nullptr, *v = nullptr;  // [C], updated in place; in a worker's copy [G, units]
-  T *y = nullptr, *rstd = nullptr, *scale = nullptr;              // kept for the backward, or null; `scale` is [S, G]
-  T *grad_weight = nullptr, *grad_bias = nullptr;                 // [C], added to; in a worker's copy [G, units]
+  T *y = nullptr, *rstd = nullptr, *scale = nullptr;              // kept for the backward pass, or null; `scale` is [S, G]
+  T *grad_weight = nullptr, *grad_bias = nullptr;                 // [C], accumulated; in a worker's copy [G, units]
 
   int64_t place(const Range& units, int64_t sample, int64_t gate) const { return kept_place(S, G, units, sample, gate); }
 };
 
-// Copies [G, units] of one thread's part of arrays [G * H] that change with every sample, written back at the end: updated in
-// place, the cache lines at the borders between threads would suffer false sharing.
+// A thread's copies [G, units] of its part of arrays [G * H] that change with every sample, written back at the end. Updating
+// the arrays in place would cause false sharing at the boundaries between threads.
 template <typename T>
 class Own {
  public:
@@ -72,7 +72,7 @@ class Own {
         std::copy_n(copy.get() + line + g * units_.size(), units_.size(), array + g * H_ + units_.begin);
   }
 
-  // Copy the thread's part of `array`, and let it point to the copy.
+  // Copy the thread's part of `array`, and make `array` point to the copy.
   void take(T*& array, bool back) {
     if (array == nullptr) return;
     std::unique_ptr<T[]> copy(new T[G_ * units_.size() + 2 * line]);
@@ -100,7 +100,7 @@ class Own {
   std::vector<Copy> copies_;
 };
 
-// One thread's state: its units, its norms, and the exchange of partial sums with the others.
+// The state of one thread: its units, its norms, and the exchange of partial sums with other threads.
 template <typename T>
 struct Worker {
   int id;
@@ -109,7 +109,7 @@ struct Worker {
   Range units;
   Norm<T> norm, cell_norm;
   std::vector<T> total;  // size: the number of values in one exchange
-  std::vector<T> spare;  // two rows, written where nothing is kept
+  std::vector<T> spare;  // two rows, written if nothing is kept
   Own<T> own, cell_own;
   int turn = 0;
 
@@ -121,7 +121,7 @@ struct Worker {
   }
 
   T* partial() { return exchange.mine(id, turn); }
-  // Once every thread has written `count` partial values: their sums over the threads, in a fixed order.
+  // Wait until every thread has written `count` partial values; returns their sums over the threads, in a fixed order.
   const T* sum(int64_t count) {
     team.wait();
     std::fill_n(total.data(), count, T(0));
@@ -139,16 +139,15 @@ inline void clamp_row(const Norm<T>& norm, int64_t count, T* __restrict q) {
   const T limit = norm.limit;
 #pragma omp simd
   for (int64_t j = 0; j < count; ++j) {
-    // Comparisons, not min and max: NaN stays NaN.
+    // Comparisons instead of min and max propagate NaN.
     const T low = q[j] < -limit ? -limit : q[j];
     q[j] = low > limit ? limit : low;
   }
 }
 
-// Online normalization of one sample `x`, to which the biases `b` are still to be added, and the affine map; returns the sum
-// of squares of the result.
+// Add the biases `b` to one sample `x`, normalize it online and apply the affine map; returns the sum of squares of the result.
 template <bool moves, typename T>
-inline T stream_row(const Norm<T>& norm, Worker<T>& me, int64_t gate, int64_t sample, T* __restrict x,
+inline T online_row(const Norm<T>& norm, Worker<T>& me, int64_t gate, int64_t sample, T* __restrict x,
                     const T* __restrict b) {
   const int64_t count = me.units.size(), channel = gate * norm.H + me.units.begin, row = norm.place(me.units, sample, gate);
   const bool kept = norm.y != nullptr;
@@ -176,8 +175,8 @@ inline T stream_row(const Norm<T>& norm, Worker<T>& me, int64_t gate, int64_t sa
   return squares;
 }
 
-// Layer and RMS normalization: moments over the H units of a gate, combined from the threads' own means and sums of squared
-// deviations, which loses no digits.
+// Layer and RMS normalization: moments over the H units of a gate, combined from each thread's mean and sum of squared
+// deviations, which avoids cancellation.
 template <bool centred, typename T>
 void moments_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld,
                      const T* bias) {
@@ -245,7 +244,7 @@ template <typename T>
 void online_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, T* q, int64_t ld,
                     const T* bias) {
   const int64_t u = me.units.size(), gates = g1 - g0;
-  const auto row = norm.training ? &stream_row<true, T> : &stream_row<false, T>;
+  const auto row = norm.training ? &online_row<true, T> : &online_row<false, T>;
   T* squares = norm.guard == Guard::scale ? me.partial() : nullptr;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t g = 0; g < gates; ++g) {
@@ -276,7 +275,7 @@ RNNORM_ONE_COPY void norm_forward(const Norm<T>& norm, Worker<T>& me, int g0, in
   else moments_forward<kind == Kind::layer>(norm, me, g0, g1, sample, n, q, ld, bias);
 }
 
-// Recompute the guarded values `q` [gates * units] of one sample from what was kept.
+// Recompute the guarded values `q` [gates * units] of one sample from the kept values.
 template <Kind kind, typename T>
 void norm_recompute(const Norm<T>& norm, const Worker<T>& me, int64_t sample, T* q) {
   const int64_t u = me.units.size();
@@ -297,7 +296,7 @@ void norm_recompute(const Norm<T>& norm, const Worker<T>& me, int64_t sample, T*
   }
 }
 
-// The gradients of a step by row (`ld` apart) and gate (`gate` apart).
+// The gradients of a step, by row (stride `ld`) and gate (stride `gate`).
 template <typename T>
 struct Gradients {
   T* data = nullptr;
@@ -306,10 +305,10 @@ struct Gradients {
   T* at(int64_t row, int64_t g) const { return data + row * ld + g * gate; }
 };
 
-// For one sample and gate: the derivatives of the guard `scale` (`mean` is that of gradient times guarded value `a`) and of the
-// affine map, then the control process.
+// For one sample and gate, go back through the guard `scale` (`mean` is that of gradient times guarded value `a`), the affine
+// map and, by the control process, online normalization.
 template <bool scaled, typename T>
-inline void stream_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_t gate, int64_t sample,
+inline void online_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_t gate, int64_t sample,
                                 const T* __restrict a, T* __restrict d, T mean) {
   const int64_t count = me.units.size(), channel = gate * norm.H + me.units.begin;
   const int64_t row = norm.place(me.units, sample, gate);
@@ -334,7 +333,7 @@ inline void stream_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_
   }
 }
 
-// Back through the affine map of one row: adds the gradients of weight and bias; `g` becomes the gradient of y.
+// Go back through the affine map of one row: accumulates the gradients of weight and bias; `g` becomes the gradient of y.
 template <typename T>
 inline void affine_backward(const Norm<T>& norm, const Worker<T>& me, int64_t gate, const T* __restrict y, T* __restrict g) {
   const int64_t u = me.units.size();
@@ -348,7 +347,7 @@ inline void affine_backward(const Norm<T>& norm, const Worker<T>& me, int64_t ga
   }
 }
 
-// Back through the guard `clamp` of all rows: `g` becomes the gradient of the affine map's output.
+// Go back through the guard `clamp` of all rows: `g` becomes the gradient of the affine map's output.
 template <typename T>
 void clamp_backward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, Gradients<T> g) {
   const int64_t u = me.units.size();
@@ -364,7 +363,7 @@ void clamp_backward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, in
     }
 }
 
-// For each row and gate the sum over all units of gradient times guarded value, for the guard `scale`.
+// For the guard `scale`: for each row and gate, the sum over all units of gradient times guarded value.
 template <typename T>
 const T* scale_sums(Worker<T>& me, int64_t gates, int64_t n, const T* q, int64_t q_ld, Gradients<T> g) {
   const int64_t u = me.units.size();
@@ -380,7 +379,7 @@ const T* scale_sums(Worker<T>& me, int64_t gates, int64_t n, const T* q, int64_t
   return me.sum(n * gates);
 }
 
-// Back through the guard `scale` of all rows, as with clamp; `q` are the guarded values.
+// Go back through the guard `scale` of all rows, as with clamp; `q` are the guarded values.
 template <typename T>
 void scale_backward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, const T* q,
                     int64_t q_ld, Gradients<T> g, const T* sums) {
@@ -431,7 +430,7 @@ void online_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t
   if (norm.guard == Guard::clamp) clamp_backward(norm, me, g0, g1, sample, n, g);
   const T* sums = scaled ? scale_sums(me, gates, n, q, q_ld, g) : nullptr;
   if (norm.training) {
-    const auto row = scaled ? &stream_row_backward<true, T> : &stream_row_backward<false, T>;
+    const auto row = scaled ? &online_row_backward<true, T> : &online_row_backward<false, T>;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t k = 0; k < gates; ++k)
         row(norm, me, g0 + k, sample + i, q + i * q_ld + k * u, g.at(i, k), scaled ? sums[i * gates + k] / norm.H : T(0));
@@ -449,7 +448,7 @@ void online_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t
     }
 }
 
-// Turn `g`, the gradient of a step's guarded values `q`, into that of its pre-activations, in place.
+// Convert `g`, the gradient of a step's guarded values `q`, to that of its pre-activations, in place.
 template <Kind kind, typename T>
 RNNORM_ONE_COPY void norm_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, const T* q,
                    int64_t q_ld, Gradients<T> g) {

@@ -20,7 +20,7 @@ struct Pass {
   Table<Kept> kept;
   Tensor samples;             // [S, I]
   std::vector<T> ones, zeros;  // [C], at least [P], in place of a missing affine map, missing biases or a zero state
-  Tensor stays_h, stays_c;    // [S, P], [S, H] how much of the old state stays, or undefined
+  Tensor stays_h, stays_c;    // [S, P], [S, H] share of the old state that is kept, or undefined
   Norm<T> norm, cell_norm;
 
   Pass(const Call& call, const Table<Kept>& kept)
@@ -35,10 +35,10 @@ struct Pass {
   T* get(Operand which) const { return pointer<T>(call.tensors[which]); }
   T* get(Kept which) const { return pointer<T>(kept[which]); }
 
-  // The number of gates whose recurrent part is added to the input part at once.
+  // The number of gates whose recurrent part is added to the input part directly.
   int64_t joined_gates() const { return G - call.cell.apart; }
 
-  // Whether the rows that enter the recurrent product of a dense step are those of the state as it lies.
+  // True if the recurrent product reads the state in place: the batch is dense, without resets or a mask.
   bool enters_as_it_is() const {
     return walk.dense && !call.has(Operand::reset) && !call.has(Operand::recurrent_mask);
   }

@@ -1,4 +1,4 @@
-// Memory blocks that later calls use again.
+// Memory blocks, reused by later calls.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,21 +14,21 @@
 namespace rnnorm {
 
 // malloc returns large blocks to the system, so the next call pays page faults and zeroing for the same memory: an eighth of
-// a GRU's training call. The pool keeps blocks, whose sizes are powers of two; one is free when nobody but the pool refers to
-// it. Pages of a block that are never touched take no memory.
+// a GRU's training call. The pool keeps blocks, whose sizes are powers of two; one is free when only the pool refers to
+// it. Untouched pages of a block take no memory.
 class Pool {
  public:
   static at::Storage take(size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
-    return fresh(bytes);  // a block longer than asked for would hide an overrun
+    return fresh(bytes);  // a block larger than requested would hide an overrun
 #endif
     if (bytes < least || bytes > most) return fresh(bytes);
-    static Pool& pool = *new Pool;  // tensors may outlive what is destroyed at exit
+    static Pool& pool = *new Pool;  // never destroyed: tensors may outlive static objects
     return pool.find(std::bit_ceil(bytes));
   }
 
  private:
-  static constexpr size_t least = size_t{128} << 10, most = size_t{256} << 20;  // smaller blocks malloc keeps itself
+  static constexpr size_t least = size_t{128} << 10, most = size_t{256} << 20;  // malloc itself reuses smaller blocks
 
   static at::Storage fresh(size_t bytes) {
     return at::Storage(at::Storage::use_byte_size_t(), bytes, c10::GetCPUAllocator(), /*resizable=*/false);
@@ -38,7 +38,7 @@ class Pool {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const at::Storage& block : blocks_)
       if (block.nbytes() == bytes && idle(block)) return block;
-    // Make room: drop free blocks of sizes that are no longer asked for.
+    // Make room: drop free blocks of other sizes.
     for (size_t k = 0; k < blocks_.size() && held_ + bytes > most;) {
       if (idle(blocks_[k])) {
         held_ -= blocks_[k].nbytes();
@@ -57,7 +57,7 @@ class Pool {
 
   static bool idle(const at::Storage& block) {
     if (block.use_count() != 1) return false;
-    std::atomic_thread_fence(std::memory_order_acquire);  // after everything its last user did
+    std::atomic_thread_fence(std::memory_order_acquire);  // synchronizes with the last user's release
     return true;
   }
 
@@ -66,7 +66,7 @@ class Pool {
   size_t held_ = 0;
 };
 
-// An uninitialized tensor in the pool's memory, for temporaries of a call and for what a forward pass keeps.
+// An uninitialized tensor in the pool's memory, for temporaries of a call and for kept tensors.
 inline at::Tensor pooled(at::IntArrayRef shape, at::ScalarType dtype) {
   int64_t count = 1;
   for (const int64_t size : shape) count *= size;

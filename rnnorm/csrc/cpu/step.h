@@ -52,7 +52,7 @@ struct StepOf {
   RowsBefore<T> h_before, c_before;
   Rows<T> c;  // after the step
 
-  // `new_c` [S, H] is what the step computes: the history of c itself, unless zoneout comes between.
+  // `new_c` [S, H] receives the new c: the history of c itself, or with zoneout the values before it.
   StepOf(Worker<T>& me, const Step& step, const States<T>& h, const States<T>& c, T* new_c)
       : me(me), step(step), h_before{h, step.first, me.units.begin}, c_before{c, step.first, me.units.begin},
         c(new_c, step.first * c.width + me.units.begin, c.width) {}
@@ -85,7 +85,7 @@ struct ForwardStep : StepOf<T> {
     norm_forward<kind>(me.cell_norm, me, 0, 1, step.first, step.count, values.data, values.ld, zeros);
   }
 
-  // The [gates * units] values that the norm keeps of row i; null if nothing is kept.
+  // The [gates * units] values that the norm keeps for row i; null if nothing is kept.
   T* kept(int64_t i) const {
     return me.norm.y == nullptr ? nullptr : me.norm.y + me.norm.place(me.units, step.first + i, 0);
   }
@@ -99,10 +99,10 @@ struct BackwardStep : StepOf<T> {
   Rows<T> q;             // [gates * units] scratch for the inputs of the nonlinearities
   Gradients<T> d;        // by gate: gradients of the pre-activations, the result
   Rows<T> dc;            // [units] scratch
-  Rows<T> direct;        // [units] if reads_h: gradient of h before the step, except through its product; a result
+  Rows<T> direct;        // [units] if reads_h: gradient of h before the step other than through its product; a result
   Rows<const T> apart;   // [units] as in the forward pass
-  Rows<T> projected;     // [units] the projection's input, to be computed again; null without one
-  T* carried = nullptr;  // [N, units] if has_c: gradient of c after the step, to be replaced by that before it
+  Rows<T> projected;     // [units] the projection's input, recomputed; null without a projection
+  T* carried = nullptr;  // [N, units] if has_c: gradient of c after the step, replaced by that before it
 
   T* dc_carried(int64_t i) const { return carried + me.units.size() * this->c_before.states.walk.row[step.first + i]; }
 

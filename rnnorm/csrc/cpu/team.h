@@ -1,4 +1,4 @@
-// The threads of one call, which run for the whole time loop and synchronize at a spinning barrier.
+// The threads of one call, which run the whole time loop and synchronize by a spinning barrier.
 #pragma once
 
 #include <omp.h>
@@ -22,7 +22,7 @@ inline Range part_of(int64_t count, int id, int threads) {
   return {count * id / threads, count * (id + 1) / threads};
 }
 
-// A step takes microseconds: a system call would cost more than the wait.
+// Spins, since a step takes microseconds: a system call would take longer than the wait.
 class Team {
  public:
   int size() const { return size_; }
@@ -46,7 +46,7 @@ class Team {
     }
   }
 
-  // Run `work(id, team)` on up to `threads` threads; the first exception of any of them is thrown here.
+  // Run `work(id, team)` on up to `threads` threads; rethrows the first exception of any of them.
   template <typename Work>
   static void run(int threads, const Work& work) {
     Team team;
@@ -71,8 +71,8 @@ class Team {
   std::atomic<bool> failed_{false};
 };
 
-// For sums over units of all threads: each thread writes its partial values, and after a barrier reads those of all.
-// The two buffers alternate: a thread may still be reading one while another writes the next.
+// For sums over all threads' units: each thread writes its partial values and, after a barrier, reads those of all.
+// Two buffers alternate, since a thread may still read one while another writes the next.
 template <typename T>
 class Exchange {
  public:

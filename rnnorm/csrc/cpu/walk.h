@@ -1,9 +1,10 @@
-// The order of a padded batch: which rows are active at each step, and where their samples lie.
-// Samples are numbered s = 0..S-1 over the real positions only, by step and then by row, so a dense batch has s = t*N + n.
+// The order of a padded batch: the active rows of each step, and the positions of their samples.
+// Samples are numbered s = 0..S-1 without padding, by step and then by row, so s = t*N + n in a dense batch.
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace rnnorm {
@@ -18,15 +19,17 @@ struct Walk {
   std::vector<Step> steps;           // in processing order
   std::vector<int64_t> row;          // [S] the sequence of a sample
   std::vector<int64_t> position;     // [S] t*N + n in the padded arrays
-  std::vector<int64_t> before;       // [S] the sample of the same sequence that was processed before it, or one of:
+  std::vector<int64_t> before;       // [S] the previously processed sample of the same sequence, or one of:
   static constexpr int64_t initial = -1, zero = -2;
-  std::vector<int64_t> last;         // [N] the sample of each sequence that is processed last
+  std::vector<int64_t> last;         // [N] the last processed sample of each sequence
 
   Walk(int64_t T, int64_t N, const int64_t* lengths, const bool* reset, bool reverse)
       : T(T), N(N), dense(true), last(N, initial) {
     if (lengths != nullptr)
       for (int64_t n = 0; n < N; ++n) {
-        if (lengths[n] < 1 || lengths[n] > T) throw std::invalid_argument("rnnorm: lengths must lie in 1..T");
+        if (lengths[n] < 1 || lengths[n] > T)
+          throw std::invalid_argument("rnnorm: lengths must lie in 1..T = 1.." + std::to_string(T) + "; got " +
+                                      std::to_string(lengths[n]));
         dense = dense && lengths[n] == T;
       }
     row.reserve(T * N);

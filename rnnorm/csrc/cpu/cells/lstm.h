@@ -79,7 +79,7 @@ struct lstm {
   }
 
  private:
-  // Without a norm one pass does it, and the gates themselves are kept instead of their pre-activations.
+  // Without a norm one pass over the units is enough, and the gates are kept instead of their pre-activations.
   template <typename T>
   static void fused(const ForwardStep<T, Kind::none>& at) {
     const int64_t u = at.units();
