@@ -1,9 +1,9 @@
 """Measure rnnorm against torch: each row in a process of its own, its two sides in turn, medians and ratios.
 
     python scripts/benchmark.py                  # every row, about ten minutes on 2 cores
-    python scripts/benchmark.py --quick          # a look: few rounds, small sizes only
-    python scripts/benchmark.py --json FILE      # the same as JSON beside the table
-    python scripts/benchmark.py --only LSTM      # rows whose name holds that text
+    python scripts/benchmark.py --quick          # few rounds, small sizes only
+    python scripts/benchmark.py --json FILE      # also write the results as JSON
+    python scripts/benchmark.py --only LSTM      # only rows whose name contains TEXT
 
 A ratio is time of ours / time of the yardstick, forward and backward, the median over rounds; below 1 we are
 faster. "goal" is what the project set itself for 2 threads. A process for each row, because what ran before decides
@@ -64,7 +64,7 @@ def _evaluation_work(layer: nn.Module, T: int, size: int) -> Work:
 
 
 class EagerLayerNormLSTM(nn.Module):
-    """What one writes by hand today: a Python loop over steps, torch's LayerNorm on every gate."""
+    """The usual hand-written layer: a Python loop over steps, torch's LayerNorm on every gate."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class EagerLayerNormLSTM(nn.Module):
 
 
 class TorchLanguageModel(nn.Module):
-    """The usual word-level model from torch's parts alone: tied, one LSTM, full logits."""
+    """The usual word-level model of torch's modules: tied weights, one LSTM, full logits."""
 
     def __init__(self, vocabulary: int, size: int) -> None:
         super().__init__()
@@ -278,9 +278,9 @@ def apart(task: str, chosen: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds, small sizes only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds TEXT")
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains TEXT")
+    parser.add_argument("--threads", type=int, default=2, help="number of torch's threads (default: 2)")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:

@@ -1,5 +1,5 @@
-# Sourced by the other scripts: makes .venv if there is none, installs the pinned packages, activates it.
-# usage: source scripts/environment.sh [EXTRA]   the toolkit's packages alone, or those of another extra
+# Sourced by the other scripts: creates .venv if necessary, installs the pinned packages and activates it.
+# usage: source scripts/environment.sh [EXTRA]   the packages of an extra (default: lm, the toolkit's)
 extras=[${1:-lm}]
 python=${PYTHON:-python3}
 if [ ! -x .venv/bin/python ]; then
@@ -9,12 +9,12 @@ if [ ! -x .venv/bin/python ]; then
     }
     "$python" -m venv .venv
 fi
-# The stamp says which pins and options are installed, so that a second start is immediate.
+# The stamp records which pins and extras are installed, so that later starts are immediate.
 stamp=.venv/installed-$(cat scripts/constraints.txt pyproject.toml | sha256sum | cut -c1-16)$extras
 if [ ! -e "$stamp" ]; then
     echo "Installing the pinned packages into .venv (once; PyTorch is the large one) ..." >&2
     export PIP_DISABLE_PIP_VERSION_CHECK=1
-    # torch first and alone: any other order may bring a newer build with gigabytes of CUDA packages.
+    # torch first and alone: otherwise pip may install a newer build with gigabytes of CUDA packages.
     .venv/bin/python -m pip install -q "$(grep '^torch==' scripts/constraints.txt)" -c scripts/constraints.txt
     .venv/bin/python -m pip install -q -e ".$extras" -c scripts/constraints.txt
     rm -f .venv/installed-*

@@ -15,9 +15,9 @@ from lm.errors import UserError
 def main() -> int:
     """Evaluates each run; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="of the run's corpus (default: test)")
-    parser.add_argument("--data", help="another corpus, by name or folder (default: the run's)")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders to evaluate")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="split to evaluate (default: test)")
+    parser.add_argument("--data", help="corpus to evaluate on, by name or folder (default: the run's)")
     known = parser.parse_args()
     print(f"{'exact':>12} {'chunk-mean':>12} {'unigram':>12}  run ({known.split})")
     try:

@@ -1,4 +1,4 @@
-"""Train for some minutes while being killed again and again; check that nothing is lost and nothing grows.
+"""Train for some minutes under repeated kills; check that nothing is lost and memory does not grow.
 
 For half of the time a run trains undisturbed, while its memory and open files are sampled each second. For the
 other half the same run, in another folder, is killed (SIGKILL) at random moments and started again, until it stands at
@@ -41,9 +41,9 @@ Sample = tuple[float, float, int]
 def main() -> int:
     """Runs both halves and reports; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20.0, help="in all (default: 20)")
-    parser.add_argument("--seed", type=int, default=1, help="of the moments of the kills (default: 1)")
-    parser.add_argument("--keep", type=Path, help="an empty folder for both runs (default: a temporary one)")
+    parser.add_argument("--minutes", type=float, default=20.0, help="total duration (default: 20)")
+    parser.add_argument("--seed", type=int, default=1, help="random seed of the kills (default: 1)")
+    parser.add_argument("--keep", type=Path, help="empty folder for both runs (default: a temporary one)")
     known = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         place = (known.keep or Path(temporary)).resolve()
@@ -58,14 +58,14 @@ def main() -> int:
 
 
 def start(folder: Path, *assignments: str) -> "subprocess.Popen[bytes]":
-    """Begins or goes on with training in a process of its own."""
+    """Starts or resumes training in a separate process."""
     settings = [word for setting in (*SETTINGS.split(), *assignments) for word in ("--set", setting)]
     command = [sys.executable, "-m", "lm", "train", "--data", "markov", "--run", str(folder), *settings]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def undisturbed(folder: Path, seconds: float) -> list[Sample]:
-    """Trains for so long, and returns samples of (seconds, KiB of memory, open files)."""
+    """Trains for this long, and returns samples of (seconds, KiB of memory, open files)."""
     process = start(folder)
     began, samples = time.monotonic(), []
     while (now := time.monotonic() - began) < seconds and process.poll() is None:
@@ -74,7 +74,7 @@ def undisturbed(folder: Path, seconds: float) -> list[Sample]:
             memory = next(float(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
             samples.append((now, memory, len(os.listdir(f"/proc/{process.pid}/fd"))))
         except (OSError, StopIteration):
-            break  # it has just ended; said below
+            break  # it has just ended; reported below
         time.sleep(1)
     process.send_signal(signal.SIGTERM)
     if process.wait() != 143:
@@ -83,13 +83,13 @@ def undisturbed(folder: Path, seconds: float) -> list[Sample]:
 
 
 def finish(folder: Path, steps: int) -> None:
-    """Lets a run go on to this step and end there."""
+    """Resumes a run up to this step."""
     if code := start(folder, f"train.max_steps={steps}").wait():
-        sys.exit(f"error: a run that goes on ended with code {code}; train in {folder} to see why")
+        sys.exit(f"error: the resumed run ended with code {code}; train in {folder} to see why")
 
 
 def disturbed(folder: Path, steps: int, seed: int) -> int:
-    """Trains to this step under kills; returns how many there were."""
+    """Trains to this step under kills; returns the number of kills."""
     draw, kills = random.Random(seed), 0
     while True:
         process = start(folder, f"train.max_steps={steps}")
@@ -101,7 +101,7 @@ def disturbed(folder: Path, steps: int, seed: int) -> int:
             kills += 1
             continue
         if code:
-            sys.exit(f"error: a run that goes on ended with code {code}; train in {folder} to see why")
+            sys.exit(f"error: the resumed run ended with code {code}; train in {folder} to see why")
         return kills
 
 
@@ -131,7 +131,7 @@ def report(whole: Path, killed: Path, samples: list[Sample]) -> int:
 
 
 def state(path: Path) -> bytes:
-    """Returns the bytes of a checkpoint, but for where the run was told to stop, which only one knew from the start."""
+    """Returns the bytes of a checkpoint without the step to stop at, which differs between the runs."""
     saved = checkpoint.load(path)
     del saved["config"]["train"]["max_steps"]
     with tempfile.TemporaryDirectory() as place:
@@ -141,16 +141,16 @@ def state(path: Path) -> bytes:
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """Returns what was logged, but the times."""
+    """Returns all logged values except times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
 
 
 def shown(folder: Path) -> list[tuple[str, int, float]]:
-    """Returns every scalar that TensorBoard shows, but the times."""
+    """Returns every scalar in TensorBoard except times."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every restart
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports every restart
     found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     found.Reload()
     tags = [tag for tag in found.Tags()["scalars"] if not tag.endswith("per_second")]

@@ -7,9 +7,9 @@ source scripts/environment.sh dev
 ruff format --check .
 ruff check .
 mypy
-# The C++ operators compile without a warning.
+# The C++ operators must compile without warnings.
 export RNNORM_CXXFLAGS=${RNNORM_CXXFLAGS--Werror}
-# Once, before the workers would each do it; where it fails, the tests that need it say so.
+# Once, before the workers would each build; if it fails, the tests that need it report it.
 python -m rnnorm.ops.build || true
-# One worker a core, each with one thread: tests are many and small.
+# One worker per core, with one thread each: tests are many and small.
 python -m pytest --numprocesses "$(nproc)" --dist worksteal "$@"

@@ -1,6 +1,6 @@
 """Train the paper's models on Penn Treebank: one layer of 200, tied, by cell and normalization.
 
-The settings are the presets paper-CELL-NORM; whatever else is given goes to `python -m lm train`, such as
+Settings are those of the preset paper-CELL-NORM; other arguments are passed to `python -m lm train`, such as
 `--seed 3`, `--run FOLDER` or `--set train.epochs=3`.
 
     python scripts/train_ptb.py --cell lstm --norm online --data FOLDER
@@ -13,7 +13,7 @@ from lm.cli import main
 
 
 def arguments(given: list[str] | None = None) -> list[str]:
-    """Returns the arguments of `python -m lm` that these mean."""
+    """Returns the equivalent arguments of `python -m lm`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cell", choices=("lstm", "rnn"), default="lstm", help="recurrent cell (default: lstm)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""For every test: one thread, since small tensors are slower on many and the machine may be shared; `processes`."""
+"""For all tests: one thread, since small tensors are slower on several and the machine may be shared; `processes`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Real processes that talk to each other through a process group, as torchrun's do, but started in a moment."""
+"""Real processes that communicate through a process group, as under torchrun, but start faster."""
 
 import importlib.util
 import inspect
@@ -20,9 +20,9 @@ _CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torch.utils.tensorbo
 
 
 def run(count: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` of a test's module returns on each of `count` processes of one group.
+    """Returns what `function(*arguments)` of a test's module returns on each of `count` processes of one group.
 
-    `folder` is empty and becomes the processes' own; results are tensors and plain values.
+    `folder` is empty and used by the processes only; results are tensors and plain values.
     """
     where = (inspect.getfile(function), function.__name__)
     started = [_CONTEXT.Process(target=_work, args=(rank, count, folder, where, arguments)) for rank in range(count)]

@@ -1,4 +1,4 @@
-"""The plan of the repository, kept: what lies where, who imports whom, and that nothing happens at import."""
+"""The layout of the repository: where files are, which packages import which, and that imports have no side effects."""
 
 import ast
 import re
@@ -75,7 +75,7 @@ def test_nothing_reaches_past_the_operators_own_names() -> None:
 
 
 def test_no_module_imports_itself_through_others() -> None:
-    """Of the library's modules: none is needed to define itself, and imports inside functions count."""
+    """No module of the library imports itself, directly or not; imports inside functions count."""
     names = {path: path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in _sources("rnnorm")}
     modules = {name.removesuffix(".__init__") for name in names.values()}
     needs: dict[str, set[str]] = {}

@@ -1,4 +1,4 @@
-"""What is installed with what: the library needs torch and numpy, the toolkit its extra, and says so."""
+"""Requirements: the library needs torch and numpy, the toolkit its extra, and errors say so."""
 
 import ast
 import re
@@ -68,7 +68,7 @@ sys.meta_path.insert(0, Absent())
 
 
 def without(absent, program, *arguments):
-    """Runs a program where some packages are not installed."""
+    """Runs a program as if some packages were not installed."""
     text = _WITHOUT.replace("ABSENT", repr(set(absent))) + program
     command = [sys.executable, "-B", "-W", "error", "-c", text, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""The READMEs, kept true: their code runs, their commands parse, and what they name exists."""
+"""Checks of the READMEs: their code runs, their commands parse, and what they name exists."""
 
 import builtins
 import functools
@@ -226,7 +226,7 @@ def _project() -> dict[str, dict[str, list[str]]]:
 
 @functools.cache
 def _sources() -> str:
-    """Everything that a name can stand in."""
+    """All files that names may come from."""
     paths = [path for folder in ("rnnorm", "lm", "scripts") for path in sorted((ROOT / folder).rglob("*"))]
     kinds = {".py", ".h", ".cpp", ".toml", ".sh", ".txt"}
     return "\n".join(path.read_text("utf-8") for path in [*paths, ROOT / "pyproject.toml"] if path.suffix in kinds)
@@ -282,7 +282,7 @@ _FILE = re.compile(
 
 
 def _is_there(name: str, readme: str) -> bool:
-    """Whether a file of this name is in the repository, or our programs make one."""
+    """True if the repository has a file of this name, or our programs write one."""
     if name.startswith(("runs/", "~/")):
         return True
     if any((place / name).exists() or [*place.glob(name)] for place in (ROOT, (ROOT / readme).parent)):
@@ -330,7 +330,7 @@ def _faults(span: str, readme: str) -> Iterator[str]:
 
 
 def _is_known(word: str) -> bool:
-    """Whether a word is a name in our sources, in Python, in torch, or what such names begin with."""
+    """True if a word is a name in our sources, in Python or in torch, or the beginning of one."""
     others = {*dir(builtins), *sys.stdlib_module_names, *dir(torch.nn), *dir(torch.nn.functional), *NOT_OURS}
     if word.endswith("_"):
         return any(known.startswith(word) for known in _words())
@@ -338,7 +338,7 @@ def _is_known(word: str) -> bool:
 
 
 def _resolves(path: str) -> bool:
-    """Whether a dotted name leads to something, through modules that are imported on the way."""
+    """True if a dotted name can be resolved; imports modules as needed."""
     parts = path.split(".")
     for count in range(len(parts), 0, -1):
         try:

@@ -1,7 +1,7 @@
-"""Runs command lines of `lm` in processes of their own that begin at once: this one has loaded the program, and forks.
+"""Runs command lines of `lm` in separate processes that start fast: this one has imported the program, and forks.
 
-One JSON object a line comes in: `arguments`, `log` (a path for what it prints), and perhaps `file_limit` (the most
-bytes of a file). Two lines go out: the process's number, then, when it has ended, its exit code (-9: killed).
+Input is one JSON object per line: `arguments`, `log` (a path for what it prints), and perhaps `file_limit` (the most
+bytes of a file). Output is two lines: the process id and, when it has ended, its exit code (-9: killed).
 """
 
 import json

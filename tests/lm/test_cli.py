@@ -1,4 +1,4 @@
-"""The command line: every verb through a real process, and every fault of the input."""
+"""The command line: every command in a real process, and every error in the input."""
 
 import json
 import os
@@ -100,14 +100,14 @@ def test_train_eval_sample(process, corpus):
     assert first.startswith("the cat")
 
 
-def test_a_run_goes_on_from_its_folder_alone(call, trained):
+def test_a_run_resumes_from_its_folder_alone(call, trained):
     _, err = call("train", "--run", trained, "--set", "train.epochs=2")
     assert re.search(r"resuming after step \d+", err)
     assert "epoch 2/2" in err
     assert "epoch 1/2" not in err
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(call, corpus, tmp_path):
+def test_ctrl_c_saves_and_says_how_to_resume(call, corpus, tmp_path):
     for number, (name, code) in enumerate((("SIGINT", 130), ("SIGTERM", 143))):
         process = subprocess.Popen(
             [

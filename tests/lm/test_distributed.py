@@ -174,7 +174,7 @@ def test_each_process_drops_its_own(together):
     assert ranks[0]["seed"] != ranks[1]["seed"]
 
 
-def test_the_first_process_alone_tells_a_fault(together, tmp_path):
+def test_only_the_first_process_reports_an_error(together, tmp_path):
     ranks = together(4, "run", "train.batch_size=3")
     assert ranks[0]["fault"].startswith("UserError: train.batch_size must have a column for each of")
     assert [rank["fault"] for rank in ranks[1:]] == ["ElsewhereError: "] * 3
@@ -232,7 +232,7 @@ def _fails_alone():
     return told
 
 
-def test_a_process_tells_its_own_fault(tmp_path):
+def test_a_process_reports_its_own_error(tmp_path):
     first, second = processes.run(2, _fails_alone, tmp_path)
     assert first == []
     assert second[0] == "process 2 of 2: a GPU must be there"

@@ -15,7 +15,7 @@ _HOLDER = "import sys, time; from pathlib import Path; from lm.lock import Lock\
 _HOLDER += "with Lock() as lock: lock.take(Path(sys.argv[1])); print('taken', flush=True); time.sleep(60)"
 
 
-def test_the_second_is_refused_and_told_of_the_first(tmp_path):
+def test_the_second_is_refused_and_names_the_first(tmp_path):
     folder = tmp_path / "run"
     with Lock() as first:
         first.take(folder)

@@ -26,7 +26,7 @@ def play(stream, events=EVENTS, **options):
     return progress
 
 
-def test_one_plain_line_an_epoch_where_nobody_watches():
+def test_one_plain_line_per_epoch_without_a_terminal():
     stream = io.StringIO()
     progress = play(stream)
     assert stream.getvalue() == ("epoch 1/2: train ppl 7.39, valid ppl 12.50 (columns, best so far), 100 tokens/s\n")

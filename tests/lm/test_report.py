@@ -224,7 +224,7 @@ def test_curves_are_medians_with_quartiles(folder):
     assert axes.lines[0].get_color() != axes.lines[1].get_color()
 
 
-def test_a_run_far_off_is_told_in_words(folder):
+def test_a_distant_run_is_reported_as_text(folder):
     (source,) = report.load([folder])
     arm = source.selected[0]
     source.of(arm)[0].result["row"]["test_exact"] = 12_345.0
@@ -233,7 +233,7 @@ def test_a_run_far_off_is_told_in_words(folder):
     assert [text.get_text() for text in axes.texts] == ["12,345 →", "1 of 3 diverged"]
 
 
-def test_many_runs_far_off_are_told_as_a_range(folder):
+def test_many_distant_runs_are_reported_as_a_range(folder):
     (source,) = report.load([folder])
     for arm, scale in zip(source.selected, (1.0, 1e3, 1e9), strict=True):
         for entry in source.of(arm):
@@ -251,7 +251,7 @@ def test_boxes_count_a_run_that_diverged(folder):
     assert (least, median, greatest > axes.get_xlim()[1]) == (41.0, 43.0, True)
 
 
-def test_medians_are_told_over_all_and_over_those_that_finish(started, tmp_path, monkeypatch):
+def test_medians_are_shown_for_all_and_for_those_that_finish(started, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "all_of", lambda _: {})
     assert main(["report", str(started), "--out", str(tmp_path)]) == 0
     read = reader(tmp_path / "index.html")
@@ -367,7 +367,7 @@ def test_runs_by_themselves(folder, tmp_path, monkeypatch):
 
 
 def test_runs_whose_names_are_alike_or_odd(tmp_path):
-    """Figures of their own for names that make the same file name; every name in the legends, as it is."""
+    """Separate figures for names that give the same file name; every name in the legends, as it is."""
     names = ["a b", "a+b", "_x", "r$_$", "$x^$"]
     for name in names:
         write_run(tmp_path / name)

@@ -177,7 +177,7 @@ def test_more_epochs_continue_a_finished_run(train, tmp_path):
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
-def test_max_steps_stops_and_more_steps_go_on(train, tmp_path):
+def test_max_steps_stops_and_more_steps_resume(train, tmp_path):
     train(folder="whole")
     first = train("train.max_steps=3")
     assert (first.reason, first.step) == ("max_steps", 3)
@@ -251,7 +251,7 @@ def test_the_best_weights_are_kept_over_a_stop_inside_an_epoch_and_an_extension(
     assert best.read_bytes() == kept
     assert (checkpoint.load(best)["trainer"]["step"], checkpoint.load(best)["nats"]) == (3, 1.5)
     last = [checkpoint.load(tmp_path / folder / "checkpoints/last.safetensors") for folder in ("run", "whole")]
-    assert_equal(*last, "last")  # the schedule and all else go on as if the run had not stopped
+    assert_equal(*last, "last")  # the schedule and all else continue as if the run had not stopped
     assert measured(tmp_path / "run")[:-1] == measured(tmp_path / "whole")[:-1]
     validations(1.25, 1.0)
     assert train("train.schedule=plateau", "train.epochs=4").step == checkpoint.load(best)["trainer"]["step"]
@@ -516,7 +516,7 @@ def test_a_whole_checkpoint_with_values_that_do_not_fit(train, tmp_path, changes
     train("train.max_steps=2", "train.optimizer=adam", "train.lr=0.01")
     stuffed(tmp_path / "run/checkpoints/last.safetensors", **changes)
     before = files_of(tmp_path / "run")
-    if message is None:  # absent counts start anew, as in a file of an older version that did not keep them
+    if message is None:  # absent counts start again, as in a file of an older version that did not keep them
         train("train.max_steps=2", "train.optimizer=adam", "train.lr=0.01")
         return
     with pytest.raises(UserError, match=message):

@@ -322,7 +322,7 @@ def test_perplexities_as_text():
 
 
 def test_a_result_of_an_older_version_is_unknown_there(read, tmp_path, recorded):
-    """It lacks how the run began; a study that has it beside newer ones goes on and writes its tables."""
+    """It lacks how the run began; a study that has it beside newer ones resumes and writes its tables."""
     folder, plan = tmp_path / "study", read(seeds=1)
     study.run(plan, folder, say=lambda _: None)
     path = folder / "results/good-seed-1.json"
@@ -452,7 +452,7 @@ def recorded(monkeypatch):
 SCORE = {"split": "test", "protocol": "exact", "data_sha256": "d", "vocabulary_sha256": "v"}
 
 
-def test_fewer_seeds_than_there_are_lose_none(read, tmp_path, recorded):
+def test_fewer_seeds_discard_nothing(read, tmp_path, recorded):
     folder, said = tmp_path / "study", []
     before, _ = study.run(read(seeds=2), folder, say=said.append)
     tables = {path.name: path.read_bytes() for path in folder.glob("*.*")}
@@ -546,7 +546,7 @@ def test_a_result_needs_no_git(monkeypatch):
     assert provenance.versions()["commit"] == "none"
 
 
-def test_what_a_failed_run_said_is_told_whatever_it_logged(read, tmp_path, monkeypatch):
+def test_the_output_of_a_failed_run_is_reported(read, tmp_path, monkeypatch):
     (job, *_), said = read(seeds=1).jobs(), "error: the text must be there"
 
     def fail(self, job, out, log, arguments):
@@ -610,7 +610,7 @@ def test_what_no_run_can_do_is_refused_before_any_begins(read, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_told_and_the_others_are_done(read, corpus, tmp_path, monkeypatch):
+def test_a_run_that_fails_is_reported_and_the_others_are_done(read, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     plan = read(SMALL, seeds=1, data=str(corpus))
     (tmp_path / "study/runs/good/seed-1").mkdir(parents=True)
@@ -623,7 +623,7 @@ def test_a_run_that_fails_is_told_and_the_others_are_done(read, corpus, tmp_path
 
 
 @pytest.mark.slow
-def test_a_study_that_is_stopped_or_killed_goes_on(corpus, tmp_path, capsys, monkeypatch):
+def test_a_study_that_is_stopped_or_killed_resumes(corpus, tmp_path, capsys, monkeypatch):
     """Ctrl-C saves and ends the runs. SIGKILL leaves them to end by themselves, and the next study waits for them."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)

@@ -159,7 +159,7 @@ def test_a_limit_on_file_size_is_a_full_disk(nursery, command, tmp_path):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small file system of its own; `disk("ro")` makes it read-only."""
+    """A small separate file system; `disk("ro")` makes it read-only."""
     place = tmp_path / "disk"
     place.mkdir()
 
@@ -188,7 +188,7 @@ def test_a_disk_that_is_full(nursery, command, disk, tmp_path):
     assert found, told
     assert Path(found[1]).is_relative_to(folder)
     assert checkpoint.load(Path(found[2]))["trainer"]["step"] == int(found[3])
-    # without space nothing can go on, and nothing is lost by trying
+    # without space no run can resume, and trying loses nothing
     assert nursery.call(*arguments, log=log) == 2
     assert checkpoint.load(Path(found[2]))["trainer"]["step"] == int(found[3])
     # elsewhere it can

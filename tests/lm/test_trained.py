@@ -18,7 +18,7 @@ LINES = "the cat sat\n\nthe zebra ran on a mat\n"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run folder of two layers with dropout; nobody writes into it."""
+    """A run folder of two layers with dropout; read-only for the tests."""
     place = tmp_path_factory.mktemp("trained")
     (place / "text").mkdir()
     text = "the cat sat on a mat\na dog ran and slept\n\nthe dog sat\n" * 20

@@ -338,7 +338,7 @@ def test_a_resumed_run_begins_to_average_where_it_would_have(trainer, epoch):
     assert_equal_to_the_bit(everything(resumed), everything(whole))
 
 
-def test_averages_are_validated_with_statistics_of_their_own_and_the_models_come_back(trainer):
+def test_averages_are_validated_with_separate_statistics_and_the_models_are_restored(trainer):
     run = trainer(
         (), {"optimizer": "asgd", "average_patience": None, "epochs": 1, "lr": 2.0}, dropout=0.5, alpha_fwd=31 / 32
     )

@@ -1,7 +1,7 @@
 """The product cell x norm x guard x options in one place: parity, mutation, gradient and golden tests all run over it.
 
 `run(case, backend)` gives every named output, gradient and state of some windows with carried state;
-`assert_close` compares two such records. A new row of `rnnorm.ops.registry.BACKENDS` is tested by itself.
+`assert_close` compares two such records. A new row of `rnnorm.ops.registry.BACKENDS` is tested automatically.
 """
 
 from dataclasses import dataclass, field, replace
@@ -63,7 +63,7 @@ class Case:
     spread: float = 1.0
 
     def build(self, backend: str, dtype: torch.dtype = torch.float64) -> Any:
-        """The layer, with affine parameters and streams away from where they start."""
+        """The layer, with affine parameters and running statistics other than initial."""
         torch.manual_seed(1)
         made = getattr(rnnorm, self.layer)(self.I, self.H, norm=self.norm, backend=backend, dtype=dtype, **self.options)
         generator = torch.Generator().manual_seed(2)
@@ -96,7 +96,7 @@ def _sized(cell: str, norm: str, name: str, **sizes: Any) -> Case:
     return replace(_case(cell, norm, "plain"), id=f"{cell}-{norm}-{name}", **sizes)
 
 
-# Sizes at which loops, blocks and views have their edges.
+# Sizes at the boundaries of loops, blocks and views.
 ODD = [
     _sized(cell, norm, name, **sizes)
     for cell in ("lstm", "lstm-proj-cell_norm", "gru", "rnn_tanh")
@@ -121,7 +121,7 @@ ODD = [
     }.items()
 ]
 ODD += [_sized(cell, "online-scale", "H1", H=1, I=1) for cell in ("lstm", "gru", "rnn_tanh")]
-# Inputs large enough that the clamp bites.
+# Inputs large enough to be clamped.
 ODD += [_sized(cell, "online-clamp", "far", spread=30.0) for cell in CELLS]
 
 ALL = PRODUCT + ODD
@@ -132,7 +132,7 @@ CANDIDATES = [backend.name for backend in registry.BACKENDS if backend.name != "
 
 
 def skip_unless_runs(backend: str, device: str = "cpu") -> None:
-    """Skip, with the reason, where this machine cannot run the backend."""
+    """Skip, with the reason, if this machine cannot run the backend."""
     reason = registry.by_name(backend).why_not(torch.device(device), torch.float32, None)
     if reason is not None:
         pytest.skip(f"backend {backend!r}: {reason}")

@@ -1,4 +1,4 @@
-"""Where the tests of the library find their shared cases (`import cases`), and what each of them starts from."""
+"""Makes the shared cases importable (`import cases`), and sets the initial state of each test."""
 
 import sys
 from collections.abc import Iterator

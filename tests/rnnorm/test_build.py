@@ -1,4 +1,4 @@
-"""The build's faults, as real processes. A stand-in compiler that copies the finished library makes them quick."""
+"""Failures of the build, in real processes. A stand-in compiler that copies the finished library makes them fast."""
 
 import os
 import signal
@@ -81,11 +81,11 @@ def test_two_processes_at_once_and_one_killed_in_the_middle(tmp_path):
     assert len(list(cache.glob("*.so"))) == 1
     again = _run(environment)
     assert again.returncode == 0
-    assert again.stderr == "", "a built library is found without a word"
+    assert again.stderr == "", "a built library is found silently"
 
 
 def _caches(folder: Path) -> dict[str, Path]:
-    """A cache that can be written, and one that cannot."""
+    """A writable cache, and one that is not."""
     (folder / "file").write_text("")
     return {"empty": folder / "cache", "unwritable": folder / "file" / "cache"}
 
@@ -160,7 +160,7 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     found = _run(environment)
     assert found.returncode == 0, found.stderr
     assert "'cpu': True" in found.stdout
-    # Built ahead, it would be of no use to anyone.
+    # Building ahead needs a cache that can be written.
     ahead = subprocess.run(
         [sys.executable, "-W", "error", "-m", "rnnorm.ops.build"],
         **{"env": environment, "capture_output": True, "text": True, "check": False},

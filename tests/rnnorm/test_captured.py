@@ -1,4 +1,4 @@
-"""Graphs captured in one grad mode and differentiated in another: what is saved is decided when the graph runs."""
+"""Graphs captured in one grad mode and differentiated in another: what to save is decided when the graph runs."""
 
 import io
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Cells: a step at a time gives what a layer gives over the sequence."""
+"""Cells: single steps give the same results as a layer over the sequence."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def test_steps_equal_the_layer(backend: str, cell: str, norm: Any) -> None:
 
 
 def test_table_agrees_with_torch() -> None:
-    """As many rows of weights per unit as torch's layer has gates, and as many states."""
+    """The numbers of gates and states equal those of torch's layers."""
     for name, cell in CELLS.items():
         options = {"nonlinearity": name[4:]} if name.startswith("rnn") else {}
         theirs = getattr(torch.nn, name.partition("_")[0].upper())(3, 5, **options)

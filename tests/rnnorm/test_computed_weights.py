@@ -1,5 +1,5 @@
-"""Weights that torch computes at each call: pruned, weight- and spectral-normalized, parametrized. What reads a layer's
-weights reads those that its next call computes, once, and moves nothing."""
+"""Weights that torch computes at each call: pruned, weight- and spectral-normalized, parametrized. Code that reads a
+layer's weights gets those of its next call, computed once, without side effects."""
 
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +54,7 @@ WAYS: dict[str, Callable[[nn.Module, str], Any]] = {
 
 
 def _made(kind: Any, way: str, **options: Any) -> Any:
-    """A layer or cell all of whose weight matrices are computed, and whose last call was a training step ago."""
+    """A layer or cell with computed weight matrices, one training step after its last call."""
     module = kind(INPUTS, H, **options)
     for name in [name for name, parameter in module.named_parameters() if parameter.dim() == 2]:
         WAYS[way](module, name)
@@ -70,7 +70,7 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _first(module: Any, N: int = N) -> Any:
-    """A first state, as the module takes it."""
+    """An initial state, as the module takes it."""
     lead = () if "Cell" in type(module).__name__ else (module.num_layers * (1 + module.bidirectional),)
     h = torch.randn(*lead, N, module.proj_size or H)
     return (h, torch.randn(*lead, N, H)) if module.cell == "lstm" else h

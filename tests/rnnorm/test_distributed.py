@@ -1,4 +1,4 @@
-"""Streams averaged over real processes, against the definition."""
+"""Running statistics averaged over real processes, against the definition."""
 
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ def _net() -> nn.Module:
 
 
 def _moved(rank: int) -> nn.Module:
-    """A net with streams that no other rank has."""
+    """A net with running statistics that differ from those of other ranks."""
     net, generator = _net(), torch.Generator().manual_seed(rank)
     for name, buffer in net.named_buffers():
         if "running" not in name and "tracked" not in name:
@@ -40,7 +40,7 @@ def _average() -> Any:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_streams_are_averaged_by_the_definition(count: int, tmp_path: Path) -> None:
+def test_statistics_are_averaged_by_the_definition(count: int, tmp_path: Path) -> None:
     found = processes.run(count, _average, tmp_path)
     ranks = [_buffers(_moved(rank)) for rank in range(count)]
     checked = 0
@@ -70,7 +70,7 @@ def _one_pair() -> Any:
     return [net.mean.item(), net.var.item(), said]
 
 
-def test_a_group_is_its_own(tmp_path: Path) -> None:
+def test_a_group_is_averaged_alone(tmp_path: Path) -> None:
     outside, *pair = processes.run(3, _one_pair, tmp_path)
     assert pair == [[1.5, 1.25, ""]] * 2
     assert outside == [
@@ -93,7 +93,7 @@ def _train(count: int) -> Any:
     return {**_buffers(layer), **{name: p.grad for name, p in layer.named_parameters()}}
 
 
-def test_streams_stay_equal_in_training(tmp_path: Path) -> None:
+def test_statistics_stay_equal_in_training(tmp_path: Path) -> None:
     first, second = processes.run(2, _train, tmp_path, 2)
     assert first.keys() == second.keys()
     for name, value in first.items():
@@ -102,7 +102,7 @@ def test_streams_stay_equal_in_training(tmp_path: Path) -> None:
 
 
 def _far() -> Any:
-    """Means far from zero, and equal: their variance is no more than rounding."""
+    """Equal means far from zero, whose variance is only rounding."""
     net = rnnorm.OnlineNorm(2, dtype=torch.float64)
     net.mean.fill_(1e9 / 3)
     net.var.fill_(1e-30)

@@ -1,4 +1,4 @@
-"""Habits of programs that were written for torch's layers: they meet here what they meet there."""
+"""Usage of programs written for torch's layers, which works here as it does there."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""The fused decoder and loss, in each of its forms, against torch's own linear layer and cross entropy in float64."""
+"""The fused decoder and loss, on each backend, against torch's own linear layer and cross entropy in float64."""
 
 import subprocess
 import sys
@@ -279,7 +279,7 @@ print((peak() - before) / (2048 * 20000 * 4))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 def test_memory_stays_below_an_eighth_of_the_logits(form):
     if form != "cpu":
-        pytest.skip("BLAS has buffers of its own; the next test counts")
+        pytest.skip("BLAS allocates its own buffers; the next test counts")
     found = subprocess.run([sys.executable, "-c", _PEAK, form], capture_output=True, text=True, check=True)
     assert 0 < float(found.stdout) < 0.125
 

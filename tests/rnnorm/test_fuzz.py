@@ -1,6 +1,6 @@
-"""Any shapes, options and lengths: every backend equals the reference; bad ones are refused with a text.
+"""Random shapes, options and lengths: every backend equals the reference; invalid ones raise a clear error.
 
-`RNNORM_FUZZ=5000` tries so many examples of each, other ones each time; without it a few, always the same.
+`RNNORM_FUZZ=5000` tries that many random examples of each; without it a few, always the same.
 """
 
 import os
@@ -47,7 +47,7 @@ _NORMS = some.one_of(
 
 @dataclass(frozen=True)
 class Call:
-    """A layer and how it is called, some windows long."""
+    """A layer and its calls, over some windows."""
 
     layer: str
     options: dict[str, Any]
@@ -97,7 +97,7 @@ def _calls(draw: Any) -> Call:
         lengths = tuple(sorted(lengths, reverse=True))
     I = draw(some.integers(int(packed != "no"), 9))  # noqa: E741
     if I == 0 and norm.kind != "none":
-        # Without input a variance falls to nothing, and each normalization in a chain multiplies rounding by eps**-0.5.
+        # Without input a variance decays to zero, and each normalization in a chain multiplies rounding by eps**-0.5.
         options["norm"] = replace(norm, eps=1e-2)
     return Call(
         *(layer, options, I, H, T, N, lengths, packed, single),
@@ -126,7 +126,7 @@ def _layer(call: Call, backend: str) -> Any:
 
 
 def _record(call: Call, backend: str) -> dict[str, Tensor]:
-    """Every output, gradient and stream, by name."""
+    """Every output, gradient and running statistic, by name."""
     layer, found = _layer(call, backend), {}
     generator = torch.Generator().manual_seed(call.seed)
 

@@ -1,4 +1,4 @@
-"""The gates as they are shown: the cells' equations on them give the layer's own outputs."""
+"""Gate values: the cells' equations applied to them give the layer's outputs."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ T, N, INPUTS, H = 5, 3, 4, 6
 
 
 def moved(kind, **options):
-    """A layer whose streams have moved, and an input; float64."""
+    """A layer with statistics other than initial, and an input; float64."""
     torch.manual_seed(0)
     layer = getattr(rnnorm, kind)(INPUTS, H, backend="reference", dtype=torch.float64, **options)
     for _ in range(3):

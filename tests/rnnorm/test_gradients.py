@@ -1,4 +1,4 @@
-"""Where the backward is an ordinary derivative it is the right one: layer, RMS, no norm; online only when frozen."""
+"""Gradients where the backward pass is an ordinary derivative: layer, RMS, no norm; online only when frozen."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ EXACT: dict[str, tuple[Any, bool]] = {
     "layer": (norms.Layer(), True),
     "rms": (norms.RMS(affine=False), True),
     "none": ("none", True),
-    # With a_f = 1 nothing moves, with a_b = 1 nothing is controlled.
+    # With a_f = 1 statistics are constant, with a_b = 1 so is the control.
     **{f"frozen-{guard}": (norms.Online(1.0, 1.0, guard=guard), True) for guard in norms.GUARDS},
     **{f"eval-{guard}": (norms.Online(0.9, 0.8, guard=guard), False) for guard in norms.GUARDS},
 }
@@ -67,7 +67,7 @@ def test_gradcheck_of_online_norm(guard: str, training: bool) -> None:
 
 
 def test_control_changes_the_gradient() -> None:
-    """What the tests above hold fixed matters: with a_b < 1 the backward is not the derivative."""
+    """With a_b < 1, which the tests above exclude, the backward pass is not the derivative."""
     x, g = torch.randn(6, 2), torch.randn(6, 2)
     grads = []
     for alpha_bwd in (1.0, 0.5):

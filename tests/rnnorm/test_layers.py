@@ -1,4 +1,4 @@
-"""Layers: names and shapes, forms of calls, streams and modes. Numbers are compared elsewhere."""
+"""Layers: names and shapes, call forms, running statistics and modes. Numbers are compared elsewhere."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ _GOLDEN = Path(__file__).with_name("golden.json")
 
 
 def _described() -> dict[str, str]:
-    """Names and shapes of every cell, plain, and stacked in both directions where it is normalized online."""
+    """Names and shapes for every cell, of one layer and, normalized online, of two bidirectional ones."""
     chosen = [case for case in cases.PRODUCT if case.id.endswith(("-plain", "-online-scale-deep"))]
     kinds = ("-online-scale-", "-online-bare-", "-layer-", "-none-")
     return {
@@ -27,7 +27,7 @@ def _described() -> dict[str, str]:
 
 
 def test_names_and_shapes_are_those_on_disk() -> None:
-    """Checkpoints outlive code. A wanted change: `python tests/rnnorm/test_layers.py` writes the file anew."""
+    """Old checkpoints must load. After an intended change, `python tests/rnnorm/test_layers.py` rewrites the file."""
     assert _described() == json.loads(_GOLDEN.read_text())
 
 
@@ -98,7 +98,7 @@ def test_what_lies_in_the_padding_does_not_matter() -> None:
     torch.testing.assert_close(twin.state_dict(), layer.state_dict())
 
 
-def test_streams_move_in_training_and_rest_in_evaluation() -> None:
+def test_statistics_move_in_training_and_rest_in_evaluation() -> None:
     layer = rnnorm.GRU(3, 4)
     fresh = copy.deepcopy(layer.state_dict())
     layer.eval()
@@ -112,7 +112,7 @@ def test_streams_move_in_training_and_rest_in_evaluation() -> None:
     assert (layer.norm_u_l0 != 0).all()
 
 
-def test_reset_streams_leaves_parameters() -> None:
+def test_reset_running_stats_leaves_parameters() -> None:
     layer = rnnorm.LSTM(3, 4, 2, cell_norm=True, bidirectional=True)
     fresh = copy.deepcopy(layer.state_dict())
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_reset_streams_leaves_parameters() -> None:
 
 
 @pytest.mark.parametrize("name", ["lstm-online-scale-deep", "gru-online-clamp-deep"])
-def test_each_layer_and_direction_has_its_own_streams(name: str) -> None:
+def test_each_layer_and_direction_has_its_own_statistics(name: str) -> None:
     layer = cases.BY_ID[name].build("auto")
     layer.reset_running_stats()
     layer(torch.randn(5, 2, 4, dtype=torch.float64))
@@ -149,7 +149,7 @@ def test_reverse_direction_is_the_forward_one_on_reversed_input() -> None:
 
 
 def test_normalization_is_on() -> None:
-    """A layer of any norm but none is not torch's: large weights do not saturate it."""
+    """With any norm but "none", large weights do not saturate a layer, as they do torch's."""
     x = 50 * torch.randn(200, 8, 3)
     for norm in ("online", "layer", "rms"):
         torch.manual_seed(0)

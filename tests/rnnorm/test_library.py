@@ -1,4 +1,4 @@
-"""The operators under torch's own checks, `torch.compile`, `torch.export`, and what a backward may not be asked for."""
+"""The operators under torch's own checks, `torch.compile` and `torch.export`, and backward passes that are refused."""
 
 import contextlib
 import copy
@@ -27,7 +27,7 @@ _SOME = [
 
 
 def _call(name: str, backend: str, grad: bool) -> tuple[Operands, CallSpec]:
-    """One direction of a case, as the layer hands it to the operator."""
+    """One direction of a case, as the layer passes it to the operator."""
     case = cases.BY_ID[name]
     layer = case.build(backend, torch.float64).requires_grad_(grad)
     x = torch.randn(case.T, case.N, case.I, dtype=torch.float64, requires_grad=grad)
@@ -260,7 +260,7 @@ def test_nothing_is_saved_for_a_backward_that_cannot_come() -> None:
 
 
 class _Watch(TorchDispatchMode):
-    """Inside, notes the operators that are called."""
+    """Context that records the operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()

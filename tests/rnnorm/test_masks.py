@@ -1,4 +1,4 @@
-"""Dropout inside the recurrence and resets, against a loop of the tests' own; what they leave alone."""
+"""Dropout inside the recurrence and resets, against a separate loop in the tests; what they do not affect."""
 
 import copy
 import itertools
@@ -184,7 +184,7 @@ def _record(outputs: list[Tensor], inputs: list[Tensor], layer: Any) -> dict[str
 def test_a_layer_equals_the_definition(
     monkeypatch: pytest.MonkeyPatch, backend: str, norm: str, kind: str, rates: str, training: bool
 ) -> None:
-    """Lengths, resets, both directions, gradients and the states of the streams."""
+    """Lengths, resets, both directions, gradients and running statistics."""
     cases.skip_unless_runs(backend)
     layer = _build(kind, norm, backend, **RATES[rates]).train(training)
     T, N = 5, 4
@@ -254,7 +254,7 @@ def test_reset_equals_separate_calls(backend: str, norm: str, kind: str, cell_no
 
 @pytest.mark.parametrize("backend", registry.names())
 def test_reset_of_equal_borders_equals_separate_calls_of_an_online_layer(backend: str) -> None:
-    """Where all rows begin at the same steps the streams see the same order of samples."""
+    """If all rows begin at the same steps, the statistics see the same order of samples."""
     cases.skip_unless_runs(backend)
     torch.manual_seed(1)
     layer = rnnorm.LSTM(3, 6, norm=norms.Online(A_F, A_B), backend=backend)
@@ -453,13 +453,13 @@ def test_norm_init_is_the_scale_of_every_norm(norm: str) -> None:
     ],
     ids=str,
 )
-def test_options_that_make_no_sense_are_refused(kind: str, options: dict[str, Any], error: str) -> None:
+def test_invalid_options_are_refused(kind: str, options: dict[str, Any], error: str) -> None:
     for name in (kind, f"{kind}Cell"):
         with pytest.raises(ValueError, match=error):
             getattr(rnnorm, name)(3, 4, **options)
 
 
-def test_resets_that_make_no_sense_are_refused() -> None:
+def test_invalid_resets_are_refused() -> None:
     layer, x = rnnorm.LSTM(3, 4), torch.randn(5, 2, 3)
     with pytest.raises(ValueError, match=r"reset must have shape \(T, N\) = \(5, 2\); got \(2, 5\)"):
         layer(x, reset=torch.zeros(2, 5, dtype=torch.bool))

@@ -1,6 +1,6 @@
 """Backends broken on purpose: the comparison of test_parity must fail for each of these faults.
 
-Faults at the row's interface are tried on every backend; faults in the text of the scripted loop on that one.
+Faults at the interface are tried on every backend; faults in the source of the scripted loop on that one.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ _TOLERANCE = cases.TOLERANCE[torch.float64]
 
 
 class _Broken:
-    """A backend whose calls pass through `forward(call, operands, spec)` and `backward(call, grads, ...)`."""
+    """A backend whose calls go through `forward(call, operands, spec)` and `backward(call, grads, ...)`."""
 
     differentiable = False
 
@@ -218,11 +218,11 @@ _TEXT = {
 
 
 def _with_text(folder: Path, monkeypatch: pytest.MonkeyPatch, file: str, sound: str, broken: str) -> Any:
-    """The scripted backend compiled from a changed text of its two files."""
+    """The scripted backend, compiled from a changed source of its two files."""
     for name in ("running_stats", "scripted"):
         text = Path(str(importlib.util.find_spec(f"rnnorm.ops.{name}").origin)).read_text()  # type: ignore[union-attr]
         if name == file:
-            assert sound in text, f"{name}.py no longer holds {sound!r}: write the fault anew"
+            assert sound in text, f"{name}.py no longer holds {sound!r}: adapt the fault"
             text = text.replace(sound, broken)
         path = folder / f"{name}.py"
         path.write_text(text)

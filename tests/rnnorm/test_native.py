@@ -1,4 +1,4 @@
-"""The C++ backend where parity does not reach: slices that do not divide, threads, both products, extreme values."""
+"""The C++ backend beyond the parity tests: sizes that do not divide, threads, both products, extreme values."""
 
 import os
 import re
@@ -119,7 +119,7 @@ def test_repeats_to_the_bit(monkeypatch, threads):
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1e3, 1e30])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_extreme_values_saturate(kind, size):
-    """No overflow in the nonlinearities: without a norm the gates meet the values as they are."""
+    """The nonlinearities do not overflow: without a norm the gates get the values unchanged."""
     torch.manual_seed(0)
     results = []
     for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
@@ -194,7 +194,7 @@ def test_names_are_those_of_the_python_side():
 
 
 @pytest.mark.parametrize("case", [case for case in cases.PRODUCT if case.id.endswith(("plain", "eval"))], ids=str)
-def test_what_is_kept_is_what_the_fake_kernel_says(case):
+def test_kept_tensors_equal_those_of_the_fake_kernel(case):
     layer = case.build("cpu")
     operands, spec = _given(layer, case.T, case.N)
     found = native.Native().forward(operands, spec, True)[1]
@@ -202,7 +202,7 @@ def test_what_is_kept_is_what_the_fake_kernel_says(case):
     assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in expected]
 
 
-def test_refuses_what_it_cannot_run():
+def test_unsupported_devices_and_dtypes_are_refused():
     cpu = native.Native()
     assert "on the CPU only; got meta" in str(cpu.why_not(torch.device("meta"), torch.float32, None))
     assert "int64" in str(cpu.why_not(torch.device("cpu"), torch.int64, None))
@@ -217,8 +217,8 @@ def test_lengths_past_the_modules_are_still_checked(length):
         native.Native().forward(operands, layer._spec(), True)
 
 
-def test_long_horizons_keep_their_digits():
-    """1 - alpha is formed in double: in float32 a horizon of a million samples would be off by a hundredth."""
+def test_long_horizons_keep_their_precision():
+    """1 - alpha is computed in double: in float32 a horizon of a million samples would be off by a hundredth."""
     results = []
     for backend in ("cpu", "reference"):
         torch.manual_seed(0)
@@ -232,7 +232,7 @@ def test_long_horizons_keep_their_digits():
 def _given(
     layer: rnnorm.LSTM | rnnorm.GRU | rnnorm.RNN, T: int, N: int, lengths: Tensor | None = None, reset: bool = False
 ):
-    """Operands and specification of a call of the layer's first direction, as they reach the backend."""
+    """Operands and specification of a call of the layer's first direction, as the backend gets them."""
     h = torch.zeros(N, getattr(layer, "proj_size", 0) or layer.hidden_size)
     c = torch.zeros(N, layer.hidden_size) if layer.cell == "lstm" else None
     x = torch.randn(T, N, layer.input_size)
@@ -241,7 +241,7 @@ def _given(
     return operands, layer._spec()
 
 
-# With all that each cell can have, and in the RNN as little as there can be.
+# All optional operands of each cell; for the RNN, none.
 FUZZED = {
     "lstm": lambda: _given(
         rnnorm.LSTM(2, 5, norm="online", cell_norm=True, proj_size=3), 4, 3, torch.tensor([3, 1, 2])
@@ -254,12 +254,12 @@ FUZZED = {
     "gru": lambda: _given(rnnorm.GRU(2, 5, norm="layer"), 4, 3),
     "rnn": lambda: _given(rnnorm.RNN(2, 5, norm="none"), 4, 3),
 }
-# What may be left out without another thing that goes with it.
+# Operands that may be None without a counterpart.
 OPTIONAL = {"lengths", "reset", "recurrent_mask", "zoneout_h", "zoneout_c"}
 
 
 def _wrong(tensor: Tensor) -> dict[str, Tensor]:
-    """Tensors that cannot stand in its place."""
+    """Tensors that are invalid in its place."""
     return {
         "empty": tensor.new_empty(0),
         "no rows": tensor[:0],
@@ -276,7 +276,7 @@ def _wrong(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _replaced(tensors: list[Tensor | None], k: int) -> dict[str, list[Tensor | None]]:
-    """The list with its k-th tensor replaced by all that cannot stand there."""
+    """The list with its k-th tensor replaced by each invalid one."""
     tensor = tensors[k]
     assert tensor is not None
     return {name: [*tensors[:k], wrong, *tensors[k + 1 :]] for name, wrong in _wrong(tensor).items()}
@@ -287,7 +287,7 @@ def _miscounted(tensors: list[Tensor | None]) -> dict[str, list[Tensor | None]]:
 
 
 class Raw:
-    """The operators themselves, with what a call hands them."""
+    """The operators themselves, with the arguments of a call."""
 
     def __init__(self, case: str) -> None:
         operands, spec = FUZZED[case]()
@@ -349,7 +349,7 @@ def test_wrong_kept_tensors_and_gradients_are_refused(case):
         wrong = _replaced(raw.saved, k)
         wrong["double"] = [*raw.saved[:k], saved.double(), *raw.saved[k + 1 :]]
         wrong["not contiguous"] = [*raw.saved[:k], torch.stack([saved, saved], -1)[..., 0], *raw.saved[k + 1 :]]
-        if saved.numel() == 0:  # nothing is smaller or of another order than nothing
+        if saved.numel() == 0:  # an empty tensor has no wrong shape or order
             wrong = {
                 how: wrong[how]
                 for how in ("scalar", "a dimension more", "int32", "complex", "meta", "sparse", "double")
@@ -435,7 +435,7 @@ def test_linear_cross_entropy_refuses_what_it_cannot_read(M):
 
 @pytest.mark.parametrize("case", FUZZED)
 @pytest.mark.parametrize("save", [True, False])
-def test_what_is_returned_is_nobody_elses(case, save):
+def test_results_are_not_shared(case, save):
     operands, spec = FUZZED[case]()
     with torch.no_grad():
         results, saved = native.Native().forward(operands, spec, save)

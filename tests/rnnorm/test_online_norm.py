@@ -1,4 +1,4 @@
-"""`OnlineNorm` as a module; its numbers are in the recorded cases, the oracle and the theory."""
+"""`OnlineNorm` as a module; its numbers are tested by the recorded cases, the oracle and the theory."""
 
 import copy
 
@@ -38,7 +38,7 @@ def test_empty_batch_moves_nothing() -> None:
     torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
 
 
-def test_first_sample_meets_the_start() -> None:
+def test_first_sample_is_normalized_by_the_initial_statistics() -> None:
     norm = rnnorm.OnlineNorm(3, guard="none", eps=1e-5)
     x = torch.randn(1, 3)
     torch.testing.assert_close(norm(x), x / (1 + 1e-5) ** 0.5)
@@ -49,7 +49,7 @@ def test_first_sample_meets_the_start() -> None:
     [1, 2, running_stats.ROW_BY_ROW * 2 + 1, running_stats.BLOCK, running_stats.BLOCK + 1, 3 * running_stats.BLOCK - 1],
 )
 def test_blocks_and_scans_equal_single_samples(N: int) -> None:
-    """However many samples come in one call, each is treated as if alone; backward in the order of the samples."""
+    """Samples of one call are treated as if each had its own; so is the backward pass, in the order of the samples."""
     whole = rnnorm.OnlineNorm(2, alpha_fwd=0.97, alpha_bwd=0.9, guard="none", dtype=torch.float64)
     single = copy.deepcopy(whole)
     for _ in range(2):
@@ -90,7 +90,7 @@ def test_reset() -> None:
 
 
 def test_a_diverging_control_is_the_same_in_one_call_and_in_many() -> None:
-    """Factors far below -1, whose products over many samples leave float32, while no gradient is there to multiply."""
+    """Factors far below -1, whose products over many samples overflow in float32 while the gradients are zero."""
     torch.manual_seed(0)
     x = 1e4 + 1e3 * torch.randn(256, 2)
     whole = rnnorm.OnlineNorm(2, alpha_fwd=0.9999, alpha_bwd=0.98)

@@ -1,4 +1,4 @@
-"""A float64 loop of the tests' own, in plain numpy and by hand, for what the recordings do not hold:
+"""A separate float64 loop in plain numpy, with gradients by hand, for what the recordings lack:
 GRU with lengths and packed input, forward and backward, and `OnlineNorm` on feature maps."""
 
 import math
@@ -20,7 +20,7 @@ FLOORS = {"scale": -math.inf, "clamp": 0.9, "none": 0.97}  # by guard
 
 
 class Stream:
-    """Section 1 of the algorithm, one value of one channel at a time."""
+    """Section 1 of the algorithm, value by value and channel by channel."""
 
     def __init__(self, C: int, floor: float) -> None:
         self.floor = floor

@@ -1,5 +1,5 @@
-"""What a call returns is nobody else's: it can be changed in place, as the outputs of torch's layers can, and nothing
-that was kept for the backward pass, carried or returned beside it changes with it."""
+"""Results can be changed in place, as those of torch's layers, without changing tensors that were saved for the
+backward pass, carried or returned with them."""
 
 import copy
 import itertools
@@ -50,7 +50,7 @@ def _outputs(found: Any) -> list[Tensor]:
 
 
 def _gradients(module: nn.Module, x: Any, outputs: list[Tensor]) -> list[Tensor | None]:
-    """Those of a loss to which every output contributes in its own way."""
+    """The gradients of a loss to which every output contributes differently."""
     leaves = [*module.parameters(), *([x] if isinstance(x, Tensor) else [])]
     loss = sum((torch.linspace(1, 2, o.numel()) * o.reshape(-1)).sum() for o in outputs if o.requires_grad)
     return list(torch.autograd.grad(loss, leaves, allow_unused=True))

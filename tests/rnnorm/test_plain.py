@@ -1,4 +1,4 @@
-"""Layers from ordinary operators: the same as the layers in evaluation mode, and files of them."""
+"""Layers in ordinary operators: equal to the layers in evaluation mode, also when exported."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ from rnnorm._plain import PlainStep
 
 
 class _Loop(nn.Module):
-    """The loop in Python, for speed of testing."""
+    """The loop in Python, which makes the tests faster."""
 
     def __init__(self, step: PlainStep) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The recorded cases of the authors' own code: outputs, gradients and streams after every call or window.
+"""The recorded cases of the authors' own code: outputs, gradients and statistics after every call or window.
 
 The environment variable RNNORM_RECORDED names their folder; without it these tests are skipped.
 """

@@ -1,4 +1,4 @@
-"""The choice of a backend, and what is said of it."""
+"""The choice of a backend, and what is reported about it."""
 
 import re
 import subprocess
@@ -77,7 +77,7 @@ def test_options_are_documented_in_lstm() -> None:
         assert f"\n        {name}: " in str(rnnorm.LSTM.__doc__)
 
 
-def test_backends_of_what_is_not_here() -> None:
+def test_backends_for_an_unavailable_device() -> None:
     if not torch.cuda.is_available():
         assert all("device cuda is not available" in str(reason) for reason in rnnorm.backends("cuda").values())
     assert all(reason is not None for reason in rnnorm.backends(dtype=torch.int64).values())

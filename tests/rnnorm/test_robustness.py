@@ -1,4 +1,4 @@
-"""What happens to a layer in real programs: copies, checkpoints, precisions, frozen parts, odd gradients."""
+"""Layers in real programs: copies, checkpoints, precisions, frozen parameters, unusual gradients."""
 
 import copy
 import io
@@ -82,7 +82,7 @@ def test_state_dict_without_clone_stays_consistent(kind: str) -> None:
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_goes_on_from_a_checkpoint(kind: str, assign: bool) -> None:
+def test_training_resumes_from_a_checkpoint(kind: str, assign: bool) -> None:
     module = _make(kind)
     _train(module)
     file = io.BytesIO()
@@ -177,7 +177,7 @@ def test_half_keeps_statistics_in_float32(backend: str, kind: str, dtype: torch.
         torch.testing.assert_close(value, exact, rtol=0.1, atol=0.1, msg=name)
 
 
-def test_half_and_back_loses_no_digit_of_the_statistics() -> None:
+def test_half_and_back_keeps_the_precision_of_the_statistics() -> None:
     module = _make()
     _train(module)
     before = {name: value.clone() for name, value in module.named_buffers()}
@@ -238,7 +238,7 @@ def test_backward_in_eval_mode_moves_nothing(backend: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_between_forward_and_backward_of_an_evaluation(kind: str) -> None:
-    """Statistics that move after an evaluation forward are not those its backward uses."""
+    """Updates of statistics after a forward pass in evaluation mode do not affect its backward pass."""
     module = _make(kind).eval()
     x = torch.randn(5, 2, 3, requires_grad=True)
     expected = torch.autograd.grad(_call(module, x).square().sum(), x)[0]
@@ -463,7 +463,7 @@ def test_an_input_that_is_not_finite_leaves_the_statistics_as_they_were(
     module = _make(kind) if kind == "OnlineNorm" else _make(kind, backend=backend)
     twin = copy.deepcopy(module)
     call = _FORMS[form](module)
-    for _ in range(2):  # also away from where the streams start
+    for _ in range(2):  # also with statistics other than initial
         before = _stream_values(module)
         x = torch.randn(5, 2, 3)
         x[0, 0, 2] = bad

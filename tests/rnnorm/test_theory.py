@@ -1,4 +1,4 @@
-"""What the algorithm promises, measured: algorithm.md section 3, items 4 to 6."""
+"""Measures the properties of the algorithm: algorithm.md section 3, items 4 to 6."""
 
 import itertools
 import math
@@ -157,7 +157,7 @@ def test_windows_of_a_layer_are_one_stream(backend: str, name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12, msg=key)
 
 
-def test_a_long_stream_far_from_zero_loses_no_digits() -> None:
+def test_a_long_stream_far_from_zero_keeps_its_precision() -> None:
     """In float32, a mean a thousand deviations away: the statistics stay those of the float64 stream."""
     x = 1000 + torch.randn(20_000, 4)
     narrow = rnnorm.OnlineNorm(4, alpha_fwd=0.999, guard="none", dtype=torch.float32)

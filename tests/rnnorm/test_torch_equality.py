@@ -1,4 +1,4 @@
-"""`norm="none"` is exactly torch's layer: outputs, states, every gradient, every option, weights to and from it."""
+"""`norm="none"` equals torch's layer: outputs, states, every gradient, every option, conversion of weights."""
 
 import itertools
 from typing import Any
@@ -179,7 +179,7 @@ def test_from_and_to_torch(name: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_from_torch_with_a_norm_starts_it_afresh(name: str) -> None:
+def test_from_torch_initializes_the_norm(name: str) -> None:
     theirs, _ = _pair(name)
     ours = getattr(rnnorm, LAYERS[name][0]).from_torch(theirs, norm="online")
     assert torch.equal(ours.weight_hh_l0, theirs.weight_hh_l0)

@@ -66,7 +66,7 @@ def test_scripted_equals_eager(backend: str, name: str) -> None:
     cases.assert_close(_record(scripted, layer, case), _record(eager, eager, case), 1e-12)
 
 
-def test_scripting_shares_weights_and_streams() -> None:
+def test_scripting_shares_weights_and_statistics() -> None:
     layer = rnnorm.LSTM(3, 4)
     scripted = torch.jit.script(layer)
     scripted(torch.randn(5, 2, 3))[0].sum().backward()
@@ -148,7 +148,7 @@ class _Model(nn.Module):
 
 
 def test_scripting_a_parent_leaves_it_as_it_was() -> None:
-    """torch.jit.script puts substitutes into the eager parent: they must be the layer in all that matters."""
+    """torch.jit.script puts substitutes into the eager parent: they must behave as the layer."""
     model = _Model()
     keys = list(model.state_dict())
     scripted = torch.jit.script(model)
@@ -199,8 +199,8 @@ def test_saved_and_loaded_in_a_fresh_process(tmp_path: Path) -> None:
     torch.testing.assert_close(found["y"], model.eval()(ids, lengths))
 
 
-def test_loaded_module_keeps_weights_and_streams_in_step() -> None:
-    """Moving a scripted module to another dtype moves what its forward uses."""
+def test_loaded_module_converts_weights_and_statistics() -> None:
+    """Converting a scripted module to another dtype converts what its forward uses."""
     scripted = torch.jit.script(rnnorm.GRU(3, 4)).float()
     y, _ = scripted(torch.randn(5, 2, 3, dtype=torch.float32))
     assert y.dtype == torch.float32
