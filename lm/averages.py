@@ -1,4 +1,4 @@
-"""Averaged weights and running statistics of their own, as asgd validates, keeps and tests them."""
+"""Averaged weights with separate running statistics, as asgd validates, keeps and tests them."""
 
 import copy
 import math

@@ -397,8 +397,8 @@ class Checkpoints:
     def save_best(self, nats: float) -> None:
         """Saves the weights that the model holds now, validated at so many nats per token, unless better ones are kept.
 
-        The file itself tells its nats: the trainer's state cannot, as weights that `max_steps` left inside an epoch are
-        validated once more than in a run that never stopped there, and the schedules must not see that.
+        The nats of the kept weights are read from their file, not from the trainer's state: weights that `max_steps`
+        left inside an epoch are validated once more than in a run without that stop, unseen by the schedules.
         """
         if nats < self.best:
             save(self.folder / BEST, {**self.weights(), "nats": nats})

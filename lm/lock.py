@@ -16,7 +16,7 @@ NAME = ".lock"
 class Lock:
     """A context that keeps the folders it has taken until it ends, however the process ends.
 
-    The lock is the operating system's (flock), on a file that stays; the file's text only tells others who holds it.
+    The lock is the operating system's (flock), on a file that stays; its text only names the process holding it.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The listener that shows a person how a run is doing: one moving line, or plain lines where nobody watches."""
+"""The listener that shows progress: one updating line on a terminal, plain lines elsewhere."""
 
 import sys
 from typing import Any, TextIO

@@ -39,7 +39,7 @@ class JsonLines:
         path: the file; what it holds of steps after `step`, or of the kind `final`, is dropped first.
         step: where the run stands; 0 for a new one.
         pieces_per_word: of the training text, so that its perplexity is per word as the validation's is.
-        internals: looks inside the model at each validation; None: nobody does.
+        internals: inspects the model at each validation; not if None.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class TensorBoard:
     Arguments:
         folder: of the event files; what they hold of steps after `step` is marked as void.
         settings: names and values of the hyper-parameters.
-        internals: looks inside the model at each validation; None: nobody does.
+        internals: inspects the model at each validation; not if None.
     """
 
     def __init__(

@@ -176,7 +176,7 @@ class Trainer:
         return score, nats
 
     def _diverge(self, what: str) -> NoReturn:
-        """Ends a run in which something is not finite, and tells the listeners first."""
+        """Ends a run in which something is not finite, after notifying the listeners."""
         self._emit(Diverged(*self._place(), what=what))
         raise DivergedError(
             f"the {what} is not finite after {self.state.step} steps (epoch {self.state.epoch + 1}, "
@@ -185,7 +185,7 @@ class Trainer:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model holds what is validated, kept and tested: once averaging has begun the averages, with
-        running statistics of their own. Each process estimates these on the columns of all, so they are equal."""
+        separate running statistics. Each process estimates these on the columns of all, so they are equal."""
         if self.averages is None:
             return nullcontext()
         return self.averages.swapped_into(

@@ -1,11 +1,11 @@
 """The built-in corpus: what CPython's own library says about itself, in English, with nothing to download.
 
 Documents: each topic of `pydoc_data.topics`, and each module of the standard library (its docstrings, then
-the comments that stand on lines of their own), read from the sources and never imported. The text is made the
+the comments that stand on separate lines), read from the sources and never imported. The text is made the
 Treebank's way:
 
 - one sentence or list item a line; code, tables, signatures and grammar rules are left out;
-- lower case; a number is `N`; `.,;:?!()` are words of their own where they end or enclose something, other
+- lower case; a number is `N`; `.,;:?!()` are separate words where they end or enclose something, other
   punctuation is dropped, so `os.path` and `run_module()` come apart into `os path` and `run module`; hyphens and
   digits inside a word stay; `doesn't` is `does n't` and `it's` is `it 's`;
 - a sentence that occurred before, in any document, is left out: no test sentence is in train;

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart by people who see fewer colours, and in print.
+# Okabe and Ito's palette: distinguishable with colour blindness, and in print.
 _COLORS = {"online": "#0072b2", "layer": "#d55e00", "rms": "#009e73", "none": "#666666"}
 _LINES = ("-", "--", ":", "-.")
 _CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN, relu"}
@@ -172,7 +172,7 @@ def finals(source: Source, measure: str) -> "Figure | None":
             _point(axes, (row[measure], place + offset), row, arm)
         if theirs:
             axes.plot([theirs], [place], "D", ms=6, mfc="white", mec="black", zorder=4, label="published median")
-        beyond = [shown(ppl, 0) for ppl in sorted(found) if top < ppl < math.inf]  # off the axis, told in words
+        beyond = [shown(ppl, 0) for ppl in sorted(found) if top < ppl < math.inf]  # off the axis, shown as text
         beyond = [f"{len(beyond)} from {beyond[0]} to {beyond[-1]}"] if len(beyond) > 2 else beyond
         told = [f"{text} →" for text in beyond]
         told += [f"{arm['diverged']} of {arm['runs']} diverged"] if arm["diverged"] else []
@@ -412,7 +412,7 @@ def _color(arm: Mapping[str, Any]) -> str:
 
 
 def _line(arm: Mapping[str, Any], among: Sequence[Mapping[str, Any]], alike: Sequence[str] = ("cell", "norm")) -> str:
-    """A line style of its own among the arms that have its colour."""
+    """A line style that no other arm of the same colour has."""
     same = [each["arm"] for each in among if all(each[key] == arm[key] for key in alike)]
     return _LINES[same.index(arm["arm"]) % len(_LINES)]
 

@@ -81,7 +81,7 @@ def load(folders: Sequence[Path]) -> list[Source]:
 
 
 def _apart(sources: list[Source]) -> list[Source]:
-    """The sources with names of their own: a name that occurs twice is followed by the study's folder."""
+    """The sources with unique names: a name that occurs twice is followed by the study's folder."""
     names = [source.name for source in sources]
     for name in {name for name in names if names.count(name) > 1}:
         folders = [source.folder for source in sources if source.name == name and source.folder is not None]
@@ -108,7 +108,7 @@ def _study(folder: Path) -> Source:
 
 
 def _runs(folders: Sequence[Path]) -> Source:
-    """Each run an arm of its own."""
+    """Each run as a separate arm."""
     entries, arms = [], []
     for folder, name in zip(folders, _names(folders), strict=True):
         settings = config.build(config.read_toml(folder / "config.toml", "a run's configuration"))
@@ -126,7 +126,7 @@ def _runs(folders: Sequence[Path]) -> Source:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """As much of each path's end as tells them apart."""
+    """The shortest end of each path that distinguishes them."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

@@ -73,7 +73,7 @@ def read(path: Path, *, seeds: int | None = None, data: str | None = None, assig
     Its keys: `description`; `seeds`, how many; `preset`, of every arm that names none; the sections of a
     configuration (`[train]` …), for every arm; `[grid]`, lists of values under full names such as
     `"train.lr"`, whose every combination makes an arm of each; `[[arms]]`, each with a `name`, and maybe a
-    `preset`, sections of its own (`train.lr = 1`), and `published`, a median to compare with.
+    `preset`, its own sections (`train.lr = 1`), and `published`, a median to compare with.
 
     Arguments:
         seeds, data: instead of the file's.
@@ -101,7 +101,7 @@ def read(path: Path, *, seeds: int | None = None, data: str | None = None, assig
     arms = tuple(arm for row in rows for arm in _arms(tables, row, grid, last, path))
     names = [arm.name for arm in arms]
     if doubles := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"arms must have names of their own; {path} has {', '.join(sorted(doubles))} twice; rename")
+        raise UserError(f"names of arms must be unique; {path} has {', '.join(sorted(doubles))} twice; rename")
     return Study(path.stem, tables.get("description", ""), arms, count)
 
 

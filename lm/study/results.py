@@ -66,12 +66,12 @@ def load(folder: Path, job: Job) -> dict[str, Any] | None:
         return None
     result = read(path)
     ours, theirs = _settings(job), result["settings"]
-    # a setting that came after the result was written had its default's meaning then
+    # a setting added after the result was written had its default then
     theirs = {**config.flatten(config.Config()), **theirs}
     told = [f"{k} is {theirs[k]} there and {v} here" for k, v in ours.items() if theirs[k] != v]
     if told:
         raise UserError(
-            f"a study goes on with its own settings; {folder} holds {job} with others: {'; '.join(told)}; "
+            f"a study's settings must be those of its results; {folder} holds {job} with others: {'; '.join(told)}; "
             "choose another folder with --run"
         )
     return result

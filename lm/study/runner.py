@@ -1,4 +1,4 @@
-"""The queue of a study: so many runs at once, each the ordinary `train` and `eval` in processes of their own."""
+"""The queue of a study: a number of runs at a time, each the ordinary `train` and `eval` in separate processes."""
 
 import fcntl
 import json
@@ -45,7 +45,7 @@ def run(
 ) -> tuple[dict[str, Any], str | None]:
     """Runs what is missing of a study, and returns its summary and what stopped it, if anything did.
 
-    A run that is over is never run or scored again; one that was stopped goes on from its checkpoint; one
+    A run that is over is never run or scored again; one that was stopped resumes from its checkpoint; one
     that diverged is a result. Ctrl-C and SIGTERM let every run save and stop; a second one kills them.
 
     Arguments:

@@ -48,7 +48,7 @@ def finishes(row: Mapping[str, Any]) -> bool | None:
     """Returns whether the program of the paper's authors would have ended with a perplexity for this run; None if
     unknown.
 
-    It takes `math.exp` of each window's loss, which raises OverflowError where ours trains on; and it goes on with
+    It takes `math.exp` of each window's loss, which raises OverflowError where ours trains on; and it continues with
     values that are not numbers, which is what ours calls diverged.
     """
     if row["diverged"] or row["overflowed_at"] is not None:
@@ -165,7 +165,7 @@ def shown_finishing(arm: Mapping[str, Any]) -> str:
 
 
 def shown_median(arm: Mapping[str, Any], measure: str) -> str:
-    """Returns an arm's median as text: `diverged` where a diverged run decides it, `-` where nobody measured."""
+    """Returns an arm's median as text: `diverged` where a diverged run decides it, `-` without a measurement."""
     median = arm[measure]["median"]
     return "diverged" if median is None and arm.get("diverged") else shown(median)
 
