@@ -20,9 +20,8 @@ def _forward(
     constants: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     library.refuse_recomputation()
-    c = Constants(*constants)
     with library.without_autocast(x.device.type):
-        y, rstd, *after = running_stats.online_norm(x.to(mean.dtype), mean, var, c.alpha_fwd, c.eps)
+        y, rstd, *after = running_stats.online_norm(x.to(mean.dtype), mean, var, Constants(*constants))
         new_mean, new_var = library.finite_or([mean, var], after)
         return y.contiguous(), rstd, new_mean, new_var
 
@@ -33,11 +32,9 @@ def _fake(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, constants: Any) 
 
 
 def _backward(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, constants: Sequence[float]) -> Tensor:
-    c = Constants(*constants)
     with library.without_autocast(grad.device.type), library.kept_finite((u, v)):
-        return running_stats.online_norm_backward(
-            grad.to(y.dtype), y, rstd, u, v, c.alpha_bwd, c.control_floor
-        ).contiguous()
+        dx = running_stats.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, Constants(*constants))
+        return dx.contiguous()
 
 
 def _backward_fake(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, constants: Any) -> Tensor:

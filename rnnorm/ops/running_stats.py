@@ -9,6 +9,8 @@ Symbols as in Chiley et al., NeurIPS 2019 (arXiv 1905.05894): alpha the decay fa
 import torch
 from torch import Tensor
 
+from rnnorm.norms import Constants
+
 # Rows of one triangular product: with more, its quadratic cost exceeds that of another block.
 BLOCK = 64
 # Samples up to which a scan runs row by row: with more, doubling is faster in spite of its redundant work.
@@ -123,25 +125,24 @@ def controlled(e: Tensor, u: Tensor, alpha: float, weights: Tensor) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-def online_norm(
-    x: Tensor, mean: Tensor, var: Tensor, alpha: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def online_norm(x: Tensor, mean: Tensor, var: Tensor, constants: Constants) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalize samples `x` [N, C, D] in order: `y` [N, C, D], reciprocal deviations [N, C], new mean and var [C]."""
+    alpha = constants.alpha_fwd
     weights = forward_weights(alpha, x.size(0), mean)
     mean, var = mean.clone(), var.clone()
     m = x.mean(2)
     centred = x - m.unsqueeze(2)
     w = None if x.size(2) == 1 else (centred * centred).mean(2)
     d, variance = statistics(m, w, mean, var, alpha, weights)
-    rstd = (variance + eps).rsqrt()
+    rstd = (variance + constants.eps).rsqrt()
     return (centred + d.unsqueeze(2)) * rstd.unsqueeze(2), rstd, mean, var
 
 
-def online_norm_backward(
-    g: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, alpha: float, floor: float
-) -> Tensor:
+def online_norm_backward(g: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, constants: Constants) -> Tensor:
     """The control process for gradients `g` [N, C, D] of `y` [N, C, D]: `dx` [N, C, D]; updates `u`, `v` [C]."""
-    v_before = scanned((1 - (1 - alpha) * (y * y).mean(2)).clamp(min=floor), (g * y).mean(2), v)
+    alpha = constants.alpha_bwd
+    carry = (1 - (1 - alpha) * (y * y).mean(2)).clamp(min=constants.control_floor)
+    v_before = scanned(carry, (g * y).mean(2), v)
     e = (g - (1 - alpha) * v_before.unsqueeze(2) * y) * rstd.unsqueeze(2)
     own = e.mean(2)
     shift = controlled(own, u, alpha, backward_weights(alpha, g.size(0), u)) - own
