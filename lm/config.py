@@ -13,6 +13,7 @@ from lm import stream
 from lm.corpora import CORPORA
 from lm.errors import UserError
 from lm.files import read_text
+from rnnorm import norms
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Alpha = Annotated[float, Field(gt=0, le=1)]
@@ -49,9 +50,7 @@ class ModelConfig(Section):
     cell: Literal["lstm", "gru", "rnn_tanh", "rnn_relu"] = Field(
         default="lstm", description="recurrent cell; rnn is short for rnn_tanh"
     )
-    norm: Literal["online", "layer", "rms", "none"] = Field(
-        default="online", description="normalization in the recurrence"
-    )
+    norm: norms.Name = Field(default="online", description="normalization in the recurrence")
     hidden_size: Count = Field(default=200, description="units per layer")
     embedding_size: Count | None = Field(default=None, description="embedding size; none: hidden_size")
     num_layers: Annotated[int, Field(ge=1, le=1000)] = Field(default=1, description="number of recurrent layers")

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ class RunningStatsModule(nn.Module):
 class Options(TypedDict, total=False):
     """The keyword arguments that layers and cells share. `LSTM` documents them."""
 
-    norm: "Literal['online', 'layer', 'rms', 'none'] | norms.Spec"
+    norm: norms.Name | norms.Spec
     cell_norm: bool
     backend: str
     weight_dropout: float

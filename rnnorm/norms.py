@@ -3,9 +3,10 @@
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-KINDS = ("none", "online", "layer", "rms")
+Name = Literal["none", "online", "layer", "rms"]
+KINDS: tuple[str, ...] = get_args(Name)
 GUARDS = ("none", "scale", "clamp")
 
 
@@ -136,7 +137,7 @@ class Identity(_Norm):
 
 
 Spec = Online | Layer | RMS | Identity
-_BY_NAME: dict[str, type[Spec]] = {"online": Online, "layer": Layer, "rms": RMS, "none": Identity}
+_BY_NAME: dict[str, type[Spec]] = {spec.kind: spec for spec in get_args(Spec)}
 
 
 def resolve(norm: "str | Spec") -> Spec:

@@ -212,7 +212,7 @@ def test_help_names_every_option_and_key(process, call):
         (("train", "--set", "train.lrr=1"), "train.lrr must be a known key of [train]"),
         (("train", "--set", "train.lr=fast"), "train.lr must be a valid number; got 'fast'"),
         (("train", "--set", "train.lr"), "--set must be section.key=value"),
-        (("train", "--set", "model.norm=batch"), "model.norm must be 'online', 'layer', 'rms' or 'none'"),
+        (("train", "--set", "model.norm=batch"), "model.norm must be 'none', 'online', 'layer' or 'rms'"),
         (("train", "--set", "model.guard=no"), "model.guard must be 'scale', 'clamp' or 'none'"),
         (("train", "--set", "model.alpha_fwd=0"), "model.alpha_fwd must be greater than 0"),
         (("train", "--set", "model.embedding_size=9"), "tied decoder must have model.embedding_size equal"),

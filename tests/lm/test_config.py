@@ -91,7 +91,7 @@ def test_assignments_are_toml_or_bare_text():
             {"model": {"cell": "lstn"}},
             "model.cell must be 'lstm', 'gru', 'rnn_tanh' or 'rnn_relu'; got 'lstn'",
         ),
-        ({"model": {"norm": "batch"}}, "model.norm must be 'online', 'layer', 'rms' or 'none'; got 'batch'"),
+        ({"model": {"norm": "batch"}}, "model.norm must be 'none', 'online', 'layer' or 'rms'; got 'batch'"),
         ({"model": {"guard": "clip"}}, "model.guard must be 'scale', 'clamp' or 'none'; got 'clip'"),
         ({"eval": {"protocol": "fast"}}, "eval.protocol must be 'exact' or 'chunk-mean'; got 'fast'"),
         ({"model": {"alpha_fwd": 0.0}}, "model.alpha_fwd must be greater than 0; got 0.0"),
