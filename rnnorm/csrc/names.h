@@ -27,7 +27,8 @@
 
 #define RNNORM_MEMBER(name) name,
 #define RNNORM_STRING(name) #name,
-#define RNNORM_FIELD(name) double name;
+#define RNNORM_FIELD(name) T name;
+#define RNNORM_CAST(name) static_cast<To>(name),
 #define RNNORM_NAMES(LIST) std::to_array<std::string_view>({LIST(RNNORM_STRING)})
 #define RNNORM_ENUM(Enum, LIST)            \
   enum class Enum { LIST(RNNORM_MEMBER) }; \
@@ -44,9 +45,16 @@ RNNORM_ENUM(Kept, RNNORM_KEPT)
 RNNORM_ENUM(Kind, RNNORM_NORMS)
 RNNORM_ENUM(Guard, RNNORM_GUARDS)
 
-struct Constants {
+template <typename T>
+struct ConstantsOf {
   RNNORM_CONSTANTS(RNNORM_FIELD)
+
+  template <typename To>
+  ConstantsOf<To> to() const {
+    return {RNNORM_CONSTANTS(RNNORM_CAST)};
+  }
 };
+using Constants = ConstantsOf<double>;
 template <>
 inline constexpr auto names<Constants> = RNNORM_NAMES(RNNORM_CONSTANTS);
 

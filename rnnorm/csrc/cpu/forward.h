@@ -43,7 +43,7 @@ struct Forward : Pass<T> {
 
   static void freeze(Norm<T>& norm, int64_t channels, std::vector<T>& frozen) {
     if (norm.kind != Kind::online || norm.training) return;
-    for (int64_t c = 0; c < channels; ++c) frozen.push_back(1 / std::sqrt(norm.var[c] + norm.eps));
+    for (int64_t c = 0; c < channels; ++c) frozen.push_back(1 / std::sqrt(norm.var[c] + norm.constants.eps));
     norm.frozen = frozen.data();
   }
 

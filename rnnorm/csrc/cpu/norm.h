@@ -48,7 +48,8 @@ struct Norm {
   Kind kind = Kind::none;
   Guard guard = Guard::none;
   bool training = false;
-  T eps = 0, alpha_fwd = 1, rest_fwd = 0, rest_bwd = 0, scale_eps = 0, limit = 0, control_floor = 0;
+  ConstantsOf<T> constants{};
+  T rest_fwd = 0, rest_bwd = 0;  // 1 - alpha, formed in double
   int64_t G = 0, H = 0, S = 0;
   const T *weight = nullptr, *bias = nullptr;                      // [C]; 1 and 0 without an affine map
   const T* frozen = nullptr;                                       // [C] 1 / sqrt(var + eps) in evaluation
@@ -136,7 +137,7 @@ struct Worker {
 
 template <typename T>
 inline void clamp_row(const Norm<T>& norm, int64_t count, T* __restrict q) {
-  const T limit = norm.limit;
+  const T limit = norm.constants.clamp_limit;
 #pragma omp simd
   for (int64_t j = 0; j < count; ++j) {
     // Comparisons instead of min and max propagate NaN.
@@ -157,7 +158,7 @@ inline T online_row(const Norm<T>& norm, Worker<T>& me, int64_t gate, int64_t sa
   const T* __restrict shift = norm.bias + channel;
   T* __restrict mean = norm.mean + gate * count;
   T* __restrict var = norm.var + gate * count;
-  const T eps = norm.eps, alpha = norm.alpha_fwd, rest = norm.rest_fwd;
+  const T eps = norm.constants.eps, alpha = norm.constants.alpha_fwd, rest = norm.rest_fwd;
   T squares = 0;
 #pragma omp simd reduction(+ : squares)
   for (int64_t j = 0; j < count; ++j) {
@@ -209,7 +210,7 @@ void moments_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t
       const T* theirs = me.exchange.mine(t, me.turn) + 2 * k;
       squares += theirs[1] + part_of(norm.H, t, me.team.size()).size() * (theirs[0] - mean) * (theirs[0] - mean);
     }
-    const T r = 1 / std::sqrt(squares / norm.H + norm.eps);
+    const T r = 1 / std::sqrt(squares / norm.H + norm.constants.eps);
     const int64_t i = k / gates, g = k % gates, channel = (g0 + g) * norm.H + me.units.begin;
     T* __restrict x = q + i * ld + g * u;
 #pragma omp simd
@@ -257,7 +258,7 @@ void online_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t 
   const T* total = me.sum(n * gates);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t g = 0; g < gates; ++g) {
-      const T factor = 1 / std::sqrt(total[i * gates + g] / norm.H + norm.scale_eps);
+      const T factor = 1 / std::sqrt(total[i * gates + g] / norm.H + norm.constants.scale_eps);
       if (norm.scale != nullptr && me.id == 0) norm.scale[(sample + i) * norm.G + g0 + g] = factor;
       T* x = q + i * ld + g * u;
 #pragma omp simd
@@ -319,7 +320,8 @@ inline void online_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_
   T* __restrict v = norm.v + gate * count;
   T* __restrict grad_weight = norm.grad_weight + gate * count;
   T* __restrict grad_bias = norm.grad_bias + gate * count;
-  const T rest = norm.rest_bwd, floor = norm.control_floor, factor = scaled ? norm.scale[sample * norm.G + gate] : T(1);
+  const T rest = norm.rest_bwd, floor = norm.constants.control_floor;
+  const T factor = scaled ? norm.scale[sample * norm.G + gate] : T(1);
 #pragma omp simd
   for (int64_t j = 0; j < count; ++j) {
     const T z = scaled ? factor * (d[j] - a[j] * mean) : d[j];
@@ -358,7 +360,7 @@ void clamp_backward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, in
       T* d = g.at(i, k);
       for (int64_t j = 0; j < u; ++j) {
         const T z = norm.weight[channel + j] * y[j] + norm.bias[channel + j];
-        d[j] = std::fabs(z) <= norm.limit ? d[j] : 0;
+        d[j] = std::fabs(z) <= norm.constants.clamp_limit ? d[j] : 0;
       }
     }
 }

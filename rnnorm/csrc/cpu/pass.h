@@ -76,13 +76,9 @@ struct Pass {
     norm.kind = of_cell && !options.cell_norm ? Kind::none : options.kind;
     norm.guard = norm.kind == Kind::none ? Guard::none : options.guard;
     norm.training = options.training;
-    norm.eps = constants.eps;
-    norm.alpha_fwd = constants.alpha_fwd;
+    norm.constants = constants.to<T>();
     norm.rest_fwd = 1 - constants.alpha_fwd;
     norm.rest_bwd = 1 - constants.alpha_bwd;
-    norm.scale_eps = constants.scale_eps;
-    norm.limit = constants.clamp_limit;
-    norm.control_floor = constants.control_floor;
     norm.G = of_cell ? 1 : G;
     norm.H = H;
     norm.S = S;
