@@ -441,7 +441,7 @@ _LOOPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     with warnings.catch_warnings():
         # torch 2.13 deprecates TorchScript as a whole; this backend is written in it.
-        warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
         return torch.jit.script(function)
 
 

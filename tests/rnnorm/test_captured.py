@@ -15,7 +15,7 @@ from rnnorm.functional import linear_cross_entropy
 from rnnorm.ops import registry
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.*:DeprecationWarning",
+    "ignore:.*torch.jit.*",
     "ignore::torch.jit.TracerWarning",
     "ignore:.*LeafSpec.*:FutureWarning",
 )

@@ -119,7 +119,7 @@ def _train(model: Any, module: nn.Module, lengths: Tensor | None) -> list[Tensor
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 def test_compiled_training_equals_eager(cell: str, compiler: str) -> None:
@@ -300,7 +300,7 @@ def test_operators_are_what_a_tracer_sees(before_dispatch: bool) -> None:
     assert "rnnorm.sequence.default" in [str(node.target) for node in traced.graph.nodes]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_operators_are_what_torch_jit_trace_sees() -> None:
     layer = rnnorm.GRU(3, 4).eval().requires_grad_(False)
     traced = torch.jit.trace(layer, (torch.randn(5, 2, 3),))

@@ -411,7 +411,7 @@ def test_cells_equal_layers_of_one_step(cell: str, backend: str) -> None:
         torch.testing.assert_close(one, other[0])
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 @pytest.mark.parametrize("form", ["compiled", "scripted", "exported"])
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_compiled_scripted_and_exported_layers_do_the_same(kind: str, form: str) -> None:
@@ -467,7 +467,7 @@ def test_invalid_resets_are_refused() -> None:
         layer(x, reset=torch.zeros(5, 2))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_statistics_move_without_drawing_masks() -> None:
     layer = _build("lstm", "online", "auto", recurrent_dropout=0.4, zoneout=0.3, weight_dropout=0.5)
     twin = _build("lstm", "online", "auto", zoneout=0.3)

@@ -118,7 +118,7 @@ def test_an_empty_batch_gives_zero_gradients() -> None:
     assert norm.weight.grad.tolist() == norm.bias.grad.tolist() == [0, 0, 0]
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_constants_may_be_whole_numbers() -> None:
     norm = rnnorm.OnlineNorm(3, alpha_fwd=1, alpha_bwd=1, eps=1, control_floor=0)
     x = torch.randn(5, 3)

@@ -99,7 +99,7 @@ def test_outputs_of_stacked_layers_can_be_changed_in_place(backend: str, options
         _check(rnnorm.LSTM(INPUTS, H, backend=backend, **options), x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.")
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "RNNCell"])
 @pytest.mark.parametrize("way", ["script", "export"])
 def test_outputs_of_captured_modules_can_be_changed_in_place(way: str, kind: str) -> None:

@@ -440,7 +440,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_control_as_it_was(backend: str
 
 def _as_script(module: nn.Module) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         return torch.jit.script(module)
 
 
@@ -505,7 +505,7 @@ def test_a_scaler_of_gradients_finds_its_scale() -> None:
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch.func.jvp's own
 @pytest.mark.parametrize("kind", KINDS)
 def test_transforms_are_refused_not_ignored(kind: str) -> None:
     module = _make(kind).requires_grad_(False)
@@ -522,7 +522,7 @@ def test_transforms_are_refused_not_ignored(kind: str) -> None:
     _call(module, x)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch.func.jvp's own
 @pytest.mark.parametrize("norm", ["none", "layer"])
 def test_transforms_reach_through_the_reference(norm: str) -> None:
     layer = _make("GRU", norm=norm, backend="reference").requires_grad_(False)

@@ -18,7 +18,7 @@ from rnnorm.ops import BackendUnavailable
 pytestmark = [
     pytest.mark.usefixtures("double"),
     # torch 2.13 deprecates TorchScript as a whole.
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*"),
 ]
 _CASES = [
     "lstm-cell_norm-online-scale-deep",
