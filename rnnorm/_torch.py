@@ -1,6 +1,6 @@
 """Private names of torch, in one place, each with a fallback for versions of torch that lack it.
 
-Checked on torch 2.11, 2.13 and 2.14.
+Checked on torch 2.13.0 and 2.14.1.
 """
 
 from collections.abc import Callable
