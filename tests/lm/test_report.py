@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import rnnorm
 from lm import config, report, study
 from lm.cli import main
 from lm.errors import UserError
@@ -478,3 +479,8 @@ def test_a_browser_shows_it(written, tmp_path, width):
     pixels = image.open(shot).convert("RGB").crop((0, 0, width, 5000))
     colors = {color for _, color in pixels.getcolors(maxcolors=1 << 24)}
     assert {(0, 114, 178), (102, 102, 102)} <= colors, "the arms' colours"
+
+
+def test_every_norm_has_a_color_and_every_cell_a_label():
+    assert {*figures._COLORS} == {*rnnorm.norms.KINDS}
+    assert {*figures._CELLS} == {*rnnorm.CELLS}
