@@ -6,6 +6,7 @@ are compact, S = sum(lengths) rows in step order, so padding is neither computed
 """
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -437,8 +438,17 @@ _LOOPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-@functools.cache
+# Threads that need a loop at the same time compile it once: the others wait.
+_compiling = threading.RLock()
+
+
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    with _compiling:
+        return _compiled_once(function)
+
+
+@functools.cache
+def _compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
     with warnings.catch_warnings():
         # torch 2.13 deprecates TorchScript as a whole; this backend is written in it.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")

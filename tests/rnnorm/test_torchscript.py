@@ -4,6 +4,9 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import rnnorm
-from rnnorm.ops import BackendUnavailable
+from rnnorm.ops import BackendUnavailable, scripted
 
 pytestmark = [
     pytest.mark.usefixtures("double"),
@@ -261,3 +264,25 @@ def test_bad_input_is_refused() -> None:
     cell = torch.jit.script(rnnorm.GRUCell(3, 4))
     with pytest.raises(_TENSOR_ERROR, match="input's last dimension must be input_size = 3"):
         cell(torch.randn(2, 5))
+
+
+def test_threads_compile_a_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    own, started = torch.jit.script, threading.Barrier(4)
+
+    def slow(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if function is scripted._LOOPS["rnn_tanh"][0]:  # compiling it compiles what it calls in the same way
+            calls.append(function)
+            time.sleep(0.05)  # long enough for the other threads to ask
+        return own(function, *args, **kwargs)
+
+    def call(_: int) -> Tensor:
+        started.wait()
+        with torch.no_grad():
+            return rnnorm.RNN(3, 4, backend="scripted")(torch.randn(5, 2, 3))[0]
+
+    monkeypatch.setattr(torch.jit, "script", slow)
+    scripted._compiled_once.cache_clear()
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(call, range(4)))) == 4
+    assert len(calls) == 1
