@@ -1,4 +1,4 @@
-"""Measure rnnorm against torch: each row in a process of its own, its two sides in turn, medians and ratios.
+"""Measure rnnorm against torch: each row in a separate process, its two sides in turn, medians and ratios.
 
     python scripts/benchmark.py                  # every row, about ten minutes on 2 cores
     python scripts/benchmark.py --quick          # few rounds, small sizes only
@@ -253,7 +253,7 @@ def machine() -> dict[str, Any]:
 
 
 def one(task: str, quick: bool, threads: int) -> dict[str, Any]:
-    """What a process of its own measures: a row by its number, or a size of the growth table."""
+    """What a separate process measures: a row by its number, or a size of the growth table."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     kind, number = task.split(":")
@@ -265,7 +265,7 @@ def one(task: str, quick: bool, threads: int) -> dict[str, Any]:
 
 
 def apart(task: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """`one` in a process of its own."""
+    """`one` in a separate process."""
     command = [sys.executable, __file__, "--one", task, "--threads", str(chosen.threads)]
     done = subprocess.run(
         [*command, *(["--quick"] if chosen.quick else [])], capture_output=True, text=True, check=False

@@ -112,8 +112,8 @@ def curves(source: Source, cell: str) -> "Figure | None":
     lines = [(arm, quartiles) for arm, quartiles in lines if quartiles or arm["diverged"]]
     if not lines:
         return None
-    told = [ppl for _, quartiles in lines for low, middle, _ in quartiles.values() for ppl in (low, middle)]
-    top = _scale(axes, "y", told)
+    plotted = [ppl for _, quartiles in lines for low, middle, _ in quartiles.values() for ppl in (low, middle)]
+    top = _scale(axes, "y", plotted)
     for arm, quartiles in lines:
         low, middle, high = np.array([*quartiles.values()]).reshape(-1, 3).T
         label = _label(arm) + (f" ({arm['diverged']} of {arm['runs']} diverged)" if arm["diverged"] else "")
@@ -139,16 +139,16 @@ def _by_epoch(entries: Sequence[Entry]) -> dict[int, list[float]]:
     """The quartiles of validation perplexity after each epoch; a run that diverged counts as infinity from then on."""
     runs = [(entry.result["row"]["diverged"], _validated(entry)) for entry in entries]
     found: dict[int, list[float]] = {}
-    for epoch in sorted({epoch for _, told in runs for epoch in told}):
-        reached = [told.get(epoch, math.inf) for diverged, told in runs if diverged or epoch in told]
+    for epoch in sorted({epoch for _, by_epoch in runs for epoch in by_epoch}):
+        reached = [by_epoch.get(epoch, math.inf) for diverged, by_epoch in runs if diverged or epoch in by_epoch]
         found[epoch] = [quantile(reached, share) for share in (0.25, 0.5, 0.75)]
     return found
 
 
 def _validated(entry: Entry) -> dict[int, float]:
     """A run's validation perplexity by epoch; infinity where it is beyond what exp can hold."""
-    told = {row["epoch"]: row["valid_ppl"] for row in entry.result["epochs"] if "valid_ppl" in row}
-    return {epoch: math.inf if ppl is None else ppl for epoch, ppl in told.items()}
+    by_epoch = {row["epoch"]: row["valid_ppl"] for row in entry.result["epochs"] if "valid_ppl" in row}
+    return {epoch: math.inf if ppl is None else ppl for epoch, ppl in by_epoch.items()}
 
 
 def finals(source: Source, measure: str) -> "Figure | None":
@@ -174,9 +174,9 @@ def finals(source: Source, measure: str) -> "Figure | None":
             axes.plot([theirs], [place], "D", ms=6, mfc="white", mec="black", zorder=4, label="published median")
         beyond = [shown(ppl, 0) for ppl in sorted(found) if top < ppl < math.inf]  # off the axis, shown as text
         beyond = [f"{len(beyond)} from {beyond[0]} to {beyond[-1]}"] if len(beyond) > 2 else beyond
-        told = [f"{text} →" for text in beyond]
-        told += [f"{arm['diverged']} of {arm['runs']} diverged"] if arm["diverged"] else []
-        if told:
+        notes = [f"{text} →" for text in beyond]
+        notes += [f"{arm['diverged']} of {arm['runs']} diverged"] if arm["diverged"] else []
+        if notes:
             at: Any = {
                 "xycoords": axes.get_yaxis_transform(),
                 "ha": "right",
@@ -185,7 +185,7 @@ def finals(source: Source, measure: str) -> "Figure | None":
                 "color": _color(arm),
                 "bbox": {"fc": "white", "ec": "none", "pad": 1},
             }
-            axes.annotate("  ".join(told), (1.0, place), **at)
+            axes.annotate("  ".join(notes), (1.0, place), **at)
     if axes.texts:  # at the right, where they would lie on points
         axes.set_xlim(right=axes.get_xlim()[1] * (axes.get_xlim()[1] / axes.get_xlim()[0]) ** 0.5)
     axes.set_yticks(range(len(arms)), [arm["arm"] for arm in arms])
@@ -271,9 +271,9 @@ def statistics(source: Source, arm: Mapping[str, Any]) -> "Figure | None":
     names = list(entry.internals[-1]["statistics"])
     for axes, kind in zip(grid.flat, ("mean", "var", "u", "v"), strict=True):
         for number, name in enumerate(name for name in names if f"norm_{kind}_" in name):
-            told = [row for row in entry.internals if None not in row["statistics"][name]]
-            epochs = [row["epoch"] for row in told]
-            values = np.array([row["statistics"][name] for row in told]).reshape(-1, 5).T
+            complete = [row for row in entry.internals if None not in row["statistics"][name]]
+            epochs = [row["epoch"] for row in complete]
+            values = np.array([row["statistics"][name] for row in complete]).reshape(-1, 5).T
             color = f"C{number}" if number else _color(arm)
             axes.fill_between(epochs, values[0], values[4], color=color, alpha=0.10, lw=0)
             axes.fill_between(epochs, values[1], values[3], color=color, alpha=0.25, lw=0)
@@ -395,8 +395,8 @@ def _point(
 def _box(axes: "Axes", found: Sequence[float], place: float, color: str, top: float) -> None:
     """Quartiles and extremes of all runs; the infinity of one that diverged lies far beyond `top`."""
     shares = {"whislo": 0.0, "q1": 0.25, "med": 0.5, "q3": 0.75, "whishi": 1.0}
-    told = {name: min(quantile(found, share), 1e3 * top) for name, share in shares.items()}
-    box = axes.bxp([told], positions=[place], orientation="horizontal", widths=0.55, showfliers=False)
+    box_stats = {name: min(quantile(found, share), 1e3 * top) for name, share in shares.items()}
+    box = axes.bxp([box_stats], positions=[place], orientation="horizontal", widths=0.55, showfliers=False)
     for part in (line for lines in box.values() for line in lines):
         part.set_color(color)
 
