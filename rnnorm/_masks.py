@@ -39,8 +39,8 @@ def recurrent(rate: float, training: bool, h: Tensor, dtype: torch.dtype) -> Ten
 
 
 def zoneout(rate: float, training: bool, T: int, state: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The share of the old state [N, *] kept at each step [T, N, *]: 1 with probability `rate`, else 0; in evaluation
-    mode its expectation. None if `rate` is 0.
+    """The share of the old state [N, *] that is kept, [T, N, *]: in training mode bool, true with probability `rate`;
+    in evaluation mode its expectation in `dtype`. None if `rate` is 0.
 
     Source: Krueger et al., ICLR 2017 (arXiv 1606.01305).
     """
@@ -49,7 +49,7 @@ def zoneout(rate: float, training: bool, T: int, state: Tensor, dtype: torch.dty
     shape = [T, state.size(0), state.size(1)]
     if not training:
         return torch.full([1, 1, 1], rate, dtype=dtype, device=state.device).expand(shape)
-    return (torch.rand(shape, dtype=torch.float32, device=state.device) < rate).to(dtype)
+    return torch.rand(shape, dtype=torch.float32, device=state.device) < rate
 
 
 def reversed_reset(reset: Tensor, lengths: Tensor | None) -> Tensor:

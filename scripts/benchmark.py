@@ -154,7 +154,7 @@ def _masked_works(T: int, N: int, H: int) -> tuple[Work, Work]:
     def drawn() -> None:
         F.dropout(weight, 0.5)
         for shape in ((N, H), (T, N, H), (T, N, H)):
-            (torch.rand(shape) < 0.1).float()
+            torch.rand(shape).lt(0.1)
         plain()
 
     return masked, drawn

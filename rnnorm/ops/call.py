@@ -30,8 +30,8 @@ class Operands(NamedTuple):
     # The following fields are not differentiated.
     lengths: Tensor | None  # [N] int64 on the CPU, each in 1..T; None: all T
     reset: Tensor | None  # [T, N] bool, true if the state before the step is zero
-    recurrent_mask: Tensor | None  # [N, P], factor of h in the recurrent product
-    zoneout_h: Tensor | None  # [T, N, P], share of the old h that is kept; statistics dtype, as recurrent_mask
+    recurrent_mask: Tensor | None  # [N, P], factor of h in the recurrent product; statistics dtype
+    zoneout_h: Tensor | None  # [T, N, P], share of the old h that is kept; bool or statistics dtype
     zoneout_c: Tensor | None  # [T, N, H], the same for c
     # The following fields are buffers, which are updated between the forward and the backward pass.
     norm_mean: Tensor | None  # [C], statistics dtype, as the following seven

@@ -141,9 +141,11 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
         if o.weight_hr is not None:
             new_h = F.linear(new_h.to(dtype), o.weight_hr).to(wide)
         if o.zoneout_h is not None:
-            new_h = o.zoneout_h[t, rows] * old_h + (1 - o.zoneout_h[t, rows]) * new_h
+            share = o.zoneout_h[t, rows].to(wide)
+            new_h = share * old_h + (1 - share) * new_h
         if o.zoneout_c is not None and old_c is not None and new_c is not None:
-            new_c = o.zoneout_c[t, rows] * old_c + (1 - o.zoneout_c[t, rows]) * new_c
+            share = o.zoneout_c[t, rows].to(wide)
+            new_c = share * old_c + (1 - share) * new_c
         h = h.index_put((rows,), new_h)
         if c is not None and new_c is not None:
             c = c.index_put((rows,), new_c)

@@ -477,7 +477,10 @@ def _real_rows(tensor: Tensor, real: Tensor | None) -> Tensor:
 
 def _masks(o: Operands, real: Tensor | None) -> Masks:
     """The masks, by sample in the order of the loop; the recurrent mask stays by sequence."""
-    zoneout_h, zoneout_c = (None if stays is None else _real_rows(stays, real) for stays in (o.zoneout_h, o.zoneout_c))
+    wide = statistics_dtype(o.x.dtype)
+    zoneout_h, zoneout_c = (
+        None if stays is None else _real_rows(stays, real).to(wide) for stays in (o.zoneout_h, o.zoneout_c)
+    )
     reset = None if o.reset is None else _real_rows(o.reset.unsqueeze(2), real)
     return Masks(o.recurrent_mask, zoneout_h, zoneout_c, reset)
 

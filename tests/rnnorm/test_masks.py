@@ -124,11 +124,12 @@ class _Definition:
             new_h, new_c = self.step(x[t, rows], entering, old_h, old_c, weight)
             if "weight_hr" in self.p:
                 new_h = F.linear(new_h, self.p["weight_hr"])
-            stays_h, stays_c = masks["zoneout_h"], masks["zoneout_c"]
-            if stays_h is not None:
-                new_h = stays_h[t, rows] * old_h + (1 - stays_h[t, rows]) * new_h
-            if stays_c is not None and new_c is not None:
-                new_c = stays_c[t, rows] * old_c + (1 - stays_c[t, rows]) * new_c
+            if masks["zoneout_h"] is not None:
+                share = masks["zoneout_h"][t, rows].double()
+                new_h = share * old_h + (1 - share) * new_h
+            if masks["zoneout_c"] is not None and new_c is not None:
+                share = masks["zoneout_c"][t, rows].double()
+                new_c = share * old_c + (1 - share) * new_c
             h = h.index_copy(0, torch.tensor(rows), new_h)
             y[t] = y[t].index_copy(0, torch.tensor(rows), new_h)
             c = None if c is None else c.index_copy(0, torch.tensor(rows), new_c)
@@ -346,8 +347,8 @@ def test_masks_have_their_expectation(rate: float) -> None:
     deviation = (rate / (1 - rate) / n) ** 0.5
     assert abs(mask.mean().item() - 1) < 5 * deviation
     stays = _masks.zoneout(rate, True, 20, h, torch.float64)
-    assert set(stays.unique().tolist()) == {0.0, 1.0}
-    assert abs(stays.mean().item() - rate) < 5 * (rate * (1 - rate) / (20 * n)) ** 0.5
+    assert stays.dtype == torch.bool
+    assert abs(stays.double().mean().item() - rate) < 5 * (rate * (1 - rate) / (20 * n)) ** 0.5
     assert torch.equal(_masks.zoneout(rate, False, 20, h, torch.float64), torch.full((20, 200, 50), rate))
     weight = _masks.dropped(torch.ones(200, 50), rate, True)
     assert abs(weight.mean().item() - 1) < 5 * deviation
@@ -483,3 +484,20 @@ def test_statistics_move_without_drawing_masks() -> None:
 def test_numpy_rates_are_taken() -> None:
     layer = rnnorm.LSTM(3, 4, zoneout=np.float32(0.5), weight_dropout=np.float64(0.25))
     assert (layer.zoneout, layer.weight_dropout) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("backend", registry.names())
+@pytest.mark.parametrize("lengths", [None, torch.tensor([4, 2, 3])], ids=["dense", "lengths"])
+def test_bool_masks_and_shares_of_one_or_zero_are_the_same(
+    backend: str, lengths: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases.skip_unless_runs(backend)
+    x, drawn, found = torch.randn(4, 3, 3), _masks.zoneout, []
+    for share in (lambda *args: drawn(*args), lambda *args: drawn(*args).to(args[-1])):
+        monkeypatch.setattr(_masks, "zoneout", share)
+        torch.manual_seed(1)
+        layer = rnnorm.LSTM(3, 7, backend=backend, zoneout=0.5)
+        y, _ = layer(x, lengths=lengths)
+        y.square().sum().backward()
+        found.append([y, *(p.grad for p in layer.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -187,16 +187,18 @@ struct Backward : Pass<T> {
   void split_zoneout(const Step& step, Range columns, const Tensor& stays, std::vector<T>& past, const Row& rows) const {
     if (!stays.defined()) return;
     const int64_t n = columns.size(), width = stays.size(-1);
-    for (int64_t i = 0; i < step.count; ++i) {
-      const T* __restrict share = stays.data_ptr<T>() + (step.first + i) * width + columns.begin;
-      T* __restrict gradient = rows(i);
-      T* __restrict kept_back = past.data() + i * n;
+    this->with_values(stays, [&]<typename V>(const V* shares) {
+      for (int64_t i = 0; i < step.count; ++i) {
+        const V* __restrict share = shares + (step.first + i) * width + columns.begin;
+        T* __restrict gradient = rows(i);
+        T* __restrict kept_back = past.data() + i * n;
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) {
-        kept_back[j] = share[j] * gradient[j];
-        gradient[j] = (1 - share[j]) * gradient[j];
+        for (int64_t j = 0; j < n; ++j) {
+          kept_back[j] = T(share[j]) * gradient[j];
+          gradient[j] = (1 - T(share[j])) * gradient[j];
+        }
       }
-    }
+    });
   }
 
   // Write the gradient of h before the step to its rows: the sum of those through the product, through the step itself
@@ -204,22 +206,20 @@ struct Backward : Pass<T> {
   void finish_h(const Step& step, Range outputs, const std::vector<T>& dh, const T* direct, const std::vector<T>& past,
                 std::vector<T>& later) const {
     const int64_t p = outputs.size();
-    const T* mask = get(Operand::recurrent_mask);
+    const T *mask = get(Operand::recurrent_mask), *zeros = this->zeros.data();
     for (int64_t i = 0; i < step.count; ++i) {
       const int64_t n = walk.row[step.first + i];
-      T* to = later.data() + n * p;
+      T* __restrict to = later.data() + n * p;
       if (walk.before[step.first + i] == Walk::zero) {
         std::fill_n(to, p, T(0));
         continue;
       }
-      const T* factor = mask == nullptr ? nullptr : mask + n * P + outputs.begin;
-      for (int64_t j = 0; j < p; ++j) {
-        T sum = dh[i * p + j];
-        if (mask != nullptr) sum *= factor[j];
-        if (direct != nullptr) sum += direct[i * p + j];
-        if (!past.empty()) sum += past[i * p + j];
-        to[j] = sum;
-      }
+      const T* __restrict through = &dh[i * p];
+      const T* __restrict factor = mask == nullptr ? this->ones.data() : mask + n * P + outputs.begin;
+      const T* __restrict own = direct == nullptr ? zeros : direct + i * p;
+      const T* __restrict by = past.empty() ? zeros : &past[i * p];
+#pragma omp simd
+      for (int64_t j = 0; j < p; ++j) to[j] = through[j] * factor[j] + own[j] + by[j];
     }
   }
 
@@ -227,10 +227,11 @@ struct Backward : Pass<T> {
   void finish_c(const Step& step, int64_t u, const std::vector<T>& past, std::vector<T>& carried) const {
     if (past.empty() && !call.has(Operand::reset)) return;
     for (int64_t i = 0; i < step.count; ++i) {
-      T* to = carried.data() + walk.row[step.first + i] * u;
+      T* __restrict to = carried.data() + walk.row[step.first + i] * u;
       if (walk.before[step.first + i] == Walk::zero) {
         std::fill_n(to, u, T(0));
       } else if (!past.empty()) {
+#pragma omp simd
         for (int64_t j = 0; j < u; ++j) to[j] += past[i * u + j];
       }
     }

@@ -57,7 +57,8 @@ Walk Call::check_operands() {
     const Operand which = static_cast<Operand>(k);
     Tensor& tensor = tensors[which];
     if (!tensor.defined()) continue;
-    if (which != Operand::lengths && which != Operand::reset) {
+    const bool mask = (which == Operand::zoneout_h || which == Operand::zoneout_c) && tensor.scalar_type() == at::kBool;
+    if (which != Operand::lengths && which != Operand::reset && !mask) {
       tensor = ready(tensor, "operand", name_of(which));
       continue;
     }

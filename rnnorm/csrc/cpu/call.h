@@ -71,7 +71,7 @@ class Call {
   Options options;
   Traits cell;
   at::ScalarType dtype;     // of the computation
-  Table<Operand> tensors;   // contiguous and, except lengths, of that dtype
+  Table<Operand> tensors;   // contiguous and, except lengths, reset and bool masks, of that dtype
   int64_t T, N, I, P, G, H, C;
   Walk walk;
 

@@ -123,15 +123,17 @@ struct Forward : Pass<T> {
   // Write these columns of the state after a step, from the new values and the state before it.
   void zoneout(const Step& step, Range columns, const States<T>& state, const Tensor& stays, const Tensor& values) const {
     if (!stays.defined()) return;
-    for (int64_t s = step.first; s < step.first + step.count; ++s) {
-      const int64_t at = s * state.width + columns.begin;
-      const T* __restrict share = stays.data_ptr<T>() + at;
-      const T* __restrict before = state.before(s) + columns.begin;
-      const T* from = values.data_ptr<T>() + at;
-      T* to = state.history + at;
+    this->with_values(stays, [&]<typename V>(const V* shares) {
+      for (int64_t s = step.first; s < step.first + step.count; ++s) {
+        const int64_t at = s * state.width + columns.begin;
+        const V* __restrict share = shares + at;
+        const T* __restrict before = state.before(s) + columns.begin;
+        const T* from = values.data_ptr<T>() + at;
+        T* to = state.history + at;
 #pragma omp simd
-      for (int64_t j = 0; j < columns.size(); ++j) to[j] = share[j] * before[j] + (1 - share[j]) * from[j];
-    }
+        for (int64_t j = 0; j < columns.size(); ++j) to[j] = T(share[j]) * before[j] + (1 - T(share[j])) * from[j];
+      }
+    });
   }
 
   // Copy the new h to y, which shares no memory with kept tensors, since the caller may modify it in place.

@@ -19,13 +19,13 @@ struct Pass {
   Gemm<T> gemm;
   Table<Kept> kept;
   Tensor samples;             // [S, I]
-  std::vector<T> ones, zeros;  // [C], at least [P], in place of a missing affine map, missing biases or a zero state
-  Tensor stays_h, stays_c;    // [S, P], [S, H] share of the old state that is kept, or undefined
+  std::vector<T> ones, zeros;  // [C], at least [P], in place of missing factors, summands or a zero state
+  Tensor stays_h, stays_c;    // [S, P], [S, H] share of the old state that is kept, bool or T; or undefined
   Norm<T> norm, cell_norm;
 
   Pass(const Call& call, const Table<Kept>& kept)
       : call(call), walk(call.walk), N(call.N), I(call.I), P(call.P), G(call.G), H(call.H), C(call.C), S(walk.S),
-        gemm{call.options.micro}, kept(kept), samples(call.tensors[Operand::x]), ones(C, T(1)), zeros(std::max(C, P), T(0)),
+        gemm{call.options.micro}, kept(kept), samples(call.tensors[Operand::x]), ones(std::max(C, P), T(1)), zeros(std::max(C, P), T(0)),
         stays_h(compact(Operand::zoneout_h, P)), stays_c(compact(Operand::zoneout_c, H)),
         norm(make_norm(false)), cell_norm(make_norm(true)) {
     samples = compact(Operand::x, I);
@@ -55,7 +55,15 @@ struct Pass {
     for (int64_t j = 0; j < P; ++j) to[j] = from[j] * factor[j];
   }
 
-  static void gather(const T* rows, int64_t width, const std::vector<int64_t>& index, T* out) {
+  // Call `function` with the values of a tensor of bool or T.
+  template <typename Function>
+  static void with_values(const Tensor& tensor, const Function& function) {
+    if (tensor.scalar_type() == at::kBool) function(tensor.template data_ptr<bool>());
+    else function(tensor.template data_ptr<T>());
+  }
+
+  template <typename V>
+  static void gather(const V* rows, int64_t width, const std::vector<int64_t>& index, V* out) {
     for (size_t s = 0; s < index.size(); ++s) std::copy_n(rows + index[s] * width, width, out + s * width);
   }
 
@@ -64,8 +72,8 @@ struct Pass {
   Tensor compact(Operand which, int64_t width) const {
     const Tensor& given = call.tensors[which];
     if (!given.defined() || walk.dense) return given;
-    const Tensor rows = call.scratch({S, width});
-    gather(get(which), width, walk.position, rows.template data_ptr<T>());
+    const Tensor rows = pooled({S, width}, given.scalar_type());
+    with_values(given, [&]<typename V>(V* values) { gather(values, width, walk.position, rows.template data_ptr<V>()); });
     return rows;
   }
 
