@@ -259,11 +259,6 @@ class RecurrentModule(RunningStatsModule):
         training = self.training and self.draws_masks
         if rates.weight and training:
             own = {**own, "weight_hh": _masks.dropped(own["weight_hh"], rates.weight, training)}
-        if x.dtype != own["weight_ih"].dtype:
-            # Under autocast only: parameters take the dtype of the products.
-            own = {
-                k: t.to(x.dtype) if t is not None and k.startswith(("weight", "bias")) else t for k, t in own.items()
-            }
         return ops.Operands(
             x,
             h,

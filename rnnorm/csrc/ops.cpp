@@ -26,6 +26,14 @@ c10::Dict<std::string, std::vector<std::string>> all_names() {
   return all;
 }
 
+// The dtypes of products that have a micro-kernel.
+std::vector<std::string> micro_kernels() {
+  std::vector<std::string> found;
+  if (micro_kernel_works<float>()) found.push_back("float32");
+  if (micro_kernel_works<Half>()) found.push_back("bfloat16");
+  return found;
+}
+
 std::vector<Tensor> run_forward(const Tensors& operands, std::string_view cell, std::string_view norm,
                                 std::string_view guard, at::ArrayRef<double> constants, bool cell_norm, bool training,
                                 bool reverse, bool save, bool micro, int64_t threads) {
@@ -66,7 +74,7 @@ TORCH_LIBRARY(rnnorm_cpu, library) {
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? weights, bool need_hidden, "
       "bool need_weight, bool need_bias, bool micro, int threads) -> Tensor[]");
   library.def("names() -> Dict(str, str[])", &rnnorm::all_names);
-  library.def("has_micro_kernel() -> bool", &rnnorm::micro_kernel_works);
+  library.def("micro_kernels() -> str[]", &rnnorm::micro_kernels);
 }
 
 TORCH_LIBRARY_IMPL(rnnorm_cpu, CPU, library) {

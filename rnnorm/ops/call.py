@@ -3,7 +3,7 @@
 The field order is the argument order of the operators `rnnorm::sequence`, `sequence_saving` and `sequence_backward`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from rnnorm.norms import Constants
 class Operands(NamedTuple):
     """The tensors of one call. Axes: T steps, N sequences, I inputs, H units, P = H or the projected size, C = G*H."""
 
-    x: Tensor  # [T, N, I]
+    x: Tensor  # [T, N, I]; its dtype is that of products
     h: Tensor  # [N, P]
     c: Tensor | None  # [N, H], LSTM only
-    weight_ih: Tensor  # [C, I]
+    weight_ih: Tensor  # [C, I]; weights and biases may be wider than x, as under autocast
     weight_hh: Tensor  # [C, P]
     bias_ih: Tensor | None  # [C]
     bias_hh: Tensor | None  # [C]
@@ -42,6 +42,15 @@ class Operands(NamedTuple):
     cell_norm_var: Tensor | None
     cell_norm_u: Tensor | None
     cell_norm_v: Tensor | None
+
+    def in_product_dtype(self) -> "Operands":
+        """The same with weights and biases in the dtype of x, which is that of products."""
+        changed: dict[str, Any] = {
+            name: value.to(self.x.dtype)
+            for name, value in self._asdict().items()
+            if name.startswith(("weight", "bias")) and value is not None
+        }
+        return self._replace(**changed)
 
 
 DIFFERENTIABLE = Operands._fields[: Operands._fields.index("lengths")]

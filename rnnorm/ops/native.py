@@ -35,6 +35,7 @@ def widths(operands: Operands, spec: CallSpec) -> dict[str, int]:
 class Native:
     name = "cpu"
     differentiable = False
+    wide_weights = True
     losses = (torch.float32, torch.float64)
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:

@@ -110,7 +110,7 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
 
     `watch` is called with the inputs of the nonlinearities, [n, k*H] for the k gates that are normalized together.
     """
-    o = operands
+    o = operands.in_product_dtype()
     T, N, _ = o.x.shape
     dtype, wide = o.x.dtype, statistics_dtype(o.x.dtype)
     H = o.weight_ih.size(0) // spec.gates
@@ -169,6 +169,7 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
 class Reference:
     name = "reference"
     differentiable = True
+    wide_weights = True
     losses = ()
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:

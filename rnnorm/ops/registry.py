@@ -27,6 +27,7 @@ class Backend(Protocol):
 
     name: str
     differentiable: bool
+    wide_weights: bool  # rounds weights that are wider than x itself, and returns their gradients unrounded
 
     @property
     def losses(self) -> tuple[torch.dtype, ...]:

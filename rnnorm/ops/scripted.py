@@ -588,6 +588,7 @@ def _padded(rows: Tensor, real: Tensor | None, T: int, N: int) -> Tensor:
 class Scripted:
     name = "scripted"
     differentiable = False
+    wide_weights = False
     losses = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     linear_cross_entropy = staticmethod(chunked.linear_cross_entropy)
 

@@ -50,7 +50,8 @@ def _forward(backend: Backend, operands: Operands, spec: CallSpec, save: bool) -
     if spec.controlled:
         library.refuse_recomputation()
     with torch.no_grad(), library.without_autocast(operands.x.device.type):
-        results, saved = backend.forward(operands, spec, save)
+        suited = operands if backend.wide_weights else operands.in_product_dtype()
+        results, saved = backend.forward(suited, spec, save)
     if operands.lengths is not None and saved:
         rows, used = operands.x.size(0) * operands.x.size(1), int(operands.lengths.sum())
         for kept in saved:
@@ -121,8 +122,14 @@ def _backward(
     spec: CallSpec,
 ) -> list[Tensor | None]:
     control = [getattr(operands, name) for name in MOVED_IN_BACKWARD] if spec.controlled else []
+    backend = by_name(spec.wanted)
     with library.without_autocast(operands.x.device.type), library.kept_finite(control):
-        return by_name(spec.wanted).backward(grads, operands, saved, spec, need_input, need_weights)
+        suited = operands if backend.wide_weights else operands.in_product_dtype()
+        found = backend.backward(grads, suited, saved, spec, need_input, need_weights)
+    return [
+        None if grad is None or operand is None else grad.to(operand.dtype)
+        for grad, operand in zip(found, operands, strict=False)
+    ]
 
 
 def _wanted(name: str, need_input: bool, need_weights: bool) -> bool:

@@ -28,6 +28,7 @@ class _Broken:
     def __init__(self, sound: Any, forward: Callable[..., Results] | None, backward: Callable[..., Any] | None) -> None:
         self.name = sound.name
         self.losses = sound.losses
+        self.wide_weights = sound.wide_weights
         self.why_not = sound.why_not
         self.saved_like = sound.saved_like
         self._sound, self._forward, self._backward = sound, forward, backward

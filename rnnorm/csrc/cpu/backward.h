@@ -16,9 +16,9 @@ struct Backward : Pass<T> {
 
   States<T> h, c;
   Tensor grad_y, grad_h, grad_c;             // [S, P] or undefined, [N, P], [N, H]; the last two updated in place
-  Tensor grad_input_part, grad_hidden_part;  // [S, C]; the same tensor unless a recurrent part is separate
-  Tensor grad_hidden, projected;             // with a projection: [S, P], [S, H]
-  Tensor entered;                            // [S, P] h as it entered the recurrent product, if that differs from h
+  Matrix<T> grad_input_part, grad_hidden_part;  // [S, C]; the same memory unless a recurrent part is separate
+  Matrix<T> grad_hidden, projected;             // with a projection: [S, P], [S, H]
+  Matrix<T> entered;                            // [S, P] h as it entered the recurrent product, if that differs from h
   Tensor grad_affine, grad_cell_affine;      // [2, C], [2, H]
   Tensor grad_x, grad_weight_ih, grad_weight_hh, grad_weight_hr, grad_bias_ih, grad_bias_hh;
   bool need_input, need_weights;
@@ -33,11 +33,11 @@ struct Backward : Pass<T> {
     }
     grad_h = grads.h.defined() ? grads.h.clone() : call.zeros({N, P});
     grad_c = grads.c.defined() ? grads.c.clone() : call.cell.has_c ? call.zeros({N, H}) : call.empty({0});
-    grad_input_part = call.scratch({S, C});
-    grad_hidden_part = call.cell.apart ? call.scratch({S, C}) : grad_input_part;
+    grad_input_part = {gemm, S, C};
+    grad_hidden_part = call.cell.apart ? Matrix<T>(gemm, S, C) : grad_input_part;
     if (call.has(Operand::weight_hr)) {
-      grad_hidden = call.scratch({S, P});
-      projected = call.scratch({S, H});
+      grad_hidden = {gemm, S, P};
+      projected = {gemm, S, H};
     }
     grad_affine = call.zeros({2, C});
     grad_cell_affine = call.zeros({2, H});
@@ -47,7 +47,7 @@ struct Backward : Pass<T> {
     cell_norm.grad_bias = cell_norm.grad_weight + H;
     grad_x = !need_input ? call.empty({0}) : walk.dense ? call.empty({call.T, N, I}) : call.scratch({S, I});
     if (!need_weights) return;
-    if (call.has(Operand::recurrent_mask)) entered = call.scratch({S, P});
+    if (call.has(Operand::recurrent_mask) || gemm.half) entered = {gemm, S, P};
     const auto product = [&](at::IntArrayRef shape) { return S > 0 ? call.empty(shape) : call.zeros(shape); };
     grad_weight_ih = product({C, I});
     grad_weight_hh = product({C, P});
@@ -78,13 +78,13 @@ struct Backward : Pass<T> {
     T *bias_ih = pointer<T>(grad_bias_ih), *bias_hh = Chosen::apart ? pointer<T>(grad_bias_hh) : nullptr;
     me.own.take(bias_ih, true);
     me.own.take(bias_hh, true);
-    Panels<T> recurrent(C, p), projection(P, projected.defined() ? u : 0);
+    Panels<T> recurrent(gemm, C, p), projection(gemm, P, projected.defined() ? u : 0);
     recurrent.pack_columns(get(Operand::weight_hh) + outputs.begin, P);
     if (projected.defined()) projection.pack_columns(get(Operand::weight_hr) + units.begin, H);
 
     // This thread's part of a step: gradients of h (own outputs), of the projection's input (own units), of pre-activations, and
     // of h other than through its product. Copies, since shared rows would cause false sharing.
-    std::vector<T> dh(N * p), d_out(projected.defined() ? N * u : 0), q(N * G * u), grads(N * G * u), dc(N * u);
+    std::vector<T> dh(N * p), d_out(projected.defined() ? N * u : 0), spare(projected.defined() ? N * u : 0), q(N * G * u), grads(N * G * u), dc(N * u);
     std::vector<T> direct(Chosen::reads_h ? N * u : 0);
     std::vector<T> later = own_columns(grad_h, outputs), carried = own_columns(grad_c, units);  // by sequence
     T* const new_c = get(this->stays_c.defined() ? Kept::cell_new : Kept::cell_state);
@@ -97,10 +97,9 @@ struct Backward : Pass<T> {
       split_zoneout(step, outputs, this->stays_h, past_h, [&](int64_t i) { return &dh[i * p]; });
       split_zoneout(step, units, this->stays_c, past_c, [&](int64_t i) { return &carried[walk.row[step.first + i] * u]; });
       if (projected.defined()) {
-        for (int64_t i = 0; i < step.count; ++i)
-          std::copy_n(&dh[i * p], p, grad_hidden.data_ptr<T>() + (step.first + i) * P + outputs.begin);
+        for (int64_t i = 0; i < step.count; ++i) grad_hidden.write(step.first + i, outputs.begin, &dh[i * p], p);
         team.wait();
-        projection.multiply(gemm, step.count, grad_hidden.data_ptr<T>() + step.first * P, P, d_out.data(), u, false);
+        projection.multiply(step.count, grad_hidden.left(step.first), d_out.data(), u, false);
       }
       const int64_t own = step.first * H + units.begin;  // of rows [S, H]
       BackwardStep<T, kind> at(me, step, h, c, new_c);
@@ -110,9 +109,11 @@ struct Backward : Pass<T> {
       at.dc = {dc.data(), 0, u};
       at.direct = {direct.data(), 0, u};
       at.apart = {get(Kept::apart), own, H};
-      at.projected = {pointer<T>(projected), own, H};
+      at.projected = {projected.defined() ? spare.data() : nullptr, 0, u};
       at.carried = carried.data();
       Chosen::backward(at);
+      for (int64_t i = 0; i < step.count && projected.defined(); ++i)
+        projected.write(step.first + i, units.begin, at.projected(i), u);
       store(at, grad_input_part, bias_ih);
       if constexpr (Chosen::apart) {
         Chosen::recurrent_gradient(at);
@@ -120,9 +121,9 @@ struct Backward : Pass<T> {
       }
       team.wait();
       // Own columns of the gradient of h before the step; written in place if all rows are active.
-      const T* parts = grad_hidden_part.data_ptr<T>() + step.first * C;
-      const bool in_place = this->enters_as_it_is() && !this->stays_h.defined() && !Chosen::reads_h;
-      recurrent.multiply(gemm, step.count, parts, C, in_place ? later.data() : dh.data(), p, false);
+      const bool in_place = walk.dense && !call.has(Operand::reset) && !call.has(Operand::recurrent_mask) &&
+                            !this->stays_h.defined() && !Chosen::reads_h;
+      recurrent.multiply(step.count, grad_hidden_part.left(step.first), in_place ? later.data() : dh.data(), p, false);
       if (!in_place) finish_h(step, outputs, dh, Chosen::reads_h ? direct.data() : nullptr, past_h, later);
       if constexpr (Chosen::has_c) finish_c(step, u, past_c, carried);
     }
@@ -131,7 +132,8 @@ struct Backward : Pass<T> {
     team.wait();
     if (entered.defined()) {
       const Range share = part_of(S, id, team.size());
-      for (int64_t s = share.begin; s < share.end; ++s) this->enter(h, s, entered.data_ptr<T>() + s * P);
+      std::vector<T> row(P);
+      for (int64_t s = share.begin; s < share.end; ++s) this->enter(h, s, entered, s, row);
       team.wait();
     }
     if (need_input) multiply_inputs(id, team.size());
@@ -239,13 +241,12 @@ struct Backward : Pass<T> {
 
   // Copy a step's gradients of pre-activations to `parts` [S, C], and add them to `sums` [G, units], the gradients of a bias.
   template <Kind kind>
-  void store(const BackwardStep<T, kind>& at, const Tensor& parts, T* sums) const {
+  void store(const BackwardStep<T, kind>& at, const Matrix<T>& parts, T* sums) const {
     const int64_t u = at.units();
     for (int64_t i = 0; i < at.count(); ++i)
       for (int64_t g = 0; g < G; ++g) {
         const T* __restrict from = at.d.at(i, g);
-        T* __restrict to = parts.data_ptr<T>() + (at.step.first + i) * C + g * H + at.me.units.begin;
-        std::copy_n(from, u, to);
+        parts.write(at.step.first + i, g * H + at.me.units.begin, from, u);
         if (sums == nullptr) continue;
         T* __restrict sum = sums + g * u;
 #pragma omp simd
@@ -257,56 +258,55 @@ struct Backward : Pass<T> {
   void multiply_inputs(int id, int threads) {
     const Slices slices(I);
     const Range share = part_of(S, id, threads);
-    const T *parts = grad_input_part.data_ptr<T>(), *weight = get(Operand::weight_ih);
+    const T* weight = get(Operand::weight_ih);
     const Array<T> packed(block_depth * Slices::widest);
     for (int64_t k = 0; k < C; k += block_depth) {
       const int64_t depth = std::min(block_depth, C - k);
       for (int64_t slice = 0; slice < slices.count(); ++slice) {
         const int64_t column = slices.begin(slice), width = slices.width(slice);
-        copy_rows(weight + k * I + column, I, depth, width, packed.data());
+        pack(gemm, depth, width, packed.data(), [&](int64_t i) { return weight + (k + i) * I + column; });
         for (int64_t s = share.begin; s < share.end; s += block_rows)
-          gemm(std::min(block_rows, share.end - s), width, depth, parts + s * C + k, C, packed.data(), width,
-               grad_x.data_ptr<T>() + s * I + column, I, k > 0);
+          gemm(std::min(block_rows, share.end - s), width, gemm.depth(depth), grad_input_part.left().at(s, k),
+               packed.data(), grad_x.data_ptr<T>() + s * I + column, I, k > 0);
       }
     }
   }
 
   struct Product {
-    std::vector<const T*> right;  // [S] rows
-    int64_t K;                    // their width
-    Tensor& gradient;             // [columns of left, K]
+    std::vector<Left<T>> right;  // [S] rows
+    int64_t K;                   // their width
+    Tensor& gradient;            // [columns of left, K]
   };
 
   // For each product: gradient = left' [., S] right [S, K], for this thread's columns of `left` [S, columns].
-  void multiply_transposed(int id, int threads, const Tensor& left, const std::vector<Product>& products) {
-    const int64_t columns = left.size(1);
+  void multiply_transposed(int id, int threads, const Matrix<T>& left, const std::vector<Product>& products) {
+    const int64_t columns = left.width();
     const Range share = part_of(columns, id, threads);
-    const int64_t blocks = (S + block_depth - 1) / block_depth, tall = (S + blocks - 1) / blocks;
-    const Array<T> turned(share.size() * tall);
+    const int64_t blocks = (S + block_depth - 1) / block_depth, tall = gemm.depth((S + blocks - 1) / blocks);
+    const Matrix<T> turned(gemm, share.size(), tall);
     const Array<T> packed(tall * Slices::widest);
     for (int64_t s = 0; s < S; s += tall) {
       const int64_t depth = std::min(tall, S - s);
-      transpose(left.data_ptr<T>() + s * columns + share.begin, columns, depth, share.size(), turned.data());
+      turned.write_transposed(left.left().at(s, share.begin), depth);
       for (const Product& product : products) {
         const int64_t K = product.K;
         const Slices slices(K);
         for (int64_t slice = 0; slice < slices.count(); ++slice) {
           const int64_t k = slices.begin(slice), width = slices.width(slice);
-          copy_rows(product.right.data() + s, k, depth, width, packed.data());
+          pack(gemm, depth, width, packed.data(), product.right.data() + s, k);
           for (int64_t c = 0; c < share.size(); c += block_rows)
-            gemm(std::min(block_rows, share.size() - c), width, depth, turned.data() + c * depth, depth, packed.data(),
-                 width, product.gradient.template data_ptr<T>() + (share.begin + c) * K + k, K, s > 0);
+            gemm(std::min(block_rows, share.size() - c), width, gemm.depth(depth), turned.left(c), packed.data(),
+                 product.gradient.template data_ptr<T>() + (share.begin + c) * K + k, K, s > 0);
         }
       }
     }
   }
 
   void multiply_weights(int id, int threads) {
-    Product inputs{std::vector<const T*>(S), I, grad_weight_ih}, states{std::vector<const T*>(S), P, grad_weight_hh};
-    const T* samples = this->samples.template data_ptr<T>();
+    Product inputs{std::vector<Left<T>>(S), I, grad_weight_ih}, states{std::vector<Left<T>>(S), P, grad_weight_hh};
     for (int64_t s = 0; s < S; ++s) {
-      inputs.right[s] = samples + s * I;
-      states.right[s] = entered.defined() ? entered.data_ptr<T>() + s * P : h.before(s);
+      inputs.right[s] = this->samples.left(s);
+      states.right[s] = entered.defined() ? entered.left(s) : Left<T>{h.before(s), nullptr, P};
     }
     if (call.cell.apart) {
       multiply_transposed(id, threads, grad_input_part, {inputs});
@@ -315,8 +315,8 @@ struct Backward : Pass<T> {
       multiply_transposed(id, threads, grad_input_part, {inputs, states});
     }
     if (!projected.defined()) return;
-    Product outputs{std::vector<const T*>(S), H, grad_weight_hr};
-    for (int64_t s = 0; s < S; ++s) outputs.right[s] = projected.data_ptr<T>() + s * H;
+    Product outputs{std::vector<Left<T>>(S), H, grad_weight_hr};
+    for (int64_t s = 0; s < S; ++s) outputs.right[s] = projected.left(s);
     multiply_transposed(id, threads, grad_hidden, {outputs});
   }
 

@@ -17,8 +17,8 @@ namespace rnnorm {
 Options::Options(std::string_view cell, std::string_view norm, std::string_view guard, at::ArrayRef<double> constants,
                  bool cell_norm, bool training, bool reverse, bool save, bool micro, int64_t threads)
     : cell(named<Cell>("cell", cell)), kind(named<Kind>("norm", norm)), guard(named<Guard>("guard", guard)),
-      cell_norm(cell_norm), training(training), reverse(reverse), save(save), micro(micro && micro_kernel_works()),
-      threads(threads) {
+      cell_norm(cell_norm), training(training), reverse(reverse), save(save), micro(micro && micro_kernel_works<float>()),
+      half(micro && micro_kernel_works<Half>()), threads(threads) {
   check_count(constants.size(), names<Constants>.size(), "constants");
   static_assert(sizeof(Constants) == names<Constants>.size() * sizeof(double));
   std::memcpy(&this->constants, constants.data(), sizeof(Constants));
@@ -59,7 +59,8 @@ Walk Call::check_operands() {
     if (!tensor.defined()) continue;
     const bool mask = (which == Operand::zoneout_h || which == Operand::zoneout_c) && tensor.scalar_type() == at::kBool;
     if (which != Operand::lengths && which != Operand::reset && !mask) {
-      tensor = ready(tensor, "operand", name_of(which));
+      const bool half = which == Operand::x && tensor.scalar_type() == at::kBFloat16 && options.half;
+      tensor = ready(tensor, "operand", name_of(which), half ? at::kBFloat16 : dtype);
       continue;
     }
     check_memory(tensor, {"operand", name_of(which)});
@@ -101,10 +102,10 @@ Walk Call::check_operands() {
   return Walk(T, N, pointer<int64_t>(tensors[Operand::lengths]), pointer<bool>(tensors[Operand::reset]), options.reverse);
 }
 
-Tensor Call::ready(const Tensor& tensor, const char* role, std::string_view name) const {
+Tensor Call::ready(const Tensor& tensor, const char* role, std::string_view name, at::ScalarType wanted) const {
   check_memory(tensor, {role, name});
   TORCH_CHECK(tensor.is_floating_point(), Label{role, name}, " must have a floating-point dtype; got ", tensor.scalar_type());
-  return tensor.to(dtype).contiguous();
+  return tensor.to(wanted).contiguous();
 }
 
 Gradient Call::checked(const Tensors& grads) const {

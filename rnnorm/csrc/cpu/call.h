@@ -25,7 +25,8 @@ struct Options {
   Kind kind;
   Guard guard;
   Constants constants;
-  bool cell_norm, training, reverse, save, micro;
+  bool cell_norm, training, reverse, save;
+  bool micro, half;  // use the micro-kernels for products of float32 and of bfloat16
   int64_t threads;  // 0: chosen by the size of the problem
 };
 
@@ -63,6 +64,8 @@ class Call {
   // The number of threads to use.
   int threads() const;
 
+  // True if products run in bfloat16.
+  bool half() const { return tensors[Operand::x].scalar_type() == at::kBFloat16; }
   bool has(Operand which) const { return tensors[which].defined(); }
   Tensor empty(at::IntArrayRef shape) const;
   Tensor zeros(at::IntArrayRef shape) const;
@@ -71,13 +74,14 @@ class Call {
   Options options;
   Traits cell;
   at::ScalarType dtype;     // of the computation
-  Table<Operand> tensors;   // contiguous and, except lengths, reset and bool masks, of that dtype
+  Table<Operand> tensors;   // contiguous and, except lengths, reset, bool masks and bfloat16's x, of that dtype
   int64_t T, N, I, P, G, H, C;
   Walk walk;
 
  private:
   Walk check_operands();
-  Tensor ready(const Tensor& tensor, const char* role, std::string_view name) const;
+  Tensor ready(const Tensor& tensor, const char* role, std::string_view name) const { return ready(tensor, role, name, dtype); }
+  Tensor ready(const Tensor& tensor, const char* role, std::string_view name, at::ScalarType wanted) const;
   at::DimVector shape(Operand which) const;
   at::DimVector shape(Kept which) const;
   void needed(std::initializer_list<Operand> all) const;

@@ -66,7 +66,8 @@ struct Forward : Pass<T> {
 
     InputPart input(*this, units);
     const bool projects = projected.defined();
-    Panels<T> joined(P, this->joined_gates() * u), apart(P, Chosen::apart ? u : 0), projection(H, projects ? outputs.size() : 0);
+    Panels<T> joined(gemm, P, this->joined_gates() * u), apart(gemm, P, Chosen::apart ? u : 0);
+    Panels<T> projection(gemm, H, projects ? outputs.size() : 0);
     for (int64_t g = 0; g < G; ++g) {
       const T* rows = get(Operand::weight_hh) + (g * H + units.begin) * P;
       if (Chosen::apart && g == G - 1) apart.pack_rows(0, u, rows, P);
@@ -74,11 +75,12 @@ struct Forward : Pass<T> {
     }
     if (projects) projection.pack_rows(0, outputs.size(), get(Operand::weight_hr) + outputs.begin * H, H);
 
-    std::vector<T> gathered(this->enters_as_it_is() ? 0 : N * P), apart_part(Chosen::apart ? N * u : 0), spare(N * u);
+    const Matrix<T> gathered(gemm, this->enters_as_it_is() ? 0 : N, P), rounded(gemm, projects && gemm.half ? N : 0, H);
+    std::vector<T> spare_h(P), apart_part(Chosen::apart ? N * u : 0), spare(N * u);
     T* const out = (projects ? projected : hidden).template data_ptr<T>();
     for (const Step& step : walk.steps) {
       if (step.count == 0) continue;
-      const T* before = state_before(step, gathered);
+      const Left<T> before = state_before(step, gathered, spare_h);
       ForwardStep<T, kind> at(me, step, h, c, cell_new.data_ptr<T>());
       at.pre = {input.of(step), 0, W};
       at.bias = input.bias();
@@ -86,9 +88,9 @@ struct Forward : Pass<T> {
       at.spare = {spare.data(), 0, u};
       at.h = {out, step.first * H + units.begin, H};
       at.zeros = this->zeros.data();
-      joined.multiply(gemm, step.count, before, P, at.pre.data, W, true);
+      joined.multiply(step.count, before, at.pre.data, W, true);
       if constexpr (Chosen::apart) {
-        apart.multiply(gemm, step.count, before, P, at.apart.data, u, false);
+        apart.multiply(step.count, before, at.apart.data, u, false);
         finish_apart(step, units, at.apart);
       }
       Chosen::forward(at);
@@ -96,7 +98,12 @@ struct Forward : Pass<T> {
       if (!projects) zoneout(step, units, h, this->stays_h, hidden);
       team.wait();
       if (projects) {
-        projection.multiply(gemm, step.count, out + step.first * H, H, h.history + step.first * P + outputs.begin, P, false);
+        Left<T> rows{out + step.first * H, nullptr, H};
+        if (gemm.half) {
+          for (int64_t i = 0; i < step.count; ++i) rounded.write(i, 0, rows.values + i * H, H);
+          rows = rounded.left();
+        }
+        projection.multiply(step.count, rows, h.history + step.first * P + outputs.begin, P, false);
         zoneout(step, outputs, h, this->stays_h, hidden);
         team.wait();
       }
@@ -150,7 +157,7 @@ struct Forward : Pass<T> {
   class InputPart {
    public:
     InputPart(const Forward& pass, Range units)
-        : pass_(pass), W_(pass.G * units.size()), panels_(pass.I, W_), bias_(W_),
+        : pass_(pass), W_(pass.G * units.size()), panels_(pass.gemm, pass.I, W_), bias_(W_),
           capacity_(std::min(std::max<int64_t>(256, pass.N), pass.S)), part_(capacity_ * W_) {
       const T *bias = pass.get(Operand::bias_ih), *hidden_bias = pass.get(Operand::bias_hh);
       const int64_t u = units.size();
@@ -169,8 +176,7 @@ struct Forward : Pass<T> {
         // In a reverse direction the following samples precede this step in memory.
         first_ = pass_.call.options.reverse ? std::max<int64_t>(0, step.first + step.count - capacity_) : step.first;
         end_ = std::min(first_ + capacity_, pass_.S);
-        panels_.multiply(pass_.gemm, end_ - first_, pass_.samples.template data_ptr<T>() + first_ * pass_.I, pass_.I,
-                         part_.data(), W_, false);
+        panels_.multiply(end_ - first_, pass_.samples.left(first_), part_.data(), W_, false);
       }
       return part_.data() + (step.first - first_) * W_;
     }
@@ -187,11 +193,11 @@ struct Forward : Pass<T> {
     Array<T> part_;
   };
 
-  // h of the step's rows before it, as it enters the recurrent product, [count, P] contiguous.
-  const T* state_before(const Step& step, std::vector<T>& gathered) const {
-    if (this->enters_as_it_is()) return h.before(step.first);
-    for (int64_t i = 0; i < step.count; ++i) this->enter(h, step.first + i, gathered.data() + i * P);
-    return gathered.data();
+  // h of the step's rows before it, as it enters the recurrent product, [count, P].
+  Left<T> state_before(const Step& step, const Matrix<T>& gathered, std::vector<T>& spare) const {
+    if (this->enters_as_it_is()) return {h.before(step.first), nullptr, P};
+    for (int64_t i = 0; i < step.count; ++i) this->enter(h, step.first + i, gathered, i, spare);
+    return gathered.left();
   }
 
   // y [T, N, P], h [N, P], c [N, H], the four statistics in training, then the kept tensors.

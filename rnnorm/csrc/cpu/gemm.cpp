@@ -9,7 +9,8 @@
 
 namespace rnnorm {
 
-bool micro_kernel_works() {
+template <>
+bool micro_kernel_works<float>() {
 #if defined(CPUBLAS_BRGEMM_F32F32F32)
   static const bool works = [] {
     try {
@@ -17,6 +18,40 @@ bool micro_kernel_works() {
       float c[16 * 16];
       at::native::cpublas::brgemm(16, 16, 16, 16, 16, 16, false, a, b, c, false);
       at::native::cpublas::brgemm_release(false);
+      return true;
+    } catch (const std::exception&) {
+      return false;
+    }
+  }();
+  return works;
+#else
+  return false;
+#endif
+}
+
+template <>
+bool micro_kernel_works<Half>() {
+// Without the instructions oneDNN emulates them, slower than float32.
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__AVX512BF16__)
+  static const bool works = [] {
+    try {
+      // Small integers, so that every sum is exact: the layout of pairs is not part of the function's documentation.
+      constexpr int n = 16;
+      Half a[n * n], b[n * n];
+      float c[n * n];
+      for (int i = 0; i < n; ++i)
+        for (int k = 0; k < n; ++k) {
+          a[i * n + k] = static_cast<float>(i - k);
+          b[k / 2 * 2 * n + 2 * i + k % 2] = static_cast<float>(2 * k - i);
+        }
+      at::native::cpublas::brgemm(n, n, n, n, n, n, false, a, b, c, true);
+      at::native::cpublas::brgemm_release(true);
+      for (int i = 0; i < n; ++i)
+        for (int j = 0; j < n; ++j) {
+          float sum = 0;
+          for (int k = 0; k < n; ++k) sum += static_cast<float>((i - k) * (2 * k - j));
+          if (c[i * n + j] != sum) return false;
+        }
       return true;
     } catch (const std::exception&) {
       return false;

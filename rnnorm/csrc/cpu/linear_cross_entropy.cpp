@@ -98,8 +98,8 @@ class Decoder {
       const Range tile = this->tile(index);
       T* logits = data<T>(logits_);
       T* exponentials = data<T>(kept_) + (problem_.keeps() ? (tile.begin - slice_.begin) * width_ : 0);
-      problem_.gemm(tile.size(), width_, problem_.E, problem_.weight + tile.begin * problem_.E, problem_.E,
-                    data<T>(columns_), width_, logits, width_, false);
+      problem_.gemm(tile.size(), width_, problem_.E, {problem_.weight + tile.begin * problem_.E, nullptr, problem_.E},
+                    data<T>(columns_), logits, width_, false);
       for (; target != targets_.end() && target->first < tile.end; ++target)
         board_->chosen[target->second] = logits[(target->first - tile.begin) * width_ + target->second] + bias(target->first);
       exponentiate(tile, logits, exponentials);
@@ -107,9 +107,9 @@ class Decoder {
       for (int64_t r = 0; r < width_; ++r) mine.sum[r] += sums_[r];
       if (problem_.keeps()) std::copy_n(mine.reference.data(), width_, references_.data() + index * width_);
       if (problem_.grad_hidden != nullptr) {
-        transpose(exponentials, width_, tile.size(), width_, data<T>(turned_));
-        problem_.gemm(width_, problem_.E, tile.size(), data<T>(turned_), tile.size(),
-                      problem_.weight + tile.begin * problem_.E, problem_.E, data<T>(mine.weighted), problem_.E, index > 0);
+        transpose(exponentials, width_, tile.size(), width_, data<T>(turned_), tile.size());
+        problem_.gemm(width_, problem_.E, tile.size(), {data<T>(turned_), nullptr, tile.size()},
+                      problem_.weight + tile.begin * problem_.E, data<T>(mine.weighted), problem_.E, index > 0);
       }
     }
   }
@@ -251,7 +251,7 @@ class Decoder {
           const int64_t ahead = std::min(2*group, slice_.end - tile.begin - v);
           fetch(from + group * width_, from + ahead * width_);
           if (add) fetch(to + group * E, to + ahead * E);
-          problem_.gemm(count, E, width_, from, width_, scaled, E, to, E, add);
+          problem_.gemm(count, E, width_, {from, nullptr, width_}, scaled, to, E, add);
         }
     }
     for (const auto& [target, r] : targets_) {
@@ -357,7 +357,7 @@ std::vector<Tensor> run(const Tensor& hidden, const Tensor& weight, const std::o
     solve(Problem<T>{hidden.data_ptr<T>(), weight.data_ptr<T>(), bias ? bias->data_ptr<T>() : nullptr,
                      targets.data_ptr<int64_t>(), of_rows, std::move(rows), weight.size(1), weight.size(0), threads,
                      nats.data_ptr<double>(), wanted(need_hidden, grad_hidden), wanted(need_weight, grad_weight),
-                     wanted(need_bias, grad_bias), Gemm<T>{micro && micro_kernel_works()}});
+                     wanted(need_bias, grad_bias), Gemm<T>{micro && micro_kernel_works<float>()}});
   }
   return {nats, grad_hidden, grad_weight, grad_bias};
 }

@@ -18,18 +18,16 @@ struct Pass {
   const int64_t N, I, P, G, H, C, S;  // S samples without padding
   Gemm<T> gemm;
   Table<Kept> kept;
-  Tensor samples;             // [S, I]
+  Matrix<T> samples;          // [S, I]
   std::vector<T> ones, zeros;  // [C], at least [P], in place of missing factors, summands or a zero state
   Tensor stays_h, stays_c;    // [S, P], [S, H] share of the old state that is kept, bool or T; or undefined
   Norm<T> norm, cell_norm;
 
   Pass(const Call& call, const Table<Kept>& kept)
       : call(call), walk(call.walk), N(call.N), I(call.I), P(call.P), G(call.G), H(call.H), C(call.C), S(walk.S),
-        gemm{call.options.micro}, kept(kept), samples(call.tensors[Operand::x]), ones(std::max(C, P), T(1)), zeros(std::max(C, P), T(0)),
+        gemm{call.options.micro, call.half()}, kept(kept), samples(make_samples()), ones(std::max(C, P), T(1)), zeros(std::max(C, P), T(0)),
         stays_h(compact(Operand::zoneout_h, P)), stays_c(compact(Operand::zoneout_c, H)),
-        norm(make_norm(false)), cell_norm(make_norm(true)) {
-    samples = compact(Operand::x, I);
-  }
+        norm(make_norm(false)), cell_norm(make_norm(true)) {}
   Pass(const Pass&) = delete;
 
   T* get(Operand which) const { return pointer<T>(call.tensors[which]); }
@@ -38,21 +36,21 @@ struct Pass {
   // The number of gates whose recurrent part is added to the input part directly.
   int64_t joined_gates() const { return G - call.cell.apart; }
 
-  // True if the recurrent product reads the state in place: the batch is dense, without resets or a mask.
+  // True if the recurrent product reads the state in place: the batch is dense, without resets, a mask or rounding.
   bool enters_as_it_is() const {
-    return walk.dense && !call.has(Operand::reset) && !call.has(Operand::recurrent_mask);
+    return walk.dense && !gemm.half && !call.has(Operand::reset) && !call.has(Operand::recurrent_mask);
   }
 
-  // h before sample s as it enters the recurrent product, [P].
-  void enter(const States<T>& h, int64_t s, T* to) const {
-    const T* __restrict from = h.before(s);
-    const T* mask = get(Operand::recurrent_mask);
-    if (mask == nullptr) {
-      std::copy_n(from, P, to);
-      return;
+  // Write h before sample s as it enters the recurrent product to a row of `to`; `spare` is [P].
+  void enter(const States<T>& h, int64_t s, const Matrix<T>& to, int64_t row, std::vector<T>& spare) const {
+    const T* from = h.before(s);
+    if (const T* mask = get(Operand::recurrent_mask); mask != nullptr) {
+      const T* factor = mask + walk.row[s] * P;
+#pragma omp simd
+      for (int64_t j = 0; j < P; ++j) spare[j] = from[j] * factor[j];
+      from = spare.data();
     }
-    const T* __restrict factor = mask + walk.row[s] * P;
-    for (int64_t j = 0; j < P; ++j) to[j] = from[j] * factor[j];
+    to.write(row, 0, from, P);
   }
 
   // Call `function` with the values of a tensor of bool or T.
@@ -68,6 +66,18 @@ struct Pass {
   }
 
  private:
+  Matrix<T> make_samples() const {
+    const Tensor& x = call.tensors[Operand::x];
+    if (walk.dense && gemm.depth(I) == I) return {gemm, x.view({S, I})};
+    const Matrix<T> made(gemm, S, I);
+    const auto write = [&]<typename V>(const V* rows) {
+      for (int64_t s = 0; s < S; ++s) made.write(s, 0, rows + walk.position[s] * I, I);
+    };
+    if (gemm.half) write(x.template data_ptr<Half>());
+    else write(x.template data_ptr<T>());
+    return made;
+  }
+
   // An operand [T, N, width] by sample.
   Tensor compact(Operand which, int64_t width) const {
     const Tensor& given = call.tensors[which];
