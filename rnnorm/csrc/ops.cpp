@@ -72,7 +72,7 @@ TORCH_LIBRARY(rnnorm_cpu, library) {
       "bool cell_norm, bool training, bool reverse, bool micro, int threads, bool need_input, bool need_weights) -> Tensor[]");
   library.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? weights, bool need_hidden, "
-      "bool need_weight, bool need_bias, bool micro, int threads) -> Tensor[]");
+      "bool need_weight, bool need_bias, bool micro, bool half, int threads) -> Tensor[]");
   library.def("names() -> Dict(str, str[])", &rnnorm::all_names);
   library.def("micro_kernels() -> str[]", &rnnorm::micro_kernels);
 }

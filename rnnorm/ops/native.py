@@ -36,7 +36,11 @@ class Native:
     name = "cpu"
     differentiable = False
     wide_weights = True
-    losses = (torch.float32, torch.float64)
+
+    @property
+    def losses(self) -> tuple[torch.dtype, ...]:
+        half = "bfloat16" in torch.ops.rnnorm_cpu.micro_kernels() and use_micro_kernel
+        return (torch.float32, torch.float64, *([torch.bfloat16] if half else []))
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
         if device.type != "cpu":
@@ -93,10 +97,12 @@ class Native:
         dtype: torch.dtype,
         needs: Sequence[bool],
     ) -> Sequence[Tensor]:
+        wide = statistics_dtype(dtype)
+
         def ready(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(dtype).contiguous()
+            return None if tensor is None else tensor.to(wide).contiguous()
 
         return torch.ops.rnnorm_cpu.linear_cross_entropy(
             *(ready(hidden), ready(weight), ready(bias), targets.contiguous(), ready(weights)),
-            *(*needs, use_micro_kernel, threads),
+            *(*needs, use_micro_kernel, dtype == torch.bfloat16, threads),
         )

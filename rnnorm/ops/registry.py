@@ -94,7 +94,7 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, spec: CallSpec
 def choose_loss(device: torch.device, dtype: torch.dtype) -> Any:
     """The first backend that can compute `linear_cross_entropy` in this dtype."""
     for backend in BACKENDS:
-        if dtype in backend.losses and backend.why_not(device, dtype, None) is None:
+        if backend.why_not(device, dtype, None) is None and dtype in backend.losses:
             return backend
     raise ValueError(f"hidden must have a floating-point dtype; got {dtype}; convert it with .to(dtype)")
 

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import rnnorm
+from rnnorm.functional import linear_cross_entropy, token_nll
 from rnnorm.ops import build, native
 
 UNIT = 2.0**-8  # the largest relative error of rounding to bfloat16
@@ -141,3 +143,59 @@ def test_without_the_kernel_products_run_in_float32(monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         exact, _ = layer(x.float())
     assert torch.equal(rounded, exact.bfloat16())
+
+
+@pytest.mark.parametrize(("M", "E", "V"), [(1, 1, 2), (3, 5, 7), (17, 33, 130), (300, 20, 1001), (0, 4, 9)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_linear_cross_entropy_is_within_the_rounding_of_its_operands(
+    M: int, E: int, V: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "threads", threads)
+    torch.manual_seed(5)
+    hidden, weight = torch.randn(M, E, requires_grad=True), torch.randn(V, E, requires_grad=True)
+    bias, targets = torch.randn(V, requires_grad=True), torch.randint(V, (M,))
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = linear_cross_entropy(hidden, weight, bias, targets)
+        nats = token_nll(hidden, weight, bias, targets)
+        again, _ = linear_cross_entropy(hidden, weight, bias, targets)
+    assert torch.equal(total, again)
+    inputs = (hidden, weight, bias)
+    grads = torch.autograd.grad(total, inputs)
+    h, w, b = (t.detach().double() for t in inputs)
+    logits = h @ w.T + b
+    # A logit is off by at most two units of its absolute products; a log-probability by twice the largest of the row's.
+    off = 2.02 * UNIT * (h.abs() @ w.abs().T)
+    exact = F.cross_entropy(logits, targets, reduction="none")
+    assert ((nats - exact).abs() <= 2 * off.amax(1, keepdim=True)[:, 0] + 1e-6).all()
+    # Its probability is off by the factor e^(2 off), and is rounded as an operand once more, as is the other operand.
+    p = logits.softmax(1)
+    spread = p * ((2 * off.amax(1, keepdim=True)).exp() - 1) + 2 * UNIT * p
+    right = p - F.one_hot(targets, V)
+    # The target's own row is added unrounded, but its probability is not exact either.
+    exact_grads = (right @ w, right.T @ h, right.sum(0))
+    allowed = (spread @ w.abs() + 2 * UNIT * p @ w.abs(), spread.T @ h.abs() + 2 * UNIT * p.T @ h.abs(), spread.sum(0))
+    for grad, truth, bound in zip(grads, exact_grads, allowed, strict=True):
+        assert grad.dtype == torch.float32
+        assert ((grad - truth).abs() <= bound + 1e-5).all()
+
+
+def test_gradients_of_linear_cross_entropy_are_not_rounded() -> None:
+    hidden, weight = torch.randn(40, 12).bfloat16(), torch.randn(30, 12, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(hidden, weight, None, torch.randint(30, (40,)))[0].backward()
+    assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
+
+
+def test_logits_far_apart_stay_finite_in_bfloat16() -> None:
+    """References are raised in mid-course, which rescales exponentials that are kept in bfloat16."""
+    hidden = torch.eye(2).repeat(40, 1).requires_grad_()
+    weight = torch.tensor([[1.0, -1.0]]) * torch.linspace(-300, 300, 500)[:, None]
+    targets = torch.arange(80) % 500
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = linear_cross_entropy(hidden, weight, None, targets)
+        nats = token_nll(hidden, weight, None, targets)
+    logits = hidden.detach().double() @ weight.bfloat16().double().T
+    torch.testing.assert_close(nats, F.cross_entropy(logits, targets, reduction="none"), rtol=1e-5, atol=1e-4)
+    (grad,) = torch.autograd.grad(total, hidden)
+    expected = (logits.softmax(1) - F.one_hot(targets, 500)) @ weight.double()
+    torch.testing.assert_close(grad.double(), expected, rtol=2e-2, atol=0.5)

@@ -162,7 +162,7 @@ void transpose(const V* in, int64_t ld, int64_t rows, int64_t columns, V* out, i
       const bool whole = r0 + tile <= rows && c0 + tile <= columns;
       if (whole && transpose_tile(in + r0 * ld + c0, ld, out + c0 * out_ld + r0, out_ld)) continue;
       for (int64_t c = c0; c < std::min(c0 + tile, columns); ++c)
-        for (int64_t r = r0; r < std::min(r0 + tile, rows); ++r) out[c * out_ld + r] = in[r * ld + c];
+        for (int64_t r = r0; r < std::min(r0 + tile, rows); ++r) std::memcpy(out + c * out_ld + r, in + r * ld + c, sizeof(V));
     }
 }
 

@@ -41,6 +41,11 @@ struct Problem {
   T weight_of(int64_t row) const { return weights == nullptr ? T(1) : weights[row]; }
 };
 
+// The type of products' operands, rounded from T.
+template <typename T>
+void store(T value, T& to) { to = value; }
+inline void store(float value, Half& to) { to.x = half_bits(value); }
+
 // One thread's results for a block, read by all.
 template <typename T>
 struct Report {
@@ -60,18 +65,20 @@ T* data(const Tensor& tensor) {
   return tensor.defined() ? tensor.data_ptr<T>() : nullptr;
 }
 
-template <typename T>
+// Operands of products are of type S: T, or with `gemm.half` bfloat16.
+template <typename T, typename S>
 class Decoder {
  public:
   Decoder(const Problem<T>& problem, int64_t width, int id, int threads, Board<T>* boards)
       : problem_(problem), width_(width), id_(id), threads_(threads), boards_(boards), slice_(part_of(problem.V, id, threads)),
         tiles_((slice_.size() + tallest_tile - 1) / tallest_tile), units_((slice_.size() + vector - 1) / vector) {
     const auto empty = [](int64_t count) { return pooled({count}, c10::CppTypeToScalarType<T>::value); };
-    columns_ = empty(problem.E * width);
+    columns_ = empty(problem.gemm.depth(problem.E) * width);
     if (problem.grad_weight != nullptr) scaled_ = empty(problem.E * width);
     logits_ = empty(tallest_tile * width);
-    if (problem.grad_hidden != nullptr) turned_ = empty(tallest_tile * width);
-    kept_ = empty((problem.keeps() ? slice_.size() : tallest_tile) * width);
+    if (problem.grad_hidden != nullptr) turned_ = {problem.gemm, width, tallest_tile};
+    kept_ = pooled({(problem.keeps() ? slice_.size() : tallest_tile) * width}, c10::CppTypeToScalarType<S>::value);
+    if constexpr (rounds) round_weights();
     if (problem.keeps()) references_.resize(tiles_ * width);
     highest_.resize(width);
     sums_.resize(width);
@@ -97,9 +104,9 @@ class Decoder {
     for (int64_t index = 0; index < tiles_; ++index) {
       const Range tile = this->tile(index);
       T* logits = data<T>(logits_);
-      T* exponentials = data<T>(kept_) + (problem_.keeps() ? (tile.begin - slice_.begin) * width_ : 0);
-      problem_.gemm(tile.size(), width_, problem_.E, {problem_.weight + tile.begin * problem_.E, nullptr, problem_.E},
-                    data<T>(columns_), logits, width_, false);
+      S* exponentials = data<S>(kept_) + (problem_.keeps() ? (tile.begin - slice_.begin) * width_ : 0);
+      problem_.gemm(tile.size(), width_, problem_.gemm.depth(problem_.E), weight_rows(tile), data<T>(columns_), logits, width_,
+                    false);
       for (; target != targets_.end() && target->first < tile.end; ++target)
         board_->chosen[target->second] = logits[(target->first - tile.begin) * width_ + target->second] + bias(target->first);
       exponentiate(tile, logits, exponentials);
@@ -107,9 +114,9 @@ class Decoder {
       for (int64_t r = 0; r < width_; ++r) mine.sum[r] += sums_[r];
       if (problem_.keeps()) std::copy_n(mine.reference.data(), width_, references_.data() + index * width_);
       if (problem_.grad_hidden != nullptr) {
-        transpose(exponentials, width_, tile.size(), width_, data<T>(turned_), tile.size());
-        problem_.gemm(width_, problem_.E, tile.size(), {data<T>(turned_), nullptr, tile.size()},
-                      problem_.weight + tile.begin * problem_.E, data<T>(mine.weighted), problem_.E, index > 0);
+        turned_.write_transposed(left(exponentials), tile.size());
+        problem_.gemm(width_, problem_.E, problem_.gemm.depth(tile.size()), turned_.left(), weight_columns(tile),
+                      data<T>(mine.weighted), problem_.E, index > 0);
       }
     }
   }
@@ -126,13 +133,45 @@ class Decoder {
   }
 
  private:
+  static constexpr bool rounds = !std::is_same_v<S, T>;
+
   Range tile(int64_t index) const {
     const auto edge = [&](int64_t i) { return std::min(slice_.end, slice_.begin + units_ * i / tiles_ * vector); };
     return {edge(index), edge(index + 1)};
   }
 
-  static void fetch(const T* begin, const T* end) {
-    for (const T* line = begin; line < end; line += 64 / sizeof(T)) __builtin_prefetch(line, 0, 2);
+  template <typename V>
+  static void fetch(const V* begin, const V* end) {
+    for (const V* line = begin; line < end; line += 64 / sizeof(V)) __builtin_prefetch(line, 0, 2);
+  }
+
+  // Rows [*, width] of exponentials as a left operand.
+  Left<T> left(const S* exponentials) const {
+    if constexpr (rounds) return {nullptr, exponentials, width_};
+    else return {exponentials, nullptr, width_};
+  }
+
+  // This thread's slice of the weights in both forms that products read.
+  void round_weights() {
+    const int64_t E = problem_.E;
+    const T* first = problem_.weight + slice_.begin * E;
+    rounded_ = {problem_.gemm, slice_.size(), E};
+    for (int64_t v = 0; v < slice_.size(); ++v) rounded_.write(v, 0, first + v * E, E);
+    if (problem_.grad_hidden == nullptr) return;
+    packed_ = pooled({problem_.gemm.depth(slice_.size()) * E}, at::kBFloat16);
+    pack(problem_.gemm, slice_.size(), E, static_cast<T*>(packed_.mutable_data_ptr()), [&](int64_t v) { return first + v * E; });
+  }
+
+  // The tile's weights as a left operand [tile, E], and packed as a right one.
+  Left<T> weight_rows(Range tile) const {
+    if constexpr (rounds) return rounded_.left(tile.begin - slice_.begin);
+    else return {problem_.weight + tile.begin * problem_.E, nullptr, problem_.E};
+  }
+  const T* weight_columns(Range tile) const {
+    if constexpr (!rounds) return problem_.weight + tile.begin * problem_.E;
+    // A tile begins at an even place of the slice.
+    const Half* pairs = data<Half>(packed_) + (tile.begin - slice_.begin) * problem_.E;
+    return reinterpret_cast<const T*>(pairs);
   }
 
   T bias(int64_t v) const { return problem_.bias == nullptr ? T(0) : problem_.bias[v]; }
@@ -144,8 +183,18 @@ class Decoder {
   void load() {
     const int64_t E = problem_.E;
     T* columns = data<T>(columns_);
-    for (int64_t e = 0; e < E; ++e)
-      for (int64_t r = 0; r < width_; ++r) columns[e * width_ + r] = r < count_ ? hidden(r)[e] : T(0);
+    if constexpr (rounds) {
+      const int64_t depth = problem_.gemm.depth(E);
+      const Matrix<T> rows(problem_.gemm, width_, E);
+      const std::vector<T> zeros(E);
+      for (int64_t r = 0; r < width_; ++r) rows.write(r, 0, r < count_ ? hidden(r) : zeros.data(), E);
+      // A pair of one row is a value of 4 bytes of one column.
+      transpose(reinterpret_cast<const uint32_t*>(rows.left().halves), depth / 2, width_, depth / 2,
+                reinterpret_cast<uint32_t*>(columns), width_);
+    } else {
+      for (int64_t e = 0; e < E; ++e)
+        for (int64_t r = 0; r < width_; ++r) columns[e * width_ + r] = r < count_ ? hidden(r)[e] : T(0);
+    }
     targets_.clear();
     for (int64_t r = 0; r < count_; ++r) {
       const int64_t target = problem_.targets[row(r)];
@@ -154,7 +203,7 @@ class Decoder {
     std::sort(targets_.begin(), targets_.end());
   }
 
-  void exponentiate(Range tile, const T* logits, T* out) {
+  void exponentiate(Range tile, const T* logits, S* out) {
     const T* reference = board_->reports[id_].reference.data();
     for (int64_t r = 0; r < width_; r += vector) {
       T high[vector], sum[vector], from[vector];
@@ -166,14 +215,14 @@ class Decoder {
       for (int64_t v = 0; v < tile.size(); ++v) {
         const T b = bias(tile.begin + v);
         const T* logit = logits + v * width_ + r;
-        T* to = out + v * width_ + r;
+        S* to = out + v * width_ + r;
 #pragma omp simd
         for (int64_t j = 0; j < vector; ++j) {
           const T x = logit[j] + b;
           const T e = exponential(x - from[j]);
           high[j] = x > high[j] ? x : high[j];
           sum[j] += e;
-          to[j] = e;
+          store(e, to[j]);
         }
       }
       std::copy_n(high, vector, highest_.data() + r);
@@ -227,31 +276,40 @@ class Decoder {
   void weight_gradients() {
     const int64_t E = problem_.E;
     T* scaled = data<T>(scaled_);
-    if (scaled != nullptr)
-      for (int64_t r = 0; r < width_; ++r)
-        for (int64_t e = 0; e < E; ++e) scaled[r * E + e] = r < count_ ? factors_[r] * hidden(r)[e] : T(0);
+    if (scaled != nullptr) {
+      const auto scale = [&](int64_t r, T* to) -> const T* {
+        for (int64_t e = 0; e < E; ++e) to[e] = r < count_ ? factors_[r] * hidden(r)[e] : T(0);
+        return to;
+      };
+      if constexpr (rounds) {
+        std::vector<T> pair(2 * E);
+        pack(problem_.gemm, width_, E, scaled, [&](int64_t r) { return scale(r, pair.data() + r % 2 * E); });
+      } else {
+        for (int64_t r = 0; r < width_; ++r) scale(r, scaled + r * E);
+      }
+    }
     const bool add = first_ > 0;
     for (int64_t index = 0; index < tiles_; ++index) {
       const Range tile = this->tile(index);
-      T* exponentials = data<T>(kept_) + (tile.begin - slice_.begin) * width_;
+      S* exponentials = data<S>(kept_) + (tile.begin - slice_.begin) * width_;
       follow(index, tile, exponentials);
       if (problem_.grad_bias != nullptr)
         for (int64_t v = 0; v < tile.size(); ++v) {
           T sum = 0;
 #pragma omp simd reduction(+ : sum)
-          for (int64_t r = 0; r < width_; ++r) sum += exponentials[v * width_ + r] * factors_[r];
+          for (int64_t r = 0; r < width_; ++r) sum += static_cast<T>(exponentials[v * width_ + r]) * factors_[r];
           T& gradient = problem_.grad_bias[tile.begin + v];
           gradient = add ? gradient + sum : sum;
         }
       if (problem_.grad_weight != nullptr)
         for (int64_t v = 0; v < tile.size(); v += group) {
           const int64_t count = std::min(group, tile.size() - v);
-          const T* from = exponentials + v * width_;
+          const S* from = exponentials + v * width_;
           T* to = problem_.grad_weight + (tile.begin + v) * E;
           const int64_t ahead = std::min(2*group, slice_.end - tile.begin - v);
           fetch(from + group * width_, from + ahead * width_);
           if (add) fetch(to + group * E, to + ahead * E);
-          problem_.gemm(count, E, width_, {from, nullptr, width_}, scaled, to, E, add);
+          problem_.gemm(count, E, width_, left(from), scaled, to, E, add);
         }
     }
     for (const auto& [target, r] : targets_) {
@@ -265,12 +323,13 @@ class Decoder {
   }
 
   // Rescale the exponentials of a tile that was computed before its reference was raised.
-  void follow(int64_t index, Range tile, T* exponentials) {
+  void follow(int64_t index, Range tile, S* exponentials) {
     const T *before = references_.data() + index * width_, *now = board_->reports[id_].reference.data();
     if (std::equal(before, before + width_, now)) return;
     for (int64_t r = 0; r < width_; ++r) sums_[r] = before[r] == now[r] ? T(1) : exponential(before[r] - now[r]);
     for (int64_t v = 0; v < tile.size(); ++v)
-      for (int64_t r = 0; r < width_; ++r) exponentials[v * width_ + r] *= sums_[r];
+      for (int64_t r = 0; r < width_; ++r)
+        store(static_cast<T>(exponentials[v * width_ + r]) * sums_[r], exponentials[v * width_ + r]);
   }
 
   const Problem<T>& problem_;
@@ -282,8 +341,11 @@ class Decoder {
   const int64_t tiles_, units_;
   int64_t first_ = 0, count_ = 0;
   Tensor columns_;  // [E, rows] hidden, transposed
-  Tensor scaled_;   // [rows, E] hidden times the factor from exponentials to weighted probabilities
-  Tensor logits_, turned_;
+  Tensor scaled_;   // [rows, E] hidden times the factor from exponentials to weighted probabilities, as a right operand
+  Tensor logits_;
+  Matrix<T> turned_;          // [rows, tile] exponentials
+  Matrix<T> rounded_;         // [slice, E] weights in bfloat16
+  Tensor packed_;             // the same in pairs of rows
   Tensor kept_;  // exponentials [slice, rows], or [tile, rows] if no gradient needs them later
   std::vector<T> references_, highest_, sums_, factors_;
   std::vector<std::pair<int64_t, int64_t>> targets_;  // targets in the slice, with their rows in the block
@@ -293,13 +355,13 @@ class Decoder {
 template <typename T>
 int64_t block_rows(const Problem<T>& problem, int threads) {
   const int64_t M = problem.rows.size();
-  const int64_t per_row = (problem.keeps() ? problem.V : 0) + threads * (4 * problem.E + 2 * tallest_tile);
+  const int64_t per_row = (problem.keeps() ? problem.V / (problem.gemm.half ? 2 : 1) : 0) + threads * (4 * problem.E + 2 * tallest_tile);
   const int64_t rows = std::clamp(M * problem.V / 8 / per_row, least_rows, most_rows);
   const int64_t blocks = (M + rows - 1) / rows;
   return ((M + blocks - 1) / blocks + vector - 1) / vector * vector;
 }
 
-template <typename T>
+template <typename T, typename S>
 void solve(const Problem<T>& problem) {
   const int64_t M = problem.rows.size();
   constexpr int64_t worthwhile = 2'000'000;  // multiplications of one product per additional thread
@@ -312,7 +374,7 @@ void solve(const Problem<T>& problem) {
     board.chosen.resize(width);
   }
   Team::run(most, [&](int id, Team& team) {
-    Decoder<T> decoder(problem, width, id, team.size(), boards);
+    Decoder<T, S> decoder(problem, width, id, team.size(), boards);
     int turn = 0;
     for (int64_t first = 0; first < M; first += width, turn ^= 1) {
       decoder.logits(first, std::min(width, M - first), turn);
@@ -339,7 +401,7 @@ std::vector<int64_t> counted(const Tensor& targets, const T* weights, int64_t V)
 template <typename T>
 std::vector<Tensor> run(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                         const Tensor& targets, const std::optional<Tensor>& weights, bool need_hidden, bool need_weight,
-                        bool need_bias, bool micro, int64_t threads) {
+                        bool need_bias, bool micro, bool half, int64_t threads) {
   const int64_t M = hidden.size(0);
   const T* of_rows = weights ? weights->data_ptr<T>() : nullptr;
   std::vector<int64_t> rows = counted(targets, of_rows, weight.size(0));
@@ -354,10 +416,14 @@ std::vector<Tensor> run(const Tensor& hidden, const Tensor& weight, const std::o
   const Tensor grad_bias = made(need_bias, !none, {weight.size(0)});
   if (!none) {
     const auto wanted = [](bool need, const Tensor& gradient) { return need ? gradient.data_ptr<T>() : nullptr; };
-    solve(Problem<T>{hidden.data_ptr<T>(), weight.data_ptr<T>(), bias ? bias->data_ptr<T>() : nullptr,
+    const Problem<T> problem{hidden.data_ptr<T>(), weight.data_ptr<T>(), bias ? bias->data_ptr<T>() : nullptr,
                      targets.data_ptr<int64_t>(), of_rows, std::move(rows), weight.size(1), weight.size(0), threads,
                      nats.data_ptr<double>(), wanted(need_hidden, grad_hidden), wanted(need_weight, grad_weight),
-                     wanted(need_bias, grad_bias), Gemm<T>{micro && micro_kernel_works<float>()}});
+                     wanted(need_bias, grad_bias), Gemm<T>{micro && micro_kernel_works<float>(), half && micro && micro_kernel_works<Half>()}};
+    if constexpr (std::is_same_v<T, float>)
+      problem.gemm.half ? solve<T, Half>(problem) : solve<T, T>(problem);
+    else
+      solve<T, T>(problem);
   }
   return {nats, grad_hidden, grad_weight, grad_bias};
 }
@@ -374,7 +440,7 @@ void check_tensor(const Tensor& tensor, const char* name, at::ScalarType dtype, 
 
 std::vector<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                                          const Tensor& targets, const std::optional<Tensor>& weights, bool need_hidden,
-                                         bool need_weight, bool need_bias, bool micro, int64_t threads) {
+                                         bool need_weight, bool need_bias, bool micro, bool half, int64_t threads) {
   TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2,
               "rnnorm: linear_cross_entropy's hidden and weight must have shapes [M, E] and [V, E]; got ", hidden.sizes(),
               " and ", weight.sizes());
@@ -387,7 +453,7 @@ std::vector<Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& wei
   if (weights) check_tensor(*weights, "weights", dtype, {M});
   check_threads(threads);
   const auto chosen = dtype == at::kDouble ? &run<double> : &run<float>;
-  return chosen(hidden, weight, bias, targets, weights, need_hidden, need_weight, need_bias, micro, threads);
+  return chosen(hidden, weight, bias, targets, weights, need_hidden, need_weight, need_bias, micro, half, threads);
 }
 
 }  // namespace rnnorm

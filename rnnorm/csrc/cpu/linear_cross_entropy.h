@@ -16,9 +16,10 @@ namespace rnnorm {
 
 // nats [M] float64, and the gradients of their weighted sum; those that are not needed are empty. All tensors are contiguous;
 // hidden [M, E], weight [V, E], bias [V] and the rows' weights [M] of one dtype, float32 or float64; targets [M] int64.
+// With `half`, products of float32 run in bfloat16 where the processor can; sums, exponentials and gradients stay in float32.
 std::vector<at::Tensor> linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight,
                                              const std::optional<at::Tensor>& bias, const at::Tensor& targets,
                                              const std::optional<at::Tensor>& weights, bool need_hidden, bool need_weight,
-                                             bool need_bias, bool micro, int64_t threads);
+                                             bool need_bias, bool micro, bool half, int64_t threads);
 
 }  // namespace rnnorm
