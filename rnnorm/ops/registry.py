@@ -13,6 +13,7 @@ from rnnorm.ops.errors import Failure
 from rnnorm.ops.native import Native
 from rnnorm.ops.reference import Reference
 from rnnorm.ops.scripted import Scripted
+from rnnorm.ops.triton import Triton
 
 
 class BackendUnavailable(RuntimeError):  # noqa: N818
@@ -54,7 +55,7 @@ class Backend(Protocol):
         """Gradients of the differentiable operands from those of `y`, `h`, `c`; updates u and v in place."""
 
 
-BACKENDS: list[Backend] = [Native(), Scripted(), Reference()]
+BACKENDS: list[Backend] = [Native(), Triton(), Scripted(), Reference()]
 
 
 def names() -> list[str]:

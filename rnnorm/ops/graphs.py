@@ -1,0 +1,90 @@
+"""Loops over steps as replayed graphs: which graphs there are, how long they are kept, and when there are none.
+
+Launched one by one, the few kernels of a step cost more time in Python than on the device. A graph holds a run of steps
+and finds the first of them on the device, so a few sizes serve every number of steps.
+"""
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
+
+Launch = Callable[[], object]
+Held = TypeVar("Held")
+
+SIZES = (32, 8, 1)  # steps of a graph
+BOUND = 32  # loops that are kept
+
+
+def split(steps: int) -> list[int]:
+    """The fewest graphs for that number of steps, largest first."""
+    found = []
+    for size in SIZES:
+        found += [size] * (steps // size)
+        steps %= size
+    return found
+
+
+class Runner:
+    """Runs a loop: `launches(count)` are those of its next `count` steps, always with the same arguments.
+
+    The first run launches one by one: it warms up what may not happen while a graph is recorded. Later runs replay
+    graphs, each recorded when it is first needed by `record`, which returns its replay. Without `record`, or once it
+    has failed, every run launches one by one.
+    """
+
+    def __init__(
+        self, launches: Callable[[int], Sequence[Launch]], record: Callable[[Sequence[Launch]], Launch] | None
+    ) -> None:
+        self._launches, self._record = launches, record
+        self._replays: dict[int, Launch] = {}
+        self._warm = False
+
+    def run(self, steps: int) -> None:
+        for size in split(steps):
+            replay = self._replay(size) if self._warm else None
+            for launch in self._launches(size) if replay is None else [replay]:
+                launch()
+        self._warm = True
+
+    def _replay(self, size: int) -> Launch | None:
+        if size not in self._replays and self._record is not None:
+            try:
+                self._replays[size] = self._record(self._launches(size))
+            except RuntimeError as fault:
+                self._record = None
+                warnings.warn(
+                    f"rnnorm launches the kernels of a step one by one, which is slower: recording a CUDA graph failed "
+                    f"with {fault}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return self._replays.get(size)
+
+
+class Cache(Generic[Held]):
+    """The `bound` most recently used values by key."""
+
+    def __init__(self, bound: int) -> None:
+        self.bound = bound
+        self._held: OrderedDict[Hashable, Held] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held
+
+    def get(self, key: Hashable, make: Callable[[], Held]) -> Held:
+        with self._lock:
+            held = self._held.pop(key) if key in self._held else make()
+            self._held[key] = held
+            while len(self._held) > self.bound:
+                self._held.popitem(last=False)
+            return held
+
+    def clear(self) -> None:
+        with self._lock:
+            self._held.clear()

@@ -1,0 +1,105 @@
+"""The graphs of a loop: which there are, when they are recorded and replayed, and how many are kept."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from rnnorm.ops import graphs
+
+
+class _Loop:
+    """Steps that write down their number; `record` writes down what it records."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.recorded: list[int] = []
+
+    def launches(self, count: int) -> list[graphs.Launch]:
+        return [lambda: self.done.append("step")] * count
+
+    def record(self, launches: Sequence[graphs.Launch]) -> graphs.Launch:
+        self.recorded.append(len(launches))
+        return lambda: self.done.append(f"graph {len(launches)}")
+
+
+@pytest.mark.parametrize("T", range(1, 200))
+def test_a_split_is_complete_and_short(T: int) -> None:
+    sizes = graphs.split(T)
+    assert sum(sizes) == T
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(sizes) <= T // max(graphs.SIZES) + 3 + 7
+    assert set(sizes) <= set(graphs.SIZES)
+
+
+def test_no_steps_no_graphs() -> None:
+    assert graphs.split(0) == []
+
+
+def test_the_first_run_launches_and_later_ones_replay() -> None:
+    loop = _Loop()
+    runner = graphs.Runner(loop.launches, loop.record)
+    runner.run(41)
+    assert loop.done == ["step"] * 41
+    assert loop.recorded == []
+    loop.done.clear()
+    runner.run(41)
+    assert loop.done == ["graph 32", "graph 8", "graph 1"]
+    runner.run(64)
+    assert loop.recorded == [32, 8, 1], "each size is recorded once"
+
+
+def test_any_lengths_share_the_graphs() -> None:
+    loop = _Loop()
+    runner = graphs.Runner(loop.launches, loop.record)
+    for T in range(1, 120):
+        runner.run(T)
+    assert len(loop.recorded) == len(graphs.SIZES)
+
+
+def test_without_graphs_every_run_launches() -> None:
+    loop = _Loop()
+    runner = graphs.Runner(loop.launches, None)
+    for _ in range(2):
+        runner.run(9)
+    assert loop.done == ["step"] * 18
+
+
+def test_failed_recording_warns_once_and_launches() -> None:
+    loop = _Loop()
+
+    def refused(launches: Sequence[Callable[[], object]]) -> Any:
+        raise RuntimeError("operation not permitted")
+
+    runner = graphs.Runner(loop.launches, refused)
+    runner.run(2)
+    with pytest.warns(RuntimeWarning, match="recording a CUDA graph failed with operation not permitted") as caught:
+        runner.run(9)
+    assert len(caught) == 1
+    runner.run(1)
+    assert loop.done == ["step"] * 12
+
+
+def test_the_cache_keeps_the_most_recent() -> None:
+    cache: graphs.Cache[str] = graphs.Cache(2)
+    assert [cache.get(key, lambda: "made") for key in "ab"] == ["made"] * 2
+    assert cache.get("a", lambda: "again") == "made"
+    cache.get("c", lambda: "made")
+    assert "a" in cache
+    assert "b" not in cache
+    assert cache.get("b", lambda: "again") == "again"
+    assert len(cache) == 2
+    cache.clear()
+    assert len(cache) == 0
+
+
+def test_threads_share_what_the_cache_makes() -> None:
+    cache: graphs.Cache[object] = graphs.Cache(4)
+    found: list[object] = []
+    threads = [threading.Thread(target=lambda: found.append(cache.get("key", object))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(id, found))) == 1

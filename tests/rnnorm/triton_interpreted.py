@@ -1,0 +1,365 @@
+"""The Triton backend in Triton's interpreter. `test_triton` runs this file in a process with TRITON_INTERPRET=1.
+
+The whole product of `cases`, half an hour: `TRITON_INTERPRET=1 python -m pytest tests/rnnorm -k triton`.
+"""
+
+import importlib.util
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rnnorm.ops
+from rnnorm.ops import Operands, graphs, triton_steps
+
+# Every value of every axis meets every value of every other one.
+AXES: dict[str, Sequence[Any]] = {
+    "cell": list(cases.CELLS),
+    "norm": list(cases.NORMS),
+    "training": [True, False],
+    "lengths": [None, (2, 3, 1)],
+    "reset": [False, True],
+    "recurrent_dropout": [0.0, 0.4],
+    "zoneout": [0.0, 0.3],
+    "bidirectional": [False, True],
+    "bias": [True, False],
+    "windows": [2, 1],
+    "H": [5, 1, 40],
+    "N": [3, 1],
+    "T": [3, 1],
+}
+
+
+def _possible(chosen: dict[str, Any]) -> bool:
+    cell = str(chosen.get("cell"))
+    return not ("cell_norm" in cell and chosen.get("norm") == "none") and not ("proj" in cell and chosen.get("H") == 1)
+
+
+def _pairs(chosen: dict[str, Any]) -> set[tuple[str, Any, str, Any]]:
+    return {(a, chosen[a], b, chosen[b]) for a in chosen for b in chosen if a < b}
+
+
+def pairwise(axes: dict[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Rows that hold every possible pair of values of two axes, chosen greedily."""
+    left = {(a, x, b, y) for a in axes for b in axes if a < b for x in axes[a] for y in axes[b]}
+    left = {pair for pair in left if _possible({pair[0]: pair[1], pair[2]: pair[3]})}
+    while left:
+        a, x, b, y = min(left, key=str)
+        row = {a: x, b: y}
+        for axis in axes:
+            if axis not in row:
+                choices = [{**row, axis: value} for value in axes[axis]]
+                row = max(filter(_possible, choices), key=lambda choice: len(_pairs(choice) & left))
+        left -= _pairs(row)
+        yield {axis: row[axis] for axis in axes}
+
+
+def _case(row: dict[str, Any]) -> cases.Case:
+    layer, own = cases.CELLS[row["cell"]]
+    options = {name: row[name] for name in ("recurrent_dropout", "zoneout", "bidirectional", "bias")}
+    sizes = {name: row[name] for name in ("T", "N", "H", "reset", "training", "windows")}
+    lengths = row["lengths"] and tuple(min(length, row["T"]) for length in row["lengths"][: row["N"]])
+    name = "-".join(str(value).replace(" ", "") for value in row.values())
+    return cases.Case(name, layer, cases.NORMS[row["norm"]], {**own, **options}, I=2, lengths=lengths, **sizes)
+
+
+CHOSEN = {case.id: case for case in map(_case, pairwise(AXES))}
+# Bounds of half precision: the largest relative error of a rounding (the interpreter truncates bfloat16), times the
+# roundings in a row of T = 3 steps: operand, product, sum with the input part and output of each, in both passes.
+ROUNDINGS = 2 * 4 * 3
+TOLERANCE = {**cases.TOLERANCE, torch.bfloat16: ROUNDINGS * 2.0**-7, torch.float16: ROUNDINGS * 2.0**-11}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_reads_what_nothing_wrote() -> Iterator[None]:
+    """Uninitialized memory is NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _compare(case: cases.Case, dtype: torch.dtype = torch.float64) -> None:
+    expected = cases.run(case, "reference", dtype)
+    cases.assert_close(cases.run(case, "triton", dtype), expected, TOLERANCE[dtype])
+
+
+def test_memory_is_filled() -> None:
+    assert torch.empty(3).isnan().all()
+
+
+def test_pairs_are_complete() -> None:
+    small: dict[str, Sequence[Any]] = {"cell": [0, 1, 2], "b": [0, 1], "c": [0, 1, 2, 3]}
+    rows = list(pairwise(small))
+    for a, b in (("cell", "b"), ("cell", "c"), ("b", "c")):
+        assert {(row[a], row[b]) for row in rows} == {(x, y) for x in small[a] for y in small[b]}
+    assert len(rows) < 24
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_equals_reference(name: str) -> None:
+    _compare(CHOSEN[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", list(CHOSEN)[::6])
+def test_equals_reference_in_other_dtypes(name: str, dtype: torch.dtype) -> None:
+    _compare(CHOSEN[name], dtype)
+
+
+def test_without_a_gradient_of_the_output() -> None:
+    found = []
+    for backend in ("reference", "triton"):
+        layer = replace(cases.BY_ID["lstm-online-scale-lengths"], T=3, N=3, lengths=(2, 3, 1)).build(backend)
+        x = torch.randn(3, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
+        _, (h, c) = layer(x, lengths=[2, 3, 1])
+        (h.sum() + c.square().sum()).backward()
+        found.append({"x": x.grad, **{name: value.grad for name, value in layer.named_parameters()}})
+    cases.assert_close(found[1], found[0], TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("cell", ["lstm-cell_norm", "gru", "rnn_tanh"])
+def test_without_recording(cell: str) -> None:
+    """Without autograd nothing is kept; the statistics move."""
+    found = []
+    for backend in ("reference", "triton"):
+        layer = replace(cases.BY_ID[f"{cell}-online-scale-lengths"], N=3).build(backend)
+        x = torch.randn(5, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+        with torch.no_grad():
+            y, _ = layer(x, lengths=[2, 5, 3])
+        found.append({"y": y, **dict(layer.named_buffers())})
+    cases.assert_close(found[1], found[0], TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("cell", ["lstm-proj-cell_norm", "gru"])
+def test_several_programs_of_a_kernel(cell: str) -> None:
+    """More sequences than one program takes, channels of several blocks, samples of several loads."""
+    _compare(
+        replace(
+            cases.BY_ID[f"{cell}-online-scale-masked"], T=2, N=34, H=12, lengths=tuple(1 + n % 2 for n in range(34))
+        )
+    )
+
+
+class _Bands(TorchDispatchMode):
+    """Every new tensor lies between bands of NaN."""
+
+    WIDTH = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bands: list[Tensor] = []
+
+    def embed(self, tensor: Tensor) -> Tensor:
+        count = tensor.numel()
+        around = tensor.new_full((count + 2 * self.WIDTH,), math.nan if tensor.is_floating_point() else 1)
+        self.bands += [around[: self.WIDTH], around[self.WIDTH + count :]]
+        return around[self.WIDTH : self.WIDTH + count].view(tensor.shape).copy_(tensor)
+
+    def operands(self, o: Operands) -> Operands:
+        names = ("x", "weight_hh", "reset", "zoneout_h", "zoneout_c")
+        return o._replace(**{n: self.embed(getattr(o, n)) for n in names if getattr(o, n) is not None})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        new = any(word in func.__name__ for word in ("empty", "clone", "zeros", "full"))
+        return self.embed(result) if new and result.numel() else result
+
+    def assert_unharmed(self) -> None:
+        assert len(self.bands) > 50
+        for band in self.bands:
+            assert bool((band.isnan() if band.is_floating_point() else band == 1).all())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lstm-proj-cell_norm-online-bare-masked", "lstm-cell_norm-layer-masked", "lstm-online-scale-eval"),
+        *("gru-online-clamp-masked", "rnn_relu-rms-masked"),
+    ],
+)
+def test_nothing_outside_of_a_tensor_is_touched(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    bands = _Bands()
+    forward, backward = triton_steps.forward, triton_steps.backward
+
+    def forward_within(o: Operands, *rest: Any) -> Any:
+        o = bands.operands(o)
+        with bands:
+            return forward(o, *rest)
+
+    def backward_within(grads: Any, o: Operands, *rest: Any) -> Any:
+        o, grads = bands.operands(o), tuple(grad if grad is None else bands.embed(grad) for grad in grads)
+        with bands:
+            return backward(grads, o, *rest)
+
+    monkeypatch.setattr(triton_steps, "forward", forward_within)
+    monkeypatch.setattr(triton_steps, "backward", backward_within)
+    _compare(replace(cases.BY_ID[name], T=3, N=3, lengths=(2, 3, 1)))
+    bands.assert_unharmed()
+
+
+def test_a_write_outside_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _changed(tmp_path, monkeypatch, "kernels", "direct + n * P + h, tl.where", "direct + (n + 1) * P + h, tl.where")
+    bands = _Bands()
+    backward = rnnorm.ops.triton_steps.backward
+
+    def within(*rest: Any) -> Any:
+        with bands:
+            return backward(*rest)
+
+    monkeypatch.setattr(rnnorm.ops.triton_steps, "backward", within)
+    cases.run(_small("rnn_tanh-none-plain"), "triton")
+    with pytest.raises(AssertionError):
+        bands.assert_unharmed()
+
+
+class _Recorder:
+    """Graphs of a device without one: a recorded graph runs its launches again, with the arguments they had."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, launches: Sequence[graphs.Launch]) -> graphs.Launch:
+        held = list(launches)
+        self.sizes.append(len(held))
+
+        def replay() -> None:
+            for launch in held:
+                launch()
+
+        return replay
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> _Recorder:
+    found = _Recorder()
+    monkeypatch.setattr(triton_steps, "_recorder", lambda device: found)
+    monkeypatch.setattr(triton_steps, "_LOOPS", graphs.Cache(graphs.BOUND))
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", ["lstm-proj-cell_norm-online-scale-masked", "gru-online-clamp-deep", "rnn_tanh-layer-eval"]
+)
+def test_replayed_graphs_equal_reference(recorder: _Recorder, name: str) -> None:
+    """Later windows have other tensors, and layers and directions of equal size share a loop and its graphs."""
+    _compare(replace(cases.BY_ID[name], T=3, N=3, lengths=(2, 3, 1), windows=3))
+    assert recorder.sizes
+    assert len(recorder.sizes) <= len(triton_steps._LOOPS._held)  # graphs of one step only
+
+
+def test_window_lengths_make_no_new_graphs(recorder: _Recorder) -> None:
+    layer = cases.BY_ID["rnn_tanh-online-scale-N1"].build("triton")
+    scripted = cases.BY_ID["rnn_tanh-online-scale-N1"].build("scripted")
+    for T in (41, 7, 9, 33, 12, 40, 3):
+        x = torch.randn(T, 1, 4, dtype=torch.float64)
+        found = []
+        for built in (layer, scripted):
+            built.zero_grad()
+            y, _ = built(x)
+            y.square().sum().backward()
+            with torch.no_grad():  # other values in the same memory
+                built.weight_hh_l0.mul_(0.9)
+            found.append({"y": y.detach(), "grad": built.weight_hh_l0.grad, **dict(built.named_buffers())})
+        cases.assert_close(*found, TOLERANCE[torch.float64])
+    assert len(triton_steps._LOOPS) == 2
+    assert len(recorder.sizes) <= 2 * len(graphs.SIZES)
+
+
+# (file, sound text, broken text, case)
+_FAULTS = {
+    "statistic_moved_before_its_sample": (
+        *("kernels", "actives[i], d * r, 0.0", "actives[i], (1.0 - K.alpha) * d * r, 0.0"),
+        "gru-online-none-plain",
+    ),
+    "variance_without_alpha": ("kernels", "K.alpha * v + (K.alpha", "v + (K.alpha", "rnn_tanh-online-scale-plain"),
+    "padding_counted": ("kernels", "m = tl.where(actives[i], ", "m = tl.where(first >= 0, ", "gru-online-none-lengths"),
+    "clamped_too_late": ("kernels", "tl.where(q > limit,", "tl.where(q > 2.0 * limit,", "rnn_tanh-online-clamp-far"),
+    "clamp_not_differentiated": ("kernels", "tl.abs(z) <= ", "tl.abs(z) <= 9.0 * ", "rnn_relu-online-clamp-far"),
+    "v_left_out": ("kernels", "e = g - K.rest * v * y", "e = g", "rnn_tanh-online-none-plain"),
+    "u_left_out": ("kernels", "e * r - K.rest * u", "e * r", "gru-online-scale-plain"),
+    "floor_left_out": ("kernels", "decay < K.floor,", "decay < -9.0,", "rnn_tanh-online-bare-plain"),
+    "floor_in_float32": ("kernels", "K.floor, decay.dtype", "K.floor, tl.float32", "rnn_tanh-online-bare-plain"),
+    "reset_ignored": (
+        "kernels",
+        "mask=active, other=1) == 0)\n    return",
+        "mask=active, other=1) < 9)\n    return",
+        "lstm-none-masked",
+    ),
+    "gradient_stops_at_padding": ("kernels", "through, 0.0), later)", "through, 0.0), 0.0)", "rnn_tanh-none-lengths"),
+    "zoneout_the_other_way": (
+        "kernels",
+        "stay * old + (1.0 - stay) * new",
+        "stay * new + (1.0 - stay) * old",
+        "gru-layer-zoneout",
+    ),
+    "recurrent_mask_not_differentiated": (
+        "kernels",
+        "recurrent = recurrent * tl.load",
+        "recurrent = recurrent + 0.0 * tl.load",
+        "rnn_tanh-none-masked",
+    ),
+    "layer_mean_not_differentiated": (
+        "kernels",
+        "d = d - tl.sum(d, 1",
+        "d = d - 0.0 * tl.sum(d, 1",
+        "rnn_relu-layer-plain",
+    ),
+    "guard_as_a_constant": ("kernels", "d = (d - q * (tl.sum", "d = (d - 0.0 * q * (tl.sum", "gru-online-scale-plain"),
+    "reset_gate_outside": ("kernels", "x + r * apart", "x + apart", "gru-none-plain"),
+    "old_cell_gradient_lost": ("kernels", "dc = dc_new + dh", "dc = dh", "lstm-none-plain"),
+    "step_not_counted": ("steps", "add_(count * self.plan.direction)", "add_(0)", "rnn_tanh-none-plain"),
+    "padding_not_zeroed": ("kernels", "old, mask=cells)", "old, mask=ok)", "rnn_tanh-none-lengths"),
+    "row_of_another_sequence": (
+        "kernels",
+        "n = tl.program_id(0).to(tl.int64) * ROWS +",
+        "n = 0 * ROWS +",
+        "gru-rms-ragged",
+    ),
+}
+
+
+def _changed(folder: Path, monkeypatch: pytest.MonkeyPatch, file: str, sound: str, broken: str) -> None:
+    """Let the backend use a changed source of its two files."""
+    for name in ("triton_kernels", "triton_steps"):
+        text = (Path(rnnorm.ops.__file__).parent / f"{name}.py").read_text()
+        if name == f"triton_{file}":
+            assert sound in text, f"{name}.py no longer holds {sound!r}: adapt the fault"
+            text = text.replace(sound, broken)
+        path = folder / f"{name}.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(f"rnnorm.ops.{name}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(sys.modules, f"rnnorm.ops.{name}", module)
+        monkeypatch.setattr(rnnorm.ops, name, module)
+
+
+def _small(name: str) -> cases.Case:
+    if name.endswith("-ragged"):  # two programs of sequences
+        return replace(cases.BY_ID[name.replace("ragged", "plain")], T=2, N=34, windows=1)
+    case = cases.BY_ID[name]
+    return replace(case, T=3, N=3, lengths=case.lengths and (2, 3, 1))
+
+
+@pytest.mark.parametrize("fault", _FAULTS)
+def test_faults_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    file, sound, broken, name = _FAULTS[fault]
+    _changed(tmp_path, monkeypatch, file, sound, broken)
+    with pytest.raises(AssertionError, match="off by"):
+        _compare(_small(name))
+
+
+def test_the_sound_source_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _changed(tmp_path, monkeypatch, "steps", "Forward", "Forward")
+    _compare(_small("gru-rms-ragged"))
