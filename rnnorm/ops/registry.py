@@ -74,17 +74,28 @@ def _warn_once(name: str, reason: str) -> None:
     warnings.warn(f"rnnorm runs without its faster backend {name!r}: {reason}", RuntimeWarning, stacklevel=2)
 
 
-def choose(wanted: str, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> Backend:
-    """The backend of that name, or for `"auto"` the first that can run the call."""
+def _why_not(
+    backend: Backend, device: torch.device, dtype: torch.dtype, spec: CallSpec | None, units: int | None
+) -> str | None:
+    reason = backend.why_not(device, dtype, spec)
+    if reason is None and spec is not None and units is not None and isinstance(backend, Triton):
+        return backend.fault(device, dtype, spec, units)
+    return reason
+
+
+def choose(
+    wanted: str, device: torch.device, dtype: torch.dtype, spec: CallSpec | None, units: int | None = None
+) -> Backend:
+    """The backend of that name, or for `"auto"` the first that can run the call. `units`: H of a call about to run."""
     if wanted == "auto":
         for backend in BACKENDS:
-            reason = backend.why_not(device, dtype, spec)
+            reason = _why_not(backend, device, dtype, spec, units)
             if reason is None:
                 return backend
             if isinstance(reason, Failure):
                 _warn_once(backend.name, reason)
     backend = by_name(wanted)
-    reason = backend.why_not(device, dtype, spec)
+    reason = _why_not(backend, device, dtype, spec, units)
     if reason is not None:
         raise BackendUnavailable(
             f"backend {wanted!r} cannot run this call: {reason}; backend='auto' chooses one that can"

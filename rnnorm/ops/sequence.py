@@ -43,7 +43,8 @@ def _unpack(args: Sequence[Any]) -> tuple[Operands, CallSpec]:
 
 
 def _chosen(operands: Operands, spec: CallSpec) -> Backend:
-    return choose(spec.wanted, operands.x.device, operands.x.dtype, spec)
+    units = operands.weight_ih.size(0) // spec.gates
+    return choose(spec.wanted, operands.x.device, operands.x.dtype, spec, units)
 
 
 def _forward(backend: Backend, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:

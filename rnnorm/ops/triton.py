@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rnnorm.ops.call import CallSpec, Operands, Results
+from rnnorm.ops.errors import Failure
 
 
 @functools.cache
@@ -39,6 +40,14 @@ class Triton:
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             return f"it supports floating-point dtypes only; got {dtype}"
         return _missing()
+
+    def fault(self, device: torch.device, dtype: torch.dtype, spec: CallSpec, units: int) -> Failure | None:
+        """Why the kernels of such a call cannot be trusted on this device: they are compared with another backend."""
+        if device.type != "cuda":
+            return None
+        from rnnorm.ops import triton_check
+
+        return triton_check.reason(device, dtype, spec, units)
 
     def saved_like(self, operands: Operands, spec: CallSpec) -> list[Tensor]:
         from rnnorm.ops import triton_steps

@@ -25,7 +25,7 @@ _TYPES = {
     **{torch.float64: tl.float64, torch.float32: tl.float32},
     **{torch.bfloat16: tl.bfloat16, torch.float16: tl.float16},
 }
-_STATISTICS = ("mean", "var", "u", "v")
+STATISTICS = ("mean", "var", "u", "v")
 CELLS = 256  # of a program of a kernel that takes whole rows, if a row has fewer
 CHANNELS = 32  # of a program of a stream: one warp
 UNROLL = 8  # samples that a stream loads at once
@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     lengths: bool
     mask: bool
     projection: bool
-    precision: str  # of float32 products, which a graph keeps
+    precision: tuple[Any, ...]  # torch's settings for products, which a graph keeps
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,19 @@ def plan(o: Operands, spec: CallSpec, backward: bool, save: bool, grad_y: bool) 
         lengths=o.lengths is not None,
         mask=o.recurrent_mask is not None,
         projection=o.weight_hr is not None,
-        precision=torch.get_float32_matmul_precision(),
+        precision=_precision(),
     )
+
+
+def _precision() -> tuple[Any, ...]:
+    matmul = torch.backends.cuda.matmul
+    reduced = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    return matmul.fp32_precision, getattr(torch.backends, "fp32_precision", None), *reduced
+
+
+def block_of(units: int) -> int:
+    """The units that a program computes of a row of so many, the rest masked."""
+    return triton.next_power_of_2(units)
 
 
 class _Loop:
@@ -154,7 +165,7 @@ class _Loop:
         for prefix, width, kind, affine in norms:
             for name in ("scale", "shift", "grad_scale", "grad_shift"):
                 yield f"{prefix}{name}", wide, (width,), affine and kind != "none"
-            for name in _STATISTICS:
+            for name in STATISTICS:
                 yield f"{prefix}{name}", wide, (width,), kind == "streamed" or (kind == "frozen" and name == "mean")
             yield f"{prefix}rstd", wide, (width,), kind == "frozen"
 
@@ -186,7 +197,7 @@ class _Loop:
 
     def rows(self, kernel: Any, k: int, width: int, **own: Any) -> Launch:
         """A launch of a kernel that takes whole rows of that many units."""
-        block = triton.next_power_of_2(width)
+        block = block_of(width)
         rows = min(triton.next_power_of_2(max(self.plan.N, 1)), max(1, CELLS // block))
         sizes = {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(16, rows * block // 128))}
         own = {"N": self.plan.N, "H": self.plan.H, "P": self.plan.P} | own
@@ -315,6 +326,17 @@ def _recorder(device: torch.device) -> Any:
     return _record if device.type == "cuda" else None
 
 
+def capturing(device: torch.device) -> bool:
+    """True while the user captures a graph on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+UNCAPTURABLE = (
+    "the first call of a recurrent layer on backend 'triton' must not be captured in a CUDA graph; got a new layer, "
+    "size or option; run the layer once, forward and backward, before the capture"
+)
+
+
 def _record(launches: Sequence[graphs.Launch]) -> graphs.Launch:
     """The replay of a CUDA graph of these launches, recorded on a stream beside the current one."""
     current = torch.cuda.current_stream()
@@ -324,8 +346,7 @@ def _record(launches: Sequence[graphs.Launch]) -> graphs.Launch:
     with torch.cuda.stream(stream):
         for launch in launches:
             if isinstance(launch, Product):
-                launch()  # the library of products allocates for every new stream; `out` has no meaning yet
-                break
+                torch.mm(launch.left, launch.right)  # the library of products allocates on its first use of a stream
         # Other threads may call what a capture in another mode would forbid them.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
@@ -345,15 +366,15 @@ _SEEN: graphs.Cache[bool] = graphs.Cache(1024)
 def _loop(kind: type[_Loop], plan: Plan) -> _Loop:
     """The loop of the current stream, or a fresh one where graphs are not to be had."""
     key = kind.__name__, plan
-    capturing = plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing and key not in _SEEN:
+    captured, record = capturing(plan.device), _recorder(plan.device)
+    if captured and key not in _SEEN:
+        raise RuntimeError(UNCAPTURABLE)
+    if captured and plan.lengths:
         raise RuntimeError(
-            "the first call of a recurrent layer on backend 'triton' must not be captured in a CUDA graph; got a "
-            "new layer, size or option; run the layer once, forward and backward, before the capture"
+            "lengths must be None in a call that a CUDA graph captures; got a tensor on the CPU; pad the sequences"
         )
     _SEEN.get(key, lambda: True)
-    record = _recorder(plan.device)
-    if capturing or record is None:
+    if captured or record is None:
         return kind(plan)
     stream = torch.cuda.current_stream(plan.device).cuda_stream if plan.device.type == "cuda" else 0
     return _LOOPS.get((*key, stream), lambda: kind(plan, record))
@@ -361,7 +382,7 @@ def _loop(kind: type[_Loop], plan: Plan) -> _Loop:
 
 def _norm_buffers(o: Operands, prefix: str) -> dict[str, Tensor | None]:
     """The operands of a norm by the names of the loop's buffers."""
-    names = ("scale", "shift", *_STATISTICS)
+    names = ("scale", "shift", *STATISTICS)
     return {f"{prefix}{name}": getattr(o, f"{prefix}norm_{name}") for name in names}
 
 

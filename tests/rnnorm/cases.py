@@ -4,6 +4,7 @@
 `assert_close` compares two such records. A new row of `rnnorm.ops.registry.BACKENDS` is tested automatically.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -169,6 +170,27 @@ def run(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> dict[st
         found |= {f"{name}[{w}]": value.clone() for name, value in layer.named_buffers()}
         state = lasts
     return found
+
+
+def _pairs(row: dict[str, Any]) -> set[tuple[str, Any, str, Any]]:
+    return {(a, row[a], b, row[b]) for a in row for b in row if a < b}
+
+
+def pairwise(
+    axes: dict[str, Sequence[Any]], possible: Callable[[dict[str, Any]], bool] = lambda row: True
+) -> Iterator[dict[str, Any]]:
+    """Rows that hold every possible pair of values of two axes, chosen greedily."""
+    left = {(a, x, b, y) for a in axes for b in axes if a < b for x in axes[a] for y in axes[b]}
+    left = {(a, x, b, y) for a, x, b, y in left if possible({a: x, b: y})}
+    while left:
+        a, x, b, y = min(left, key=str)
+        row = {a: x, b: y}
+        for axis in axes:
+            if axis not in row:
+                choices = [{**row, axis: value} for value in axes[axis]]
+                row = max(filter(possible, choices), key=lambda choice: len(_pairs(choice) & left))
+        left -= _pairs(row)
+        yield {axis: row[axis] for axis in axes}
 
 
 # Of the largest value of each tensor. Rounding grows with the length of the control process, not with the dtype alone.

@@ -1,13 +1,24 @@
 """The Triton backend without a device: in its interpreter, in a process with TRITON_INTERPRET=1, and compiled ahead."""
 
 import os
+import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import cases
 import pytest
+import torch
+
+from rnnorm import norms
+from rnnorm.ops import CallSpec
 
 HERE = Path(__file__).parent
+if os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("these tests start the interpreter in a process apart", allow_module_level=True)
+pytest.importorskip("triton", reason="triton is not installed")
 
 
 def _interpreted(*arguments: str) -> None:
@@ -19,12 +30,90 @@ def _interpreted(*arguments: str) -> None:
 
 @pytest.mark.slow
 def test_equals_reference_in_the_interpreter() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
     _interpreted(str(HERE / "triton_interpreted.py"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("RNNORM_RECORDED" not in os.environ, reason="RNNORM_RECORDED does not name the recorded cases")
 def test_recorded_cases_in_the_interpreter() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
     _interpreted(str(HERE / "test_recorded.py"), "-k", "triton")
+
+
+def test_pairs_are_complete() -> None:
+    axes: dict[str, Sequence[Any]] = {"a": [0, 1, 2], "b": [0, 1], "c": [0, 1, 2, 3]}
+    rows = list(cases.pairwise(axes, lambda row: row.get("a") != 2 or row.get("c") != 3))
+    assert {(row["a"], row["b"]) for row in rows} == {(x, y) for x in axes["a"] for y in axes["b"]}
+    assert {(row["a"], row["c"]) for row in rows} == {(x, y) for x in axes["a"] for y in axes["c"]} - {(2, 3)}
+    assert len(rows) < 24
+
+
+AXES: dict[str, Sequence[Any]] = {
+    "cell": ["lstm", "lstm-cell_norm", "lstm-proj", "lstm-proj-cell_norm", "gru", "rnn_tanh"],
+    "norm": list(cases.NORMS),
+    "H": [2048, 1, 7, 200, 650, 1150],
+    "capability": [90, 80, 100],
+    "dtype": [torch.float32, torch.bfloat16, torch.float16],
+    "training": [True, False],
+    "N": [20, 1, 64],
+    "more": [(), ("lengths", "reset", "recurrent_mask", "zoneout_h", "zoneout_c")],
+}
+
+
+@pytest.fixture
+def compiler(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that compiles kernels ahead; what it compiles is kept in a folder of the tests."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+    from rnnorm.ops import triton_ahead
+
+    return triton_ahead
+
+
+def _spec(cell: str, norm: norms.Spec, training: bool) -> CallSpec:
+    name, *options = cell.split("-")
+    return CallSpec(
+        *(name, norm.kind, norm.guard, norm.constants, "cell_norm" in options and norm.kind != "none"),
+        *(training, False, "triton"),
+    )
+
+
+# Without more than this a program needs no leave to use it, on any device.
+SHARED = 48 * 1024
+
+
+@pytest.mark.slow
+def test_kernels_compile_without_spills(compiler: Any) -> None:
+    done = 0
+    for row in cases.pairwise(AXES):
+        spec = _spec(row["cell"], cases.NORMS[row["norm"]], row["training"])
+        P = max(1, row["H"] // 2) if "proj" in row["cell"] else 0
+        o = compiler.operands(spec, row["N"], row["H"], row["dtype"], P, row["more"])
+        for kernel in compiler.compiled(spec, o, row["capability"]):
+            done += 1
+            assert kernel.local == 0, (row, kernel.name)
+            assert kernel.shared <= SHARED, (row, kernel.name)
+            assert kernel.registers <= 255, (row, kernel.name)
+    assert done > 200
+
+
+def _bits(value: float) -> str:
+    return "0d" + struct.pack(">d", value).hex().upper()
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_constants_of_float64_are_exact(compiler: Any, capability: int) -> None:
+    """None of them is rounded to float32 on its way into a kernel."""
+    constants = norms.Constants(
+        eps=1.1e-3, alpha_fwd=0.91, alpha_bwd=0.83, scale_eps=1.3e-3, clamp_limit=4.7, control_floor=0.37
+    )
+    alpha, rest = constants.alpha_fwd, 1 - constants.alpha_bwd
+    expected = {
+        "stream": [constants.eps, alpha, 1 - alpha, alpha * (1 - alpha)],
+        "stream_backward": [rest, constants.control_floor],
+    }
+    for guard, value in (("scale", constants.scale_eps), ("clamp", constants.clamp_limit)):
+        spec = CallSpec("rnn_tanh", "online", guard, constants, False, True, False, "triton")
+        o = compiler.operands(spec, 3, 7, torch.float64)
+        for kernel in compiler.compiled(spec, o, capability):
+            for constant in [*expected.get(kernel.name, []), *([value] if kernel.name == "rnn" else [])]:
+                # A difference may be a sum with the negative, and a quotient a product with the inverse.
+                assert _bits(constant) in kernel.ptx or _bits(-constant) in kernel.ptx, (kernel.name, constant)

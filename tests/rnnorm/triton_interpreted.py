@@ -6,7 +6,7 @@ The whole product of `cases`, half an hour: `TRITON_INTERPRET=1 python -m pytest
 import importlib.util
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,14 @@ import cases
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import rnnorm
 import rnnorm.ops
-from rnnorm.ops import Operands, graphs, triton_steps
+from rnnorm import norms
+from rnnorm.ops import CallSpec, Operands, graphs, registry, triton_check, triton_steps
+from rnnorm.ops.triton import Triton
 
 # Every value of every axis meets every value of every other one.
 AXES: dict[str, Sequence[Any]] = {
@@ -43,25 +47,6 @@ def _possible(chosen: dict[str, Any]) -> bool:
     return not ("cell_norm" in cell and chosen.get("norm") == "none") and not ("proj" in cell and chosen.get("H") == 1)
 
 
-def _pairs(chosen: dict[str, Any]) -> set[tuple[str, Any, str, Any]]:
-    return {(a, chosen[a], b, chosen[b]) for a in chosen for b in chosen if a < b}
-
-
-def pairwise(axes: dict[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Rows that hold every possible pair of values of two axes, chosen greedily."""
-    left = {(a, x, b, y) for a in axes for b in axes if a < b for x in axes[a] for y in axes[b]}
-    left = {pair for pair in left if _possible({pair[0]: pair[1], pair[2]: pair[3]})}
-    while left:
-        a, x, b, y = min(left, key=str)
-        row = {a: x, b: y}
-        for axis in axes:
-            if axis not in row:
-                choices = [{**row, axis: value} for value in axes[axis]]
-                row = max(filter(_possible, choices), key=lambda choice: len(_pairs(choice) & left))
-        left -= _pairs(row)
-        yield {axis: row[axis] for axis in axes}
-
-
 def _case(row: dict[str, Any]) -> cases.Case:
     layer, own = cases.CELLS[row["cell"]]
     options = {name: row[name] for name in ("recurrent_dropout", "zoneout", "bidirectional", "bias")}
@@ -71,7 +56,7 @@ def _case(row: dict[str, Any]) -> cases.Case:
     return cases.Case(name, layer, cases.NORMS[row["norm"]], {**own, **options}, I=2, lengths=lengths, **sizes)
 
 
-CHOSEN = {case.id: case for case in map(_case, pairwise(AXES))}
+CHOSEN = {case.id: case for case in map(_case, cases.pairwise(AXES, _possible))}
 # Bounds of half precision: the largest relative error of a rounding (the interpreter truncates bfloat16), times the
 # roundings in a row of T = 3 steps: operand, product, sum with the input part and output of each, in both passes.
 ROUNDINGS = 2 * 4 * 3
@@ -94,14 +79,6 @@ def _compare(case: cases.Case, dtype: torch.dtype = torch.float64) -> None:
 
 def test_memory_is_filled() -> None:
     assert torch.empty(3).isnan().all()
-
-
-def test_pairs_are_complete() -> None:
-    small: dict[str, Sequence[Any]] = {"cell": [0, 1, 2], "b": [0, 1], "c": [0, 1, 2, 3]}
-    rows = list(pairwise(small))
-    for a, b in (("cell", "b"), ("cell", "c"), ("b", "c")):
-        assert {(row[a], row[b]) for row in rows} == {(x, y) for x in small[a] for y in small[b]}
-    assert len(rows) < 24
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -274,6 +251,36 @@ def test_window_lengths_make_no_new_graphs(recorder: _Recorder) -> None:
     assert len(recorder.sizes) <= 2 * len(graphs.SIZES)
 
 
+def test_a_capture_by_the_user_launches_one_by_one(monkeypatch: pytest.MonkeyPatch, recorder: _Recorder) -> None:
+    """A captured call uses no loop that others use, nor graphs; the first call of its kind must not be one."""
+    monkeypatch.setattr(triton_steps, "_SEEN", graphs.Cache(graphs.BOUND))
+    case = cases.BY_ID["rnn_tanh-layer-plain"]
+    layer, x = case.build("triton"), torch.randn(5, 5, 4, dtype=torch.float64)
+
+    def call(**options: Any) -> Tensor:
+        layer.zero_grad()
+        y, _ = layer(x, **options)
+        y.sum().backward()
+        return layer.weight_hh_l0.grad
+
+    with monkeypatch.context() as patched:
+        patched.setattr(triton_steps, "capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match="run the layer once, forward and backward, before the capture"):
+            call()
+    expected = call()
+    call(lengths=[5, 4, 3, 2, 1])
+    loops = dict(triton_steps._LOOPS._held)
+    recorder.sizes.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(triton_steps, "capturing", lambda device: True)
+        patched.setattr(triton_steps._LOOPS, "get", None)
+        assert torch.equal(call(), expected)
+        with pytest.raises(RuntimeError, match="lengths must be None in a call that a CUDA graph"):
+            call(lengths=[5, 4, 3, 2, 1])
+    assert triton_steps._LOOPS._held == loops
+    assert not recorder.sizes
+
+
 # (file, sound text, broken text, case)
 _FAULTS = {
     "statistic_moved_before_its_sample": (
@@ -363,3 +370,66 @@ def test_faults_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault
 def test_the_sound_source_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _changed(tmp_path, monkeypatch, "steps", "Forward", "Forward")
     _compare(_small("gru-rms-ragged"))
+
+
+_CHECKED = [("lstm", "online", True), ("lstm", "online", False), ("gru", "layer", True), ("rnn_relu", "none", True)]
+
+
+@pytest.mark.parametrize(("cell", "norm", "training"), _CHECKED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backend_checks_itself(cell: str, norm: str, training: bool, dtype: torch.dtype) -> None:
+    assert triton_check.compare(torch.device("cpu"), dtype, _spec(cell, norm, training), 7) is None
+
+
+def _spec(cell: str, norm: str, training: bool) -> CallSpec:
+    declared = norms.resolve(norm)
+    cell_norm = cell == "lstm" and norm != "none"
+    return CallSpec(cell, norm, declared.guard, declared.constants, cell_norm, training, False, "auto")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been checked, and every device is checked."""
+    monkeypatch.setattr(triton_check, "_REASONS", {})
+    registry._warn_once.cache_clear()
+    monkeypatch.setattr(registry, "BACKENDS", [row for row in registry.BACKENDS if row.name != "cpu"])
+    monkeypatch.setattr(Triton, "fault", lambda self, *call: triton_check.reason(*call))
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("broken", ["e * r", "e * r - K.rest * u + unknown"])
+def test_a_fault_on_a_device_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    """Wrong numbers and errors: "auto" warns and goes on without the kernels, the backend by its name raises."""
+    _changed(tmp_path, monkeypatch, "kernels", "e * r - K.rest * u", broken)
+    monkeypatch.setattr(triton_check, "triton_steps", rnnorm.ops.triton_steps)
+    calls: list[str] = []
+    monkeypatch.setattr(triton_check, "compare", _counted(triton_check.compare, calls))
+    expected = r"it must be [-\d.e]+; got [-\d.e]+" if broken == "e * r" else "failed with InterpreterError.*unknown"
+    layer, x = rnnorm.LSTM(2, 7), torch.randn(3, 2, 2)
+    with pytest.warns(RuntimeWarning, match=f"without its faster backend 'triton': .*{expected}"):
+        y, _ = layer(x)
+    y.sum().backward()
+    layer(x)  # warns no more
+    with pytest.raises(rnnorm.BackendUnavailable, match=expected):
+        rnnorm.LSTM(2, 7, backend="triton")(x)
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_check_sees_nothing_of_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It also runs while a graph is captured from tensors without memory."""
+    calls: list[str] = []
+    monkeypatch.setattr(triton_check, "compare", _counted(triton_check.compare, calls))
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        y, _ = rnnorm.GRU(2, 7)(torch.randn(3, 2, 2))
+    assert y.shape == (3, 2, 7)
+    assert len(calls) == 1
+    assert [*triton_check._REASONS.values()] == [None]
+
+
+def _counted(function: Callable[..., Any], calls: list[str]) -> Callable[..., Any]:
+    def counted(*arguments: Any) -> Any:
+        calls.append(function.__name__)
+        return function(*arguments)
+
+    return counted

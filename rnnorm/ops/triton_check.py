@@ -1,0 +1,103 @@
+"""The Triton backend's check of itself: a small call and its backward pass against the scripted backend.
+
+It runs once for each process, device and kind of call, before the first such call, until the kernels have been tested
+on devices.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnorm.ops import triton_steps
+from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, statistics_dtype
+from rnnorm.ops.errors import Failure
+from rnnorm.ops.scripted import Scripted
+
+T, N, I = 3, 3, 2  # noqa: E741
+# Of the largest value of each tensor. Products may be of a lower precision than their dtype.
+_BOUNDS = {torch.float64: 1e-7, torch.float32: 2e-2, torch.bfloat16: 2e-1, torch.float16: 5e-2}
+_REASONS: dict[tuple[Any, ...], Failure | None] = {}
+_LOCK = threading.Lock()
+
+
+def reason(device: torch.device, dtype: torch.dtype, spec: CallSpec, H: int) -> Failure | None:
+    """Why kernels of this kind cannot be trusted on the device, None if they compute what they should."""
+    kind = device, dtype, spec.cell, spec.norm, spec.guard, spec.cell_norm, spec.training, triton_steps.block_of(H)
+    if kind not in _REASONS:
+        if triton_steps.capturing(device):
+            raise RuntimeError(triton_steps.UNCAPTURABLE)
+        with _LOCK:
+            if kind not in _REASONS:
+                _REASONS[kind] = _apart(lambda: compare(device, dtype, spec, H))
+    return _REASONS[kind]
+
+
+def _apart(check: Callable[[], Failure | None]) -> Failure | None:
+    """Run a check in a thread that has none of the caller's modes: no autocast, no tracing, no gradients."""
+    found: list[Failure | None] = []
+    thread = threading.Thread(target=lambda: found.append(check()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def compare(device: torch.device, dtype: torch.dtype, spec: CallSpec, H: int) -> Failure | None:
+    """The largest difference of a call of H units from the scripted backend, if it is too large; also any error."""
+    try:
+        own, other = _operands(device, dtype, spec, H), _operands(device, dtype, spec, H)
+        with torch.no_grad(), torch.cuda.device_of(own.x):
+            found = _named(own, spec, *_run(triton_steps, own, spec))
+            expected = _named(other, spec, *_run(Scripted(), other, spec))
+            for (name, value), (_, wanted) in zip(found, expected, strict=True):
+                error = (value.double() - wanted.double()).abs()
+                if value.numel() and not bool(error.max() <= _BOUNDS[dtype] * wanted.double().abs().max()):
+                    worst = int(error.nan_to_num(float("inf")).argmax())
+                    return Failure(
+                        f"its kernels do not compute {name} of a {spec.cell} with norm {spec.norm!r} on {device}: it "
+                        f"must be {wanted.flatten()[worst].item():.6g}; got {value.flatten()[worst].item():.6g}"
+                    )
+    except Exception as fault:  # a compiler or a driver may raise anything
+        return Failure(f"its check of itself on {device} failed with {type(fault).__name__}: {fault}")
+    return None
+
+
+def _operands(device: torch.device, dtype: torch.dtype, spec: CallSpec, H: int) -> Operands:
+    generator = torch.Generator(device).manual_seed(0)
+    C, wide = spec.gates * H, statistics_dtype(dtype)
+
+    def draw(*shape: int, scale: float = 1.0, around: float = 0.0, dtype: torch.dtype = dtype) -> Tensor:
+        return (around + scale * torch.randn(shape, generator=generator, device=device)).to(dtype)
+
+    given = {
+        **{"x": draw(T, N, I), "h": draw(N, H), "weight_ih": draw(C, I), "weight_hh": draw(C, H, scale=H**-0.5)},
+        **{"bias_ih": draw(C), "bias_hh": draw(C)},
+    }
+    if "c" in spec.declared.states:
+        given["c"] = draw(N, H)
+    for prefix, width, on in (("norm", C, spec.norm != "none"), ("cell_norm", H, spec.cell_norm)):
+        if on:
+            given |= {f"{prefix}_scale": draw(width, around=1.0, scale=0.1), f"{prefix}_shift": draw(width, scale=0.1)}
+        if on and spec.norm == "online":
+            given |= {f"{prefix}_{name}": draw(width, scale=0.1, dtype=wide) for name in ("mean", "u", "v")}
+            given[f"{prefix}_var"] = draw(width, scale=0.1, around=1.0, dtype=wide).abs()
+    return Operands(**{name: given.get(name) for name in Operands._fields})  # type: ignore[arg-type]
+
+
+def _run(backend: Any, o: Operands, spec: CallSpec) -> tuple[Any, list[Tensor | None]]:
+    results, saved = backend.forward(o, spec, True)
+    grads = results.y, results.h, results.c if o.c is not None else None
+    return results, backend.backward(grads, o, saved, spec, True, True)
+
+
+def _named(o: Operands, spec: CallSpec, results: Any, grads: list[Tensor | None]) -> list[tuple[str, Tensor]]:
+    """Every result, gradient and state by name."""
+
+    def each() -> Iterator[tuple[str, Tensor | None]]:
+        yield from results._asdict().items()
+        yield from ((f"the gradient of {name}", grad) for name, grad in zip(DIFFERENTIABLE, grads, strict=True))
+        yield from ((name, getattr(o, name)) for name in ("norm_u", "norm_v", "cell_norm_u", "cell_norm_v"))
+
+    return [(name, value) for name, value in each() if value is not None]
