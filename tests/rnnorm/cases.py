@@ -139,13 +139,13 @@ def skip_unless_runs(backend: str, device: str = "cpu") -> None:
         pytest.skip(f"backend {backend!r}: {reason}")
 
 
-def run(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def run(case: Case, backend: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Tensor]:
     """Every output, gradient and state of the case's windows, by name."""
-    layer = case.build(backend, dtype)
+    layer = case.build(backend, dtype).to(device)
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
     found: dict[str, Tensor] = {}
     rows = layer.num_layers * (1 + layer.bidirectional)
@@ -156,7 +156,7 @@ def run(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> dict[st
         x = (case.spread * draw(case.T, case.N, case.I)).requires_grad_()
         state = [value.detach().requires_grad_() for value in state]
         lengths = None if case.lengths is None else list(case.lengths)
-        reset = torch.rand(case.T, case.N, generator=generator) < 0.3 if case.reset else None
+        reset = (torch.rand(case.T, case.N, generator=generator) < 0.3).to(device) if case.reset else None
         torch.manual_seed(w)  # of the masks
         y, last = layer(x, tuple(state) if case.layer == "LSTM" else state[0], lengths=lengths, reset=reset)
         lasts = list(last) if case.layer == "LSTM" else [last]
@@ -193,8 +193,46 @@ def pairwise(
         yield {axis: row[axis] for axis in axes}
 
 
+_AXES: dict[str, Sequence[Any]] = {
+    "cell": list(CELLS),
+    "norm": list(NORMS),
+    "training": [True, False],
+    "lengths": [None, (2, 3, 1)],
+    "reset": [False, True],
+    "recurrent_dropout": [0.0, 0.4],
+    "zoneout": [0.0, 0.3],
+    "bidirectional": [False, True],
+    "bias": [True, False],
+    "windows": [2, 1],
+    "H": [5, 1, 40],
+    "N": [3, 1],
+    "T": [3, 1],
+}
+
+
+def _possible(row: dict[str, Any]) -> bool:
+    cell = str(row.get("cell"))
+    return not ("cell_norm" in cell and row.get("norm") == "none") and not ("proj" in cell and row.get("H") == 1)
+
+
+def _chosen(row: dict[str, Any]) -> Case:
+    layer, own = CELLS[row["cell"]]
+    options = {name: row[name] for name in ("recurrent_dropout", "zoneout", "bidirectional", "bias")}
+    sizes = {name: row[name] for name in ("T", "N", "H", "reset", "training", "windows")}
+    lengths = row["lengths"] and tuple(min(length, row["T"]) for length in row["lengths"][: row["N"]])
+    name = "-".join(str(value).replace(" ", "") for value in row.values())
+    return Case(name, layer, NORMS[row["norm"]], {**own, **options}, I=2, lengths=lengths, **sizes)
+
+
+# For backends that take long: every value of every axis meets every value of every other one.
+CHOSEN = {case.id: case for case in map(_chosen, pairwise(_AXES, _possible))}
+
 # Of the largest value of each tensor. Rounding grows with the length of the control process, not with the dtype alone.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
+# The same for CHOSEN. Half precision: the largest relative error of a rounding (Triton's interpreter truncates
+# bfloat16), times the roundings in a row of T = 3 steps: operand, product, input part and output, in both passes.
+_ROUNDINGS = 2 * 4 * 3
+CHOSEN_TOLERANCE = {**TOLERANCE, torch.bfloat16: _ROUNDINGS * 2.0**-7, torch.float16: _ROUNDINGS * 2.0**-11}
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import cases
 import numpy as np
 import pytest
 import torch
@@ -34,17 +33,17 @@ def _recorded(name: str) -> str:
 
 
 class _Recording:
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype, device: str = "cpu") -> None:
         with np.load(path) as arrays:
             self.arrays = dict(arrays)
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.used: set[str] = set()
 
     def scalar(self, name: str) -> Any:
         return self.arrays[name].item()
 
     def tensor(self, name: str) -> Tensor:
-        return torch.tensor(self.arrays[name]).to(self.dtype)
+        return torch.tensor(self.arrays[name]).to(self.device, self.dtype)
 
     def expect(self, name: str, found: Tensor | None) -> None:
         assert found is not None, name
@@ -92,8 +91,20 @@ def test_online_norm(path: Path, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", registry.names())
 @pytest.mark.parametrize("path", _paths(norm=False))
 def test_layer(path: Path, backend: str, dtype: torch.dtype) -> None:
-    cases.skip_unless_runs(backend)
-    z = _Recording(path, dtype)
+    _layer(path, backend, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("path", _paths(norm=False))
+def test_layer_on_a_gpu(path: Path, dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    _layer(path, "triton", dtype, "cuda")
+
+
+def _layer(path: Path, backend: str, dtype: torch.dtype, device: str) -> None:
+    z = _Recording(path, dtype, device)
     kind, norm = z.scalar("kind"), z.scalar("norm")
     spec: Any = rnnorm.norms.resolve(norm)
     if norm == "online":
@@ -104,7 +115,7 @@ def test_layer(path: Path, backend: str, dtype: torch.dtype) -> None:
         kind, {}
     )
     sizes = z.scalar("I"), z.scalar("H"), z.scalar("num_layers")
-    layer = getattr(rnnorm, kind.upper())(*sizes, norm=spec, backend=backend, dtype=dtype, **own)
+    layer = getattr(rnnorm, kind.upper())(*sizes, norm=spec, backend=backend, dtype=dtype, device=device, **own)
     given = {_recorded(name): z.tensor(_recorded(name)) for name, _ in layer.named_parameters()}
     layer.load_state_dict({**layer.state_dict(), **given})
     state = None

@@ -24,43 +24,7 @@ from rnnorm import norms
 from rnnorm.ops import CallSpec, Operands, graphs, registry, triton_check, triton_steps
 from rnnorm.ops.triton import Triton
 
-# Every value of every axis meets every value of every other one.
-AXES: dict[str, Sequence[Any]] = {
-    "cell": list(cases.CELLS),
-    "norm": list(cases.NORMS),
-    "training": [True, False],
-    "lengths": [None, (2, 3, 1)],
-    "reset": [False, True],
-    "recurrent_dropout": [0.0, 0.4],
-    "zoneout": [0.0, 0.3],
-    "bidirectional": [False, True],
-    "bias": [True, False],
-    "windows": [2, 1],
-    "H": [5, 1, 40],
-    "N": [3, 1],
-    "T": [3, 1],
-}
-
-
-def _possible(chosen: dict[str, Any]) -> bool:
-    cell = str(chosen.get("cell"))
-    return not ("cell_norm" in cell and chosen.get("norm") == "none") and not ("proj" in cell and chosen.get("H") == 1)
-
-
-def _case(row: dict[str, Any]) -> cases.Case:
-    layer, own = cases.CELLS[row["cell"]]
-    options = {name: row[name] for name in ("recurrent_dropout", "zoneout", "bidirectional", "bias")}
-    sizes = {name: row[name] for name in ("T", "N", "H", "reset", "training", "windows")}
-    lengths = row["lengths"] and tuple(min(length, row["T"]) for length in row["lengths"][: row["N"]])
-    name = "-".join(str(value).replace(" ", "") for value in row.values())
-    return cases.Case(name, layer, cases.NORMS[row["norm"]], {**own, **options}, I=2, lengths=lengths, **sizes)
-
-
-CHOSEN = {case.id: case for case in map(_case, cases.pairwise(AXES, _possible))}
-# Bounds of half precision: the largest relative error of a rounding (the interpreter truncates bfloat16), times the
-# roundings in a row of T = 3 steps: operand, product, sum with the input part and output of each, in both passes.
-ROUNDINGS = 2 * 4 * 3
-TOLERANCE = {**cases.TOLERANCE, torch.bfloat16: ROUNDINGS * 2.0**-7, torch.float16: ROUNDINGS * 2.0**-11}
+TOLERANCE = cases.CHOSEN_TOLERANCE
 
 
 @pytest.fixture(autouse=True)
@@ -81,15 +45,15 @@ def test_memory_is_filled() -> None:
     assert torch.empty(3).isnan().all()
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", cases.CHOSEN)
 def test_equals_reference(name: str) -> None:
-    _compare(CHOSEN[name])
+    _compare(cases.CHOSEN[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", list(CHOSEN)[::6])
+@pytest.mark.parametrize("name", list(cases.CHOSEN)[::6])
 def test_equals_reference_in_other_dtypes(name: str, dtype: torch.dtype) -> None:
-    _compare(CHOSEN[name], dtype)
+    _compare(cases.CHOSEN[name], dtype)
 
 
 def test_without_a_gradient_of_the_output() -> None:
