@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,15 @@ from rnnorm.ops import build, chunked, native, registry
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(build.load() is not None, reason=f"{build.load()}"))
 
 
-@pytest.fixture(params=[CPU, pytest.param("cpu-blas", marks=CPU.marks), "scripted"], autouse=True)
+@pytest.fixture(params=[CPU, pytest.param("cpu-blas", marks=CPU.marks), "scripted", "scripted-cuda"], autouse=True)
 def form(request, monkeypatch):
-    """Every test runs with the C++ form, with and without the micro-kernel, and with torch's own operations."""
-    monkeypatch.setattr(registry, "BACKENDS", [registry.by_name(request.param.removesuffix("-blas"))])
-    monkeypatch.setattr(native, "use_micro_kernel", request.param != "cpu-blas")
+    """Every test runs with the C++ form, with and without the micro-kernel, and with torch's own operations, also as on
+    a CUDA device."""
+    name, _, variant = request.param.partition("-")
+    monkeypatch.setattr(registry, "BACKENDS", [registry.by_name(name)])
+    monkeypatch.setattr(native, "use_micro_kernel", variant != "blas")
+    if variant == "cuda":
+        monkeypatch.setattr(chunked, "_place", lambda tensor: "cuda")
     return request.param
 
 
@@ -302,6 +307,40 @@ def test_the_reference_makes_no_tensor_of_an_eighth_of_the_logits():
     with _Made() as made:
         chunked.linear_cross_entropy(hidden, weight, bias, targets, None, torch.float32, (True, True, True))
     assert 1280 * 700 / 32 < made.largest < 1280 * 700 / 8
+
+
+class _Live(TorchDispatchMode):
+    """The most bytes at one time in tensors that operations made."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(tensor, Tensor) and not func.is_view and tensor.data_ptr() not in self.live:
+                storage = tensor.untyped_storage()
+                self.live[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(tensor, self.live.pop, storage.data_ptr(), None)
+        self.most = max(self.most, sum(self.live.values()))
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [512, 1000, 20_000])
+@pytest.mark.parametrize("masked", [False, True])
+def test_memory_on_a_device_stays_below_a_quarter_of_the_logits(form, dtype, rows, masked):
+    """Everything that is alive at one time, gradients and all, counts."""
+    if form != "scripted-cuda":
+        pytest.skip("the other forms are tested against an eighth in float32")
+    classes = 2_000
+    hidden, weight, bias, targets = (t.detach() for t in problem(rows, dtype, width=1, classes=classes))
+    weights = (targets % 3 > 0).float() if masked else None
+    with _Live() as live:
+        chunked.linear_cross_entropy(hidden, weight, bias, targets, weights, dtype, (True, True, True))
+    logits = rows * classes * dtype.itemsize
+    assert logits / 100 < live.most < logits / 4
 
 
 def test_two_backwards_through_one_graph_agree():
