@@ -4,6 +4,8 @@
     python scripts/benchmark.py --quick          # few rounds, small sizes only
     python scripts/benchmark.py --json FILE      # also write the results as JSON
     python scripts/benchmark.py --only LSTM      # only rows whose name contains TEXT
+    python scripts/benchmark.py --device cuda    # the rows for a GPU, against cuDNN, in one process
+    TRITON_INTERPRET=1 python scripts/benchmark.py --tiny    # those rows on the CPU: that they run, not how fast
 
 A ratio is time of ours / time of the yardstick, forward and backward, the median over rounds; below 1 we are
 faster. "goal" is what the project set itself for 2 threads. A process for each row, because what ran before decides
@@ -11,7 +13,10 @@ whether malloc keeps large blocks for torch's layers.
 """
 
 import argparse
+import functools
+import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -41,13 +46,16 @@ class Row(NamedTuple):
 
 
 def _layer_work(layer: nn.Module, T: int, N: int, size: int, **call: Any) -> Work:
-    """Forward and backward of a layer, the input's gradient included."""
-    x = torch.randn(T, N, size, requires_grad=True)
-    grad = torch.randn(T, N, size)
+    """Forward and backward of a layer, the input's gradient included, on the device and in the dtype of its weights."""
+    like = next(layer.parameters())
+    x = torch.randn(T, N, size).to(like).requires_grad_()
+    grad = torch.randn(T, N, size).to(like)
 
     def work() -> None:
         layer.zero_grad()
         layer(x, **call)[0].backward(grad)
+        if like.is_cuda:
+            torch.cuda.synchronize()
 
     return work
 
@@ -206,6 +214,37 @@ def rows(quick: bool) -> Iterator[Row]:
     yield Row("reset / without, ours", at, lambda: (_layer_work(lstm()(H), T, N, H, reset=begins), padded()), 1.03)
 
 
+# Of cuDNN's time, for kernels that are launched for each step.
+DEVICE_GOAL = 1.5
+# The dtype of the layers, and whether products of float32 may be of lower precision.
+PRECISIONS = {"float32": (torch.float32, False), "tf32": (torch.float32, True), "bfloat16": (torch.bfloat16, True)}
+
+
+def _device_works(
+    kind: str, norm: Any, device: str, precision: str, graphs: bool, size: tuple[int, int, int]
+) -> tuple[Work, Work]:
+    """Ours and torch's layer. `graphs`: ours replays CUDA graphs."""
+    T, N, H = size
+    os.environ["RNNORM_CUDA_GRAPHS"] = "1" if graphs else "0"
+    dtype, lower = PRECISIONS[precision]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = lower
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
+    ours, torchs = getattr(rnnorm, kind)(H, H, norm=norm, backend="triton", **where), getattr(nn, kind)(H, H, **where)
+    return _layer_work(ours, T, N, H), _layer_work(torchs, T, N, H)
+
+
+def device_rows(device: str, tiny: bool) -> Iterator[Row]:
+    """Every row for a GPU."""
+    sizes = [(2, 2, 5)] if tiny else [(64, 20, 200), (35, 20, 650), (70, 40, 1150)]
+    online = {"online": rnnorm.norms.Online(), "online clamp": rnnorm.norms.Online(guard="clamp")}
+    for kind in ("LSTM", "GRU"):
+        for label, norm in {**online, "layer": "layer", "none": "none"}.items():
+            for size, precision, graphs in itertools.product(sizes, PRECISIONS, (True, False)):
+                name = f"{kind} {label}, {precision}, {'graphs' if graphs else 'launches'} / nn.{kind}"
+                works = functools.partial(_device_works, kind, norm, device, precision, graphs, size)
+                yield Row(name, ",".join(map(str, size)), works, DEVICE_GOAL)
+
+
 def measure(row: Row, rounds: int) -> dict[str, Any]:
     """Both sides in turn, after a warm-up of two rounds."""
     times: list[tuple[float, float]] = []
@@ -240,7 +279,12 @@ def growth(T: int, N: int, H: int, rounds: int) -> dict[str, Any]:
     return {"T": T, "N": N, "H": H, "ms": statistics.median(times[2:]) * 1e3}
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
+    if device == "cuda":
+        return {
+            **{"processor": torch.cuda.get_device_name(), "threads": torch.get_num_threads()},
+            **{"torch": torch.__version__, "python": platform.python_version(), "backends": rnnorm.backends(device)},
+        }
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -281,19 +325,25 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains TEXT")
     parser.add_argument("--threads", type=int, default=2, help="number of torch's threads (default: 2)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the rows for a GPU, not the CPU"
+    )
+    parser.add_argument("--tiny", action="store_true", help="the rows for a GPU at a tiny size, one round")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
         print(json.dumps(one(chosen.one, chosen.quick, chosen.threads)))
         return
-    here = machine() | {"threads": chosen.threads}
+    here = machine(chosen.device) | {"threads": chosen.threads}
     print(f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, Python {here['python']}\n")
     print("| what | T,N,H or M,E,V | ours ms | yardstick ms | ratio | goal |\n|---|---|---|---|---|---|")
     figures = []
-    for number, row in enumerate(rows(chosen.quick)):
+    on_device = chosen.device == "cuda" or chosen.tiny
+    for number, row in enumerate(device_rows(chosen.device, chosen.tiny) if on_device else rows(chosen.quick)):
         if chosen.only not in row.name:
             continue
-        figure = apart(f"row:{number}", chosen)
+        rounds = 1 if chosen.tiny else 3 if chosen.quick else 15
+        figure = measure(row, rounds) if on_device else apart(f"row:{number}", chosen)
         figures.append(figure)
         goal = "" if row.goal is None else f"{row.goal:.2f}"
         print(
@@ -301,7 +351,7 @@ def main() -> None:
             f"| {figure['ratio']:.2f} | {goal} |",
             flush=True,
         )
-    sizes = [] if chosen.only else [apart(f"growth:{number}", chosen) for number in range(len(GROWTH))]
+    sizes = [] if chosen.only or on_device else [apart(f"growth:{number}", chosen) for number in range(len(GROWTH))]
     if sizes:
         print("\n| online LSTM: T | N | H | ms |\n|---|---|---|---|")
         for size in sizes:

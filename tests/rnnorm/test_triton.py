@@ -39,6 +39,14 @@ def test_recorded_cases_in_the_interpreter() -> None:
     _interpreted(str(HERE / "test_recorded.py"), "-k", "triton")
 
 
+@pytest.mark.slow
+def test_the_rows_of_the_benchmark_for_a_gpu_run() -> None:
+    command = [sys.executable, "scripts/benchmark.py", "--tiny", "--threads", "1", "--only", "GRU online,"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=HERE.parents[1])
+    assert done.stdout.count("| GRU online, ") == 6
+
+
 def test_pairs_are_complete() -> None:
     axes: dict[str, Sequence[Any]] = {"a": [0, 1, 2], "b": [0, 1], "c": [0, 1, 2, 3]}
     rows = list(cases.pairwise(axes, lambda row: row.get("a") != 2 or row.get("c") != 3))
