@@ -27,31 +27,30 @@ def split(steps: int) -> list[int]:
 
 
 class Runner:
-    """Runs a loop: `launches(count)` are those of its next `count` steps, always with the same arguments.
+    """Runs loops whose launches always have the same arguments.
 
     The first run launches one by one: it warms up what may not happen while a graph is recorded. Later runs replay
     graphs, each recorded when it is first needed by `record`, which returns its replay. Without `record`, or once it
     has failed, every run launches one by one.
     """
 
-    def __init__(
-        self, launches: Callable[[int], Sequence[Launch]], record: Callable[[Sequence[Launch]], Launch] | None
-    ) -> None:
-        self._launches, self._record = launches, record
+    def __init__(self, record: Callable[[Sequence[Launch]], Launch] | None) -> None:
+        self._record = record
         self._replays: dict[int, Launch] = {}
         self._warm = False
 
-    def run(self, steps: int) -> None:
+    def run(self, steps: int, launches: Callable[[int], Sequence[Launch]]) -> None:
+        """Run that many steps. `launches(count)` are those of the next `count`."""
         for size in split(steps):
-            replay = self._replay(size) if self._warm else None
-            for launch in self._launches(size) if replay is None else [replay]:
+            replay = self._replay(size, launches) if self._warm else None
+            for launch in launches(size) if replay is None else [replay]:
                 launch()
         self._warm = True
 
-    def _replay(self, size: int) -> Launch | None:
+    def _replay(self, size: int, launches: Callable[[int], Sequence[Launch]]) -> Launch | None:
         if size not in self._replays and self._record is not None:
             try:
-                self._replays[size] = self._record(self._launches(size))
+                self._replays[size] = self._record(launches(size))
             except RuntimeError as fault:
                 self._record = None
                 warnings.warn(

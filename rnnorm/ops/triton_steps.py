@@ -144,7 +144,7 @@ class _Loop:
     def __init__(self, plan: Plan, record: Any = None) -> None:
         self.plan = plan
         self.lock = threading.Lock()
-        self.runner = graphs.Runner(self.launches, record)
+        self.runner = graphs.Runner(record)
         device, self.wide = plan.device, statistics_dtype(plan.dtype)
         self.fixed: dict[str, Tensor | None] = {
             name: torch.empty(shape, dtype=dtype, device=device) if on else None
@@ -406,16 +406,15 @@ def _shared(o: Operands) -> dict[int, Tensor | None]:
 
 def _input_part(o: Operands, spec: CallSpec, out: Tensor) -> None:
     """Write `x @ W + b` [T*N, C] to `out`, plus the recurrent bias of gates without a separate recurrent part."""
-    samples = o.x.flatten(0, 1)
-    if samples.dtype == out.dtype:
-        torch.mm(samples, o.weight_ih.t(), out=out)
-    else:
-        out.copy_(torch.mm(samples, o.weight_ih.t()))
-    if o.bias_ih is not None:
-        out += o.bias_ih
+    samples, weight, C = o.x.flatten(0, 1), o.weight_ih.t(), out.size(1)
+    bias = out.new_zeros(C) if o.bias_ih is None else o.bias_ih.to(out.dtype, copy=True)
     if o.bias_hh is not None:
-        joined = spec.declared.together[0][1] * (out.size(1) // spec.gates)
-        out[:, :joined] += o.bias_hh[:joined]
+        joined = spec.declared.together[0][1] * (C // spec.gates)
+        bias[:joined] += o.bias_hh[:joined]
+    if samples.dtype == out.dtype:
+        torch.addmm(bias, samples, weight, out=out)
+    else:
+        torch.add(torch.mm(samples, weight), bias, out=out)
 
 
 def forward(o: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
@@ -440,7 +439,7 @@ def forward(o: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tens
         entering = f["h_state"] if o.recurrent_mask is None else f["h_state"] * f["mask"]
         loop.fill(entering=entering)
         loop.publish(slots, T - 1 if spec.reverse else 0)
-        loop.runner.run(T)
+        loop.runner.run(T, loop.launches)
         results.h.copy_(f["h_state"])
         if o.c is not None:
             results.c.copy_(f["c_state"])
@@ -503,7 +502,7 @@ def backward(
         loop.fill(direct=grads[1], grad_c=grads[2], product=0.0)
         loop.fill(grad_scale=0.0, grad_shift=0.0, cell_grad_scale=0.0, cell_grad_shift=0.0)
         loop.publish(slots, 0 if spec.reverse else T - 1)
-        loop.runner.run(T)
+        loop.runner.run(T, loop.launches)
         recurrent = f["product"].to(f["direct"].dtype)
         found["h"] = f["direct"] + (recurrent if f["mask"] is None else recurrent * f["mask"])
         found["c"] = None if o.c is None else f["grad_c"].clone()

@@ -39,30 +39,30 @@ def test_no_steps_no_graphs() -> None:
 
 def test_the_first_run_launches_and_later_ones_replay() -> None:
     loop = _Loop()
-    runner = graphs.Runner(loop.launches, loop.record)
-    runner.run(41)
+    runner = graphs.Runner(loop.record)
+    runner.run(41, loop.launches)
     assert loop.done == ["step"] * 41
     assert loop.recorded == []
     loop.done.clear()
-    runner.run(41)
+    runner.run(41, loop.launches)
     assert loop.done == ["graph 32", "graph 8", "graph 1"]
-    runner.run(64)
+    runner.run(64, loop.launches)
     assert loop.recorded == [32, 8, 1], "each size is recorded once"
 
 
 def test_any_lengths_share_the_graphs() -> None:
     loop = _Loop()
-    runner = graphs.Runner(loop.launches, loop.record)
+    runner = graphs.Runner(loop.record)
     for T in range(1, 120):
-        runner.run(T)
+        runner.run(T, loop.launches)
     assert len(loop.recorded) == len(graphs.SIZES)
 
 
 def test_without_graphs_every_run_launches() -> None:
     loop = _Loop()
-    runner = graphs.Runner(loop.launches, None)
+    runner = graphs.Runner(None)
     for _ in range(2):
-        runner.run(9)
+        runner.run(9, loop.launches)
     assert loop.done == ["step"] * 18
 
 
@@ -72,12 +72,12 @@ def test_failed_recording_warns_once_and_launches() -> None:
     def refused(launches: Sequence[Callable[[], object]]) -> Any:
         raise RuntimeError("operation not permitted")
 
-    runner = graphs.Runner(loop.launches, refused)
-    runner.run(2)
+    runner = graphs.Runner(refused)
+    runner.run(2, loop.launches)
     with pytest.warns(RuntimeWarning, match="recording a CUDA graph failed with operation not permitted") as caught:
-        runner.run(9)
+        runner.run(9, loop.launches)
     assert len(caught) == 1
-    runner.run(1)
+    runner.run(1, loop.launches)
     assert loop.done == ["step"] * 12
 
 
