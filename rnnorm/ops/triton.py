@@ -32,6 +32,7 @@ def interpreted() -> bool:
 class Triton:
     name = "triton"
     differentiable = False
+    wide_weights = False
     losses: tuple[torch.dtype, ...] = ()
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
