@@ -93,12 +93,12 @@ def estimate_statistics(model: LanguageModel, data: Columns, window: str) -> Non
     steps, width = data.targets.shape
     rate = 1 - max(norm.alpha_fwd for norm in norms.values())
     rows = min(steps, math.ceil(_HORIZONS / rate / width)) if rate else steps
-    device = next(model.parameters()).device
+    data = data.to(next(model.parameters()).device)
     state: State | None = None
     with evaluating(model), _moving(list(norms)):
         for start, stop in stream.plan(window, rows, seed=0, epoch=0):
             part = data.window(start, stop)
-            _, state = model(part.inputs.to(device), state, part.lengths)
+            _, state = model(part.inputs, state, part.lengths)
 
 
 @contextmanager

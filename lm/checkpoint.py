@@ -356,7 +356,7 @@ class Checkpoints:
     Arguments:
         snapshot: returns the whole state of the run.
         weights: returns what evaluating needs, of the weights that the model holds now.
-        every_steps, every_minutes: save `last` so often within an epoch too.
+        every_steps, every_minutes: save `last` so often within an epoch too; on a GPU at the next logged step.
         best: nats per token of what the best one holds already; infinity where it holds nothing.
     """
 
@@ -373,6 +373,7 @@ class Checkpoints:
         folder.mkdir(exist_ok=True)
         self.snapshot, self.weights = snapshot, weights
         self.every_steps, self.every_minutes, self.best = every_steps, every_minutes, best
+        self._due = False
         self._saved_at: float | None = None  # None: no save by this process yet
 
     def __call__(self, event: Event) -> None:
@@ -384,9 +385,12 @@ class Checkpoints:
             # at the start too: a folder that cannot be written is found before any work is done
             case Started() | EpochEnded() | Interrupted():
                 self.save_last()
-            # the last step of an epoch is saved with its validation, by EpochEnded
-            case Stepped() if event.position < event.length and self._is_due(event.step):
-                self.save_last()
+            case Stepped():
+                self._due = self._due or self._is_due(event.step)
+                # the last step of an epoch is saved with its validation, by EpochEnded; what is saved is the run as it
+                # is now, so the events of all its steps must be logged before
+                if self._due and event.position < event.length and not event.following:
+                    self.save_last()
 
     def _is_due(self, step: int) -> bool:
         if self.every_steps is not None and step % self.every_steps == 0:
@@ -410,4 +414,5 @@ class Checkpoints:
         if self._saved_at is None and last.exists() and not is_whole(last):
             last.replace(self.folder / DAMAGED)  # it must not take the place of the good one before it
         save(last, self.snapshot(), previous=self.folder / PREVIOUS)
+        self._due = False
         self._saved_at = time.monotonic()

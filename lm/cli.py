@@ -26,7 +26,7 @@ _STOPPED = {"SIGINT": 130, "SIGTERM": 143}
 
 _data_dir = click.option("--dir", "data_dir", type=Path, default=Path("data"), help="Folder where corpora are kept.")
 _backend = click.option("--backend", help="Backend for the recurrent layers; `python -m rnnorm` lists them.")
-_device = click.option("--device", help="Device: cpu, cuda or cuda:0.")
+_device = click.option("--device", help="Device: cpu, cuda, cuda:0 or auto.")
 _which = click.option(
     "--checkpoint", "which", type=click.Choice(["best", "last"]), default="best", help="Checkpoint to load."
 )
@@ -185,7 +185,7 @@ def evaluate(
 
     Repeat --split and --protocol to score every combination.
     """
-    trained = load(folder, which=which, backend=backend or "auto", device=device or "cpu", say=_say)
+    trained = load(folder, which=which, backend=backend or "auto", device=device or "auto", say=_say)
     methods = protocols or (trained.config.eval.protocol,)
     if (by_frequency or by_position) and "exact" not in methods:
         raise UserError(f"bands must be of the protocol exact; got {', '.join(methods)}; add --protocol exact")
@@ -292,7 +292,7 @@ def write_report(folders: tuple[Path, ...], out: Path | None) -> None:
 @_device
 def sample(folder: Path, which: Which, backend: str | None, device: str | None, **options: Any) -> None:
     """Print text drawn from a run's model."""
-    trained = load(folder, which=which, backend=backend or "auto", device=device or "cpu", say=_say)
+    trained = load(folder, which=which, backend=backend or "auto", device=device or "auto", say=_say)
     click.echo(trained.sample(**options))
 
 

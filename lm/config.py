@@ -143,7 +143,7 @@ class TrainConfig(Section):
     autocast: Literal["none", "bfloat16"] = Field(default="none", description="dtype of matrix products under autocast")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1, description="random seed")
     backend: str = Field(default="auto", description="backend for the recurrent layers (`python -m rnnorm` lists them)")
-    device: str = Field(default="cpu", description="cpu, cuda or cuda:0")
+    device: str = Field(default="auto", description="cpu, cuda, cuda:0, or auto: cuda where there is one, else cpu")
     valid_batch_size: Count = Field(
         default=20, description="columns that the validation text is read in after each epoch"
     )

@@ -74,7 +74,7 @@ class Team:
         if device != "cuda" or number >= found:
             raise UserError(
                 f"processes on GPUs must have train.device=cuda and a GPU each; got {device} and {found} GPUs for "
-                f"process {number + 1} of this machine; set it, or start fewer processes"
+                f"process {number + 1} of this machine; set it, start fewer processes, or set train.device=cpu"
             )
         return f"cuda:{number}"
 
@@ -96,17 +96,17 @@ class Team:
         if self.size > 1:
             rnnorm.distributed.average_running_stats(module, self.group)
 
-    def sum(self, value: float) -> float:
-        """Returns the sum of a value over the processes, in float64."""
+    def sum(self, value: Tensor) -> Tensor:
+        """Returns the sum of a tensor over the processes, on its device."""
         if self.size == 1:
             return value
-        total = torch.tensor(value, dtype=torch.float64)
+        total = value.clone()
         dist.all_reduce(total, group=self.group)
-        return total.item()
+        return total
 
     def agree(self, word: str | None) -> str | None:
         """Returns the word of the first process that has one, on all of them."""
-        if self.size == 1 or not self.sum(float(word is not None)):
+        if self.size == 1 or not self.sum(torch.tensor(int(word is not None))):
             return word
         words: list[str | None] = [None] * self.size
         dist.all_gather_object(words, word, group=self.group)
@@ -117,7 +117,7 @@ class Team:
         if self.size == 1:
             return tensor
         widths = [stop - start for start, stop in parts(width, self.size)]
-        padded = torch.zeros(*tensor.shape[:dim], max(widths), *tensor.shape[dim + 1 :]).to(tensor)
+        padded = tensor.new_zeros(*tensor.shape[:dim], max(widths), *tensor.shape[dim + 1 :])
         padded.narrow(dim, 0, tensor.size(dim)).copy_(tensor)
         shares = [torch.empty_like(padded) for _ in widths]
         dist.all_gather(shares, padded, group=self.group)

@@ -205,14 +205,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _nll(model: "LanguageModel", cut: Columns, chunk: int) -> Tensor:
     """The nats of every target, [T, B] float64 on the CPU; padding has some too."""
-    device = next(model.parameters()).device
+    cut = cut.to(next(model.parameters()).device)
     parts, state = [], None
     with evaluating(model):
         for start, stop in plan(chunk, len(cut.targets), seed=0, epoch=0):
             window = cut.window(start, stop)
-            hidden, state = model(window.inputs.to(device), state, window.lengths)
-            parts.append(model.token_nll(hidden, window.targets.to(device)).double().cpu())
-    return torch.cat(parts)
+            hidden, state = model(window.inputs, state, window.lengths)
+            parts.append(model.token_nll(hidden, window.targets))
+    return torch.cat(parts).double().cpu()  # once: each copy waits for the device
 
 
 def _shared_nll(model: "LanguageModel", cut: Columns, chunk: int, team: Team) -> Tensor:

@@ -36,7 +36,8 @@ class Stepped(Event):
         position, length: time steps of the epoch done, and in all.
         nll: mean nats per token of this step; `tokens` of them.
         epoch_nll, epoch_tokens: sums over the epoch so far.
-        seconds: duration of the step.
+        seconds: duration of the step; on a GPU the mean over the steps whose numbers were read together.
+        following: steps that are done too, whose events follow at once; 0 unless on a GPU.
     """
 
     position: int
@@ -48,6 +49,7 @@ class Stepped(Event):
     lr: float
     grad_norm: float
     seconds: float
+    following: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rnnorm
 from lm.model import LanguageModel
@@ -33,6 +33,15 @@ class Internals:
         return self._seen[1]
 
 
+def buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the buffers of a module by name, flat and on the CPU, in one copy: each would wait for the device."""
+    found = dict(module.named_buffers())
+    if not found:
+        return {}
+    flat = torch.cat([buffer.flatten() for buffer in found.values()]).cpu()
+    return dict(zip(found, flat.split([buffer.numel() for buffer in found.values()]), strict=True))
+
+
 @torch.no_grad()
 def look(model: LanguageModel, inputs: Tensor) -> dict[str, Any]:
     """Returns the statistics and gates of each layer, as JSON can hold them. The model is left as it was.
@@ -44,8 +53,8 @@ def look(model: LanguageModel, inputs: Tensor) -> dict[str, Any]:
     """
     at = torch.tensor(QUANTILES, dtype=torch.float64)
     statistics = {
-        name: [_short(value) for value in buffer.cpu().double().quantile(at)]
-        for name, buffer in model.layers.named_buffers()
+        name: [_short(value) for value in values.double().quantile(at)]
+        for name, values in buffers(model.layers).items()
     }
     weights = {name: value for name, value in model.layers.named_parameters() if name.startswith("weight_hh_")}
     recurrent = {name: _short(torch.linalg.vector_norm(value.double())) for name, value in weights.items()}

@@ -20,10 +20,21 @@ def require_backend(name: str) -> None:
         raise UserError(f"a backend must be able to run here; got {name}: {known[name]}; choose another, or auto")
 
 
+def resolve_device(name: str, before: str | None = None) -> str:
+    """Returns the name of the device that `auto` stands for: that of the run `before` where there is one, else cuda
+    where there is one, else cpu. Any other name is returned as it is."""
+    if name != "auto":
+        return name
+    there = torch.cuda.is_available()
+    if before is not None and (there or not before.startswith("cuda")):
+        return before
+    return "cuda" if there else "cpu"
+
+
 def require_device(name: str) -> torch.device:
-    """Returns the device of this name, or raises UserError."""
+    """Returns the device of this name, or of what `auto` stands for; raises UserError where it cannot be used."""
     try:
-        device = torch.device(name)
+        device = torch.device(resolve_device(name))
         torch.zeros(1, device=device).item()  # `meta` has no values
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as fault:  # ImportError: hpu
         why = str(fault).strip().splitlines()[0]

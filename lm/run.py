@@ -22,7 +22,7 @@ from lm.evaluator import Score, evaluate
 from lm.events import Scored
 from lm.internals import Internals
 from lm.lock import Lock
-from lm.machine import require_backend, require_device, require_memory
+from lm.machine import require_backend, require_device, require_memory, resolve_device
 from lm.model import LanguageModel
 from lm.progress import ProgressBar
 from lm.run_folder import RunFolder, Say
@@ -82,12 +82,15 @@ def train(settings: Config, path: Path, *, resume: str = "auto", overwrite: bool
             saved = None if aside else folder.last(say)
             if not aside:
                 folder.require_same_run(settings, saved)
-            return settings, aside, saved, _text(settings, saved)
+            placed = _placed(settings, saved, team, say)
+            return placed, aside, saved, _text(settings, saved)
 
         # the settings too: those of a run that is resumed are in its folder, which other machines need not see
         settings, aside, saved, text = team.of_first(opened)
         require_backend(settings.train.backend)  # on each process: the first step waits for no one's compiler
         device = require_device(team.place(settings.train.device))
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # or the context of each process would also take memory of the first GPU
         require_memory(settings.model, text.tokenizer.size)
         torch.manual_seed(settings.train.seed)
         model = LanguageModel(settings.model, text.tokenizer.size, settings.train.backend).to(device)
@@ -107,9 +110,18 @@ def train(settings: Config, path: Path, *, resume: str = "auto", overwrite: bool
         return _run(trainer, settings, folder, text)
 
 
+def _placed(settings: Config, saved: Mapping[str, Any] | None, team: Team, say: Say) -> Config:
+    """The settings with the device that `auto` stands for, as the run keeps them."""
+    before = None if saved is None else config.build(saved["config"]).train.device
+    device = resolve_device(settings.train.device, before)
+    require_device(team.place(device))
+    if before is not None and before.partition(":")[0] != device.partition(":")[0]:
+        say(f"the run was on {before} and is now on {device}: its bits will differ from a run on {before} alone")
+    return settings.model_copy(update={"train": settings.train.model_copy(update={"device": device})})
+
+
 def _require(options: TrainConfig, team: Team) -> None:
     require_backend(options.backend)
-    require_device(team.place(options.device))
     if options.batch_size < team.size * options.accumulate:
         raise UserError(
             f"train.batch_size must have a column for each of train.accumulate parts in each process; "

@@ -60,7 +60,7 @@ class Window:
 
     Attributes:
         inputs, targets: [t, B] int64; padding holds 0.
-        lengths: [B] int64, or None when nothing is padded.
+        lengths: [B] int64 on the CPU, or None when nothing is padded.
         mask: [t, B] bool, true where a target counts, or None when nothing is padded.
     """
 
@@ -97,7 +97,7 @@ class Columns:
         lengths = torch.full((width,), stop - start)
         lengths[self.last :] -= 1
         mask = torch.arange(stop - start)[:, None] < lengths
-        return Window(inputs, targets, lengths, mask)
+        return Window(inputs, targets, lengths, mask.to(targets.device))
 
     def to(self, device: torch.device) -> "Columns":
         """Returns the columns on a device."""

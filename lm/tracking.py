@@ -15,7 +15,7 @@ from typing import Any
 from lm import files
 from lm.evaluator import finite, perplexity, record
 from lm.events import Diverged, EpochEnded, Event, Scored, Stepped, Validated
-from lm.internals import Internals
+from lm.internals import Internals, buffers
 from lm.model import LanguageModel
 from lm.sample import sample
 from lm.tokenizers import Tokenizer
@@ -184,8 +184,8 @@ class TensorBoard:
     def _statistics(self, event: Event) -> None:
         from torch.utils.tensorboard.summary import histogram
 
-        for name, buffer in self.model.layers.named_buffers():
-            self.file.add(event.step, histogram(f"statistics/{name}", buffer, _BINS))
+        for name, values in buffers(self.model.layers).items():
+            self.file.add(event.step, histogram(f"statistics/{name}", values, _BINS))
 
 
 class EventFile:

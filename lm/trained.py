@@ -191,7 +191,7 @@ class TrainedModel:
 
 
 def load(
-    folder: Path | str, *, which: Which = "best", backend: str = "auto", device: str = "cpu", say: Say = print
+    folder: Path | str, *, which: Which = "best", backend: str = "auto", device: str = "auto", say: Say = print
 ) -> TrainedModel:
     """Returns the model of a run folder, in evaluation mode.
 
@@ -200,7 +200,7 @@ def load(
         which: the checkpoint, `best` (on the validation text) or `last`. Of the last the averages are taken once a
             whole epoch is done, with the running statistics of the last validation.
         backend: backend for the recurrent layers, by `rnnorm`'s names.
-        device: where to put it: cpu, cuda, cuda:0.
+        device: where to put it: cpu, cuda, cuda:0, or auto: cuda where there is one, else cpu.
         say: receives a warning where `last` is damaged and the one before it is taken.
 
     Raises:

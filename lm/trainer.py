@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lm import optim, stream
@@ -66,6 +67,18 @@ class DivergedError(Exception):
     """A loss, gradient or validation is not finite."""
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """A step that is done, and its numbers [2] on the device: nats of all processes, and the gradient's norm."""
+
+    before: TrainerState
+    found: Tensor
+    stop: int
+    tokens: int
+    rate: float
+    began: float
+
+
 class Trainer:
     """Truncated back-propagation through time over columns.
 
@@ -76,6 +89,10 @@ class Trainer:
     another. The gradient is that of the mean over all of them, so both are the same as one computation, to rounding,
     unless online normalization sees its samples in another order: part by part, and in each process only its own, the
     running statistics averaged after the step. The carried state is kept whole on each process.
+
+    On a GPU the host waits for the device only at each `log_every`-th step and at the end of an epoch: then the losses
+    and gradient norms since the last time are read together, and their events emitted. A step that is not finite
+    changes no weight, nor does any after it, and the run ends where it was.
 
     Arguments:
         model: trained in place.
@@ -107,6 +124,10 @@ class Trainer:
         self.state = TrainerState()
         self.averages = Averages(model) if optim.averaging(config, ()) else None
         self.carried: State | None = None
+        self.deferred = self.device.type == "cuda"  # on the CPU there is nothing to wait for
+        self._unread: list[_Unread] = []
+        self._sound = torch.ones((), dtype=torch.bool, device=self.device)  # all steps so far are finite
+        self._before: list[Tensor] = []  # the weights, where they must be put back
         self._stop: str | None = None
 
     def stop(self, reason: str) -> None:
@@ -114,7 +135,12 @@ class Trainer:
         self._stop = reason
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all but the model's own state: plain values and tensors."""
+        """Returns all but the model's own state: plain values and tensors.
+
+        Raises:
+            DivergedError: a step whose loss was not read back yet is not finite.
+        """
+        self._read_back()
         return {
             "trainer": asdict(self.state),
             "optimizer": self.optimizer.state_dict(),
@@ -239,50 +265,84 @@ class Trainer:
         self.optimizer.zero_grad()
         own, carried = self._backward(start, stop, count)
         self.team.average_statistics(self.model)
-        norm = self._clip()
-        nats, norm_value = self.team.sum(own), norm.item()
-        if not (math.isfinite(nats) and math.isfinite(norm_value)):
-            self._diverge("loss" if not math.isfinite(nats) else "gradient's norm")
-        self.optimizer.step()
+        found = torch.stack((self.team.sum(own), self._clip().double()))
+        self._update(found)
         if self.averages is not None:
             self.averages.update(self.model)
         self.carried = carried
-        self.state = replace(
-            state,
-            step=state.step + 1,
-            position=stop,
-            nll=state.nll + nats,
-            tokens=state.tokens + count,
-        )
-        self._emit(
-            Stepped(
-                *self._place(),
-                position=stop,
-                length=len(self.data.targets),
-                nll=nats / count,
-                tokens=count,
-                epoch_nll=self.state.nll,
-                epoch_tokens=self.state.tokens,
-                lr=rate,
-                grad_norm=norm_value,
-                seconds=time.perf_counter() - began,
-            )
-        )
+        self.state = replace(state, step=state.step + 1, position=stop, tokens=state.tokens + count)
+        self._unread.append(_Unread(state, found, stop, count, rate, began))
+        if not self.deferred or self.state.step % config.log_every == 0 or stop == len(self.data.targets):
+            self._read_back()
 
-    def _backward(self, start: int, stop: int, count: int) -> tuple[float, State | None]:
-        """Makes the gradient of the mean nats of a window's `count` targets; returns the sum of this process's, and
-        the state of all columns after the window."""
-        nats, states = 0.0, []
+    @torch.no_grad()
+    def _update(self, found: Tensor) -> None:
+        """Takes the optimizer's step, unless this step or one before it is not finite."""
+        if not self.deferred:
+            if all(map(math.isfinite, found.tolist())):
+                self.optimizer.step()
+            return
+        weights: list[Tensor] = list(self.model.parameters())
+        self._before = self._before or [torch.empty_like(weight) for weight in weights]
+        for before, weight in zip(self._before, weights, strict=True):
+            before.copy_(weight)
+        self.optimizer.step()
+        # put back rather than multiplied by zero, which would leave NaN, and whatever the optimizer
+        self._sound = self._sound & found.isfinite().all()
+        for weight, before in zip(weights, self._before, strict=True):
+            torch.where(self._sound, weight, before, out=weight)
+
+    def _read_back(self) -> None:
+        """Reads what the steps since the last time left on the device, in one wait, and emits their events."""
+        if not self._unread:
+            return
+        unread, self._unread = self._unread, []
+        values = torch.stack([step.found for step in unread]).tolist()
+        seconds = (time.perf_counter() - unread[0].began) / len(unread)
+        events: list[Stepped] = []
+        total, wrong = self.state.nll, None
+        for step, (nats, norm) in zip(unread, values, strict=True):
+            if not (math.isfinite(nats) and math.isfinite(norm)):
+                wrong = "loss" if not math.isfinite(nats) else "gradient's norm"
+                self.state = step.before
+                break
+            total += nats
+            events.append(
+                Stepped(
+                    step.before.epoch + 1,
+                    step.before.step + 1,
+                    position=step.stop,
+                    length=len(self.data.targets),
+                    nll=nats / step.tokens,
+                    tokens=step.tokens,
+                    epoch_nll=total,
+                    epoch_tokens=step.before.tokens + step.tokens,
+                    lr=step.rate,
+                    grad_norm=norm,
+                    seconds=seconds,
+                    following=len(unread) - len(events) - 1,
+                )
+            )
+        self.state = replace(self.state, nll=total)  # before the events: a listener may save it
+        for event in events:
+            self._emit(event)
+        if wrong is not None:
+            self._diverge(wrong)
+
+    def _backward(self, start: int, stop: int, count: int) -> tuple[Tensor, State | None]:
+        """Makes the gradient of the mean nats of a window's `count` targets; returns the sum of this process's in
+        float64, and the state of all columns after the window."""
+        nats, states = [], []
         for number, (cut, data) in enumerate(self.parts, 1):
             with self.team.apart(self.objective) if number < len(self.parts) else nullcontext():
                 with self._autocast():
                     loss, summed, state = self.objective(data.window(start, stop), columns_of(self.carried, *cut))
                 # the team averages over its processes what is here a sum over them
                 (loss * self.team.size / count).backward()
-            nats += summed.item()
+            nats.append(summed.double())
             states.append(state_tensors(detach(state)))
         own = [torch.cat(tensors, 1) for tensors in zip(*states, strict=True)]
-        return nats, state_of([self.team.join(tensor, 1, self.config.batch_size) for tensor in own])
+        return sum(nats[1:], nats[0]), state_of([self.team.join(tensor, 1, self.config.batch_size) for tensor in own])
 
     def _end_epoch(self, seconds: float) -> None:
         done = self.state
@@ -301,7 +361,7 @@ class Trainer:
         epoch = state.epoch + start / len(self.data.targets)
         return optim.learning_rate(self.config, epoch=epoch, step=state.step, falls=state.falls)
 
-    def _clip(self) -> torch.Tensor:
+    def _clip(self) -> Tensor:
         """Clips the gradient where asked to, and returns its norm before."""
         parameters = list(self.model.parameters())
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -318,6 +378,7 @@ class Trainer:
         return self.state.epoch + 1, self.state.step
 
     def _emit(self, event: Event) -> None:
+        self._read_back()  # in order: the steps before this event first
         for listener in self.listeners:
             listener(event)
 

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -10,3 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The GPU of tests marked `gpu`, which are skipped where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch finds none")
+    return torch.device("cuda")

@@ -15,9 +15,17 @@ from rnnorm.ops.registry import choose_loss
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? weights"
 
 
+def _assert_in_range(targets: Tensor, weights: Tensor | None, V: int) -> None:
+    inside = (targets >= 0) & (targets < V)
+    if weights is not None:
+        inside |= weights == 0
+    _torch.assert_on_device(inside.all(), f"targets must lie in 0..V-1 = 0..{V - 1}; mask the rows that do not count")
+
+
 def _check_targets(targets: Tensor, weights: Tensor | None, V: int) -> None:
-    if targets.is_cuda:
-        return  # to read them would wait for the device; there the index of a target that is out of range stops it
+    if targets.is_cuda:  # on the device, as torch's cross entropy does: to read the bounds back would wait for it
+        _assert_in_range(targets, weights, V)
+        return
     counted = targets if weights is None else targets[weights != 0]
     if counted.numel():
         low, high = (int(bound) for bound in counted.aminmax())

@@ -41,10 +41,12 @@ def text(tokenizer: tokenizers.Tokenizer) -> Callable[..., stream.Stream]:
 def model(tokenizer: tokenizers.Tokenizer) -> Callable[..., LanguageModel]:
     """`model(seed=0, vocabulary=None, **settings)`: 12 units over the tokenizer's vocabulary or another."""
 
-    def make(seed: int = 0, vocabulary: int | None = None, **settings: Any) -> LanguageModel:
+    def make(
+        seed: int = 0, vocabulary: int | None = None, backend: str = "reference", **settings: Any
+    ) -> LanguageModel:
         torch.manual_seed(seed)
         tables = {"model": {"hidden_size": 12, **settings}}
         size = vocabulary or tokenizer.size
-        return LanguageModel(configuration.build(tables).model, size, backend="reference")
+        return LanguageModel(configuration.build(tables).model, size, backend=backend)
 
     return make

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -520,6 +521,18 @@ def test_every_minutes(tmp_path, monkeypatch):
         if (tmp_path / "last.safetensors").exists():
             saved.append(step)
     assert saved == [3, 6]
+
+
+def test_steps_that_are_reported_together_are_saved_once_all_are_logged(tmp_path):
+    keeper, last = listener(tmp_path, every_steps=3), tmp_path / "last.safetensors"
+    for step in range(1, 4):
+        keeper(replace(stepped(step), following=4 - step))
+    assert not last.exists()
+    keeper(stepped(4))
+    assert last.exists()
+    last.unlink()
+    keeper(stepped(5))
+    assert not last.exists()
 
 
 def test_a_folder_that_went_away_is_not_made_again(tmp_path):

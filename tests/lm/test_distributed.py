@@ -52,10 +52,16 @@ def together(tmp_path, corpus):
     return make
 
 
-def _train(folder, tables):
+def _train(folder, tables, deferred=False):
     kept = []
     make = run.Trainer
-    run.Trainer = lambda *given, **named: kept.append(make(*given, **named)) or kept[-1]
+
+    def trainer(*given, **named):
+        kept.append(make(*given, **named))
+        kept[-1].deferred = deferred
+        return kept[-1]
+
+    run.Trainer = trainer
     said = []
     try:
         outcome = run.train(config.build(tables), Path(folder), say=said.append)
@@ -121,6 +127,30 @@ def test_online_keeps_equal_statistics_and_resumes_to_the_bit(together, tmp_path
         assert [rank["reason"] for rank in stopped] == ["max_steps"] * 2
     together(2, "stopped", *with_it)
     _assert_close(tmp_path / "stopped", tmp_path / "whole", rtol=0)
+
+
+def test_numbers_read_back_later_are_the_same_in_all_processes(tmp_path, corpus):
+    tables = config.override({"data": {"source": str(corpus)}, **SETTINGS}, ["train.max_steps=7", "train.log_every=3"])
+    for name, deferred in (("later", True), ("at once", False)):
+        (tmp_path / f"processes {name}").mkdir()
+        processes.run(2, _train, tmp_path / f"processes {name}", str(tmp_path / name), tables, deferred)
+    _assert_close(tmp_path / "later", tmp_path / "at once", rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_several_gpus(tmp_path, corpus, cuda):
+    """Under torchrun itself, by nccl."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 CUDA devices; torch finds {torch.cuda.device_count()}")
+    settings = tmp_path / "mine.toml"
+    settings.write_text(config.to_toml(config.build({"data": {"source": str(corpus)}, **SETTINGS})))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "lm", "train"]
+    for folder, start in (("two", command), ("one", [sys.executable, "-m", "lm", "train"])):
+        subprocess.run(
+            [*start, f"--preset={settings}", f"--folder={folder}", "--device=cuda"], cwd=tmp_path, check=True
+        )
+    _assert_close(tmp_path / "two", tmp_path / "one", rtol=1e-3)
 
 
 AVERAGING = ("train.optimizer=asgd", "train.momentum=0.0", "train.average_patience=none")
@@ -196,7 +226,12 @@ def _others_settings(folder, tables):
 def _stopped_by_one():
     """Only the second process is asked to stop."""
     team = Team(dist.get_rank(), 3, dist.group.WORLD)
-    return [team.agree("SIGTERM" if team.rank == 1 else None), team.agree(None), team.sum(1.5), team.share(7)]
+    return [
+        team.agree("SIGTERM" if team.rank == 1 else None),
+        team.agree(None),
+        team.sum(torch.tensor(1.5)).item(),
+        team.share(7),
+    ]
 
 
 def test_processes_agree(tmp_path):

@@ -13,6 +13,7 @@ from lm import checkpoint, config, run, stream, tokenizers
 from lm.errors import UserError
 from lm.evaluator import evaluate
 from lm.lock import Lock
+from lm.machine import resolve_device
 from lm.model import LanguageModel
 from lm.trained import load
 from lm.trainer import DivergedError
@@ -107,7 +108,8 @@ def test_a_run_folder_holds_all_of_a_run(train, settings, tmp_path):
         "previous.safetensors",
         "best.safetensors",
     }
-    assert config.build(config.read_toml(folder / "config.toml", "")) == settings()
+    written = settings(f"train.device={resolve_device('auto')}")
+    assert config.build(config.read_toml(folder / "config.toml", "")) == written
     kinds = [row["kind"] for row in measured(folder)]
     assert kinds.count("valid") == kinds.count("epoch") == 2
     assert kinds[-1] == "final"
@@ -184,6 +186,53 @@ def test_max_steps_stops_and_more_steps_resume(train, tmp_path):
     assert first.score is not None
     train()
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("asked", "before", "there", "device"),
+    [
+        *(("auto", None, True, "cuda"), ("auto", None, False, "cpu"), ("auto", "cuda:1", True, "cuda:1")),
+        *(("auto", "cuda:1", False, "cpu"), ("auto", "cpu", True, "cpu"), ("cpu", "cuda", True, "cpu")),
+        *(("cuda:1", "cuda", True, "cuda:1"), ("cuda", "cpu", False, "cuda")),
+    ],
+)
+def test_auto_is_the_device_of_the_run_or_of_the_machine(monkeypatch, asked, before, there, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert resolve_device(asked, before) == device
+
+
+def test_a_run_keeps_its_device_and_says_when_it_moves(train, tmp_path, monkeypatch):
+    """The GPU is the CPU here, under another name."""
+    monkeypatch.setattr(run, "require_device", lambda name: torch.device("cpu"))
+
+    def resumed(there, steps, *assignments):
+        said = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+        train(f"train.max_steps={steps}", *assignments, say=said.append)
+        saved = checkpoint.load(tmp_path / "run/checkpoints/last.safetensors")["config"]["train"]["device"]
+        assert config.build(config.read_toml(tmp_path / "run/config.toml", "")).train.device == saved
+        return saved, [line for line in said if "bits will differ" in line]
+
+    assert resumed(True, 1) == ("cuda", [])
+    assert resumed(True, 2) == ("cuda", [])
+    assert resumed(True, 3, "train.device=cuda:0") == ("cuda:0", [])
+    moved = "the run was on cuda:0 and is now on cpu: its bits will differ from a run on cuda:0 alone"
+    assert resumed(False, 4) == ("cpu", [moved])
+    assert resumed(True, 5) == ("cpu", [])
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_resumes_on_the_cpu_and_is_evaluated_on_both(train, tmp_path, cuda):
+    train("train.device=cuda", "train.max_steps=3", "train.optimizer=adam")
+    saved = checkpoint.load(tmp_path / "run/checkpoints/last.safetensors")
+    assert all(value.device.type == "cpu" for value in saved["model"].values())
+    train("train.device=cpu", "train.max_steps=6", "train.optimizer=adam")
+    outcome = train("train.device=cuda", "train.optimizer=adam")
+    here, there = (load(tmp_path / "run", device=device) for device in ("cpu", "cuda"))
+    assert here.score_split("valid").nll == pytest.approx(outcome.score.nll, rel=1e-4)
+    assert there.score_split("valid").nll == pytest.approx(outcome.score.nll, rel=1e-4)
+    assert there.sample(length=5, seed=1).count(" ") == 4
+    assert [token.text for token in here.next_words("the", 3)] == [token.text for token in there.next_words("the", 3)]
 
 
 AVERAGING = ("train.optimizer=asgd", "train.average_patience=none", "model.alpha_fwd=0.9")

@@ -1,12 +1,17 @@
 import copy
+import importlib
 import io
 import math
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lm import stream
+from lm import optim, stream
 from lm.averages import estimate_statistics
 from lm.config import TrainConfig
 from lm.evaluator import Score, evaluate
@@ -26,7 +31,9 @@ def trainer(model, text, tokenizer):
         data = stream.columns(text(40).ids, config.batch_size, tokenizer.eos)
         assert data.last < config.batch_size
         score = lambda: evaluate(net, valid, tokenizer, protocol="columns", batch_size=2)  # noqa: E731
-        return Trainer(net, config, data, score, listeners)
+        made = Trainer(net, config, data, score, listeners)
+        made.scored = (valid, tokenizer)
+        return made
 
     return make
 
@@ -399,3 +406,229 @@ def test_listeners_see_the_weights_that_were_scored(trainer):
     run.fit()
     assert not torch.equal(seen[Validated], seen[EpochEnded])
     assert torch.equal(seen[Validated], run.averages.model.decoder.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers that are read back once for several steps, as on a GPU; here on the CPU and on the device `meta`.
+
+
+def deferred(run):
+    run.deferred = True
+    return run
+
+
+def without_times(events):
+    return [
+        replace(event, seconds=0.0, **({"following": 0} if isinstance(event, Stepped) else {}))
+        if isinstance(event, Stepped | EpochEnded)
+        else event
+        for event in events
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_read_back_later_are_the_same(trainer, case):
+    settings, model_settings = CASES[case]
+    settings = {"window": "uniform{2..9}", "log_every": 4, **settings}
+    at_once, later, seen = [], [], []
+    ours = deferred(trainer([later.append], settings, dropout=0.3, **model_settings))
+    theirs = trainer([at_once.append], settings, dropout=0.3, **model_settings)
+    ours.listeners.append(lambda e: seen.append((e.step, ours.state.step)) if isinstance(e, Stepped) else None)
+    ours.fit()
+    theirs.fit()
+    assert_equal_to_the_bit(everything(ours), everything(theirs))
+    assert without_times(later) == without_times(at_once)
+    assert {done for _, done in seen if done % 4} == {e.step for e in later if isinstance(e, EpochEnded) and e.step % 4}
+    assert [e.following for e in later if isinstance(e, Stepped)] == [done - step for step, done in seen]
+    assert all(e.following == 0 for e in at_once if isinstance(e, Stepped))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"momentum": 0.9, "weight_decay": 1e-3, "clip": 0.1},
+        {"optimizer": "adam", "lr": 0.01, "accumulate": 2},
+        {"optimizer": "adamw", "weight_decay": 0.1},
+        {"optimizer": "asgd", "average_patience": None},
+    ],
+)
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_no_weight_and_is_named(trainer, where, settings):
+    events = []
+    run = deferred(trainer([events.append], {"epochs": 1, "log_every": 7, **settings}))
+    calls, kept = [], []
+
+    def forward(module, inputs, output):
+        if run.model.training:
+            calls.append(1)
+            if run.state.step == 3 and not kept:
+                kept.extend(copy.deepcopy(list(run.model.parameters())))
+                return output * math.nan if where == "loss" else Poisoned.apply(output)
+
+    run.model.embedding.register_forward_hook(forward)
+    with pytest.raises(DivergedError, match=f"the {where}.* is not finite after 3 steps"):
+        run.fit()
+    assert len(calls) == 7 * run.config.accumulate, "read with the seventh step"
+    assert [(type(e), e.step) for e in events] == [(Started, 0), *((Stepped, n) for n in (1, 2, 3)), (Diverged, 3)]
+    assert [e.following for e in events[1:4]] == [6, 5, 4], "no checkpoint of a broken run"
+    assert run.state.step == 3
+    assert run.state.nll == events[3].epoch_nll
+    for now, then in zip(run.model.parameters(), kept, strict=True):
+        assert torch.equal(now, then)
+
+
+class Poisoned(torch.autograd.Function):
+    """The input; its gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.inf
+
+
+def test_what_is_asked_of_a_run_is_read_back_first(trainer):
+    events = []
+    run = deferred(trainer([events.append], {"max_steps": 3, "log_every": 100}))
+    run.fit()
+    assert [type(e) for e in events] == [Started, Stepped, Stepped, Stepped, Interrupted, EndedEarly]
+    whole = trainer((), {"max_steps": 3})
+    whole.fit()
+    assert run.state == whole.state
+    run = deferred(trainer((), {"log_every": 100}))
+    run._step(0, 7)
+    assert run.state.nll == 0
+    assert run.state_dict()["trainer"]["nll"] > 0
+
+
+_ON_THE_CPU = ("aten::_assert_async", "aten::_fused_adam_", "aten::_fused_adamw_")  # read nothing back on a GPU
+_WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "asgd", "adam", "adamw"])
+def test_a_step_that_is_not_logged_reads_nothing_back(trainer, monkeypatch, optimizer):
+    """Every operation of a step, inside our operators and the optimizer too, as a GPU would run them."""
+    # what the CPU reads where a GPU compares on the device
+    loss = importlib.import_module("rnnorm.ops.linear_cross_entropy")
+    monkeypatch.setattr(loss, "_check_targets", loss._assert_in_range)
+    monkeypatch.setattr("rnnorm.ops.library.math", SimpleNamespace(isfinite=lambda _: False))
+    settings = {"optimizer": optimizer, "average_patience": None, "log_every": 100, "clip": 0.25, "accumulate": 2}
+    run = deferred(trainer((), settings, backend="scripted", dropout=0.2, embedding_dropout=0.1, num_layers=2))
+    run._step(0, 7)
+    with torch.profiler.profile() as profile:
+        run._step(7, 14)
+        run._step(14, 21)
+    assert len(profile.events()) > 100
+    assert [
+        event.name for event in profile.events() if event.name in _WAITS and not is_inside(event, _ON_THE_CPU)
+    ] == []
+    assert len(run._unread) == 3
+
+
+def is_inside(event, names):
+    while event is not None and event.name not in names:
+        event = event.cpu_parent
+    return event is not None
+
+
+class Crossings(TorchDispatchMode):
+    """Lists the operations between devices that move more than one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [value for value in pytree.tree_leaves((args, kwargs, result)) if isinstance(value, torch.Tensor)]
+        if len({tensor.device for tensor in tensors if tensor.dim()}) > 1:
+            self.found.append(func)
+        return result
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_step_stays_on_its_device(trainer, monkeypatch, optimizer):
+    """On `meta`, where no number can be read and no operation mixes devices."""
+    monkeypatch.setattr("rnnorm.functional._product_dtype", lambda hidden: hidden.dtype)  # autocast knows no `meta`
+    dropped = {"dropout": 0.2, "embedding_dropout": 0.1}
+    cpu = trainer((), {"optimizer": optimizer, "log_every": 100, "clip": 0.25}, backend="auto", **dropped)
+    build = optim.build
+
+    def unfused(model, config):
+        optimizer = build(cpu.model, config)
+        groups = [{**group, "params": list(model.parameters()), "fused": False} for group in optimizer.param_groups]
+        return type(optimizer)(groups)
+
+    monkeypatch.setattr(optim, "build", unfused)  # fused ones refuse `meta`
+    run = deferred(Trainer(cpu.model.to("meta"), cpu.config, cpu.data, cpu.validate))
+    run._step(0, 7)
+    with Crossings() as crossings:
+        run._step(7, 14)
+    assert crossings.found == []
+    window = run.parts[0][1].window(14, len(run.data.targets))
+    assert (window.lengths.device.type, window.mask.device.type) == ("cpu", "meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        run._read_back()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU.
+
+
+@pytest.fixture
+def on_cuda(trainer, cuda):
+    """`on_cuda(…)`: as `trainer(…)`, on the GPU; the validation too."""
+
+    def make(*given, **named):
+        cpu = trainer(*given, **named)
+        score = lambda: evaluate(cpu.model, *cpu.scored, protocol="columns", batch_size=2)  # noqa: E731
+        return Trainer(cpu.model.to(cuda), cpu.config, cpu.data, score, cpu.listeners)
+
+    return make
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "asgd", "adam", "adamw"])
+def test_a_step_on_a_gpu_waits_for_nothing(on_cuda, optimizer):
+    run = on_cuda((), {"optimizer": optimizer, "average_patience": None, "log_every": 100, "clip": 0.25}, dropout=0.2)
+    assert run.deferred
+    run._step(0, 7)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run._step(7, 14)
+        run._step(14, 21)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    run._read_back()
+    assert run.state.nll > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_on_a_gpu_equals_one_on_the_cpu(trainer, on_cuda, case):
+    settings, model_settings = CASES[case]
+    settings = {**settings, "max_steps": 6, "log_every": 4, "autocast": "none"}
+    there, here = [], []
+    on_cuda([there.append], settings, **model_settings).fit()
+    trainer([here.append], settings, **model_settings).fit()
+    for ours, theirs in zip(there, here, strict=True):
+        if isinstance(ours, Stepped):
+            assert (ours.step, ours.position) == (theirs.step, theirs.position)
+            assert ours.nll == pytest.approx(theirs.nll, rel=1e-3)
+            assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-2)
+
+
+@pytest.mark.gpu
+def test_a_run_moves_between_devices(trainer, on_cuda):
+    runs = [trainer, on_cuda, trainer, on_cuda]
+    saved = None
+    for number, make in enumerate(runs, 1):
+        run = make((), {"max_steps": 2 * number, "optimizer": "adam", "lr": 0.01})
+        if saved is not None:
+            run.model.load_state_dict(saved["model"])
+            run.load_state_dict(saved)
+        run.fit()
+        assert run.state.step == 2 * number
+        saved = copy.deepcopy({"model": run.model.state_dict(), **run.state_dict()})

@@ -1,5 +1,6 @@
 """The fused decoder and loss, on each backend, against torch's own linear layer and cross entropy in float64."""
 
+import importlib
 import subprocess
 import sys
 import weakref
@@ -225,6 +226,18 @@ def test_targets_outside_the_vocabulary_are_refused(wrong):
         linear_cross_entropy(hidden, weight, bias, targets)
     with pytest.raises(ValueError, match=r"targets must lie in 0\.\.V-1 = 0\.\.10; got"):
         token_nll(hidden, weight, bias, targets)
+
+
+@pytest.mark.parametrize("wrong", [-1, 11, -100])
+def test_targets_outside_the_vocabulary_are_refused_on_the_device(wrong):
+    """As on a GPU, where nothing is read back for it."""
+    loss = importlib.import_module("rnnorm.ops.linear_cross_entropy")
+    targets = torch.tensor([3, wrong, 0, 10])
+    with pytest.raises(RuntimeError, match=r"targets must lie in 0\.\.V-1 = 0\.\.10"):
+        loss._assert_in_range(targets, None, 11)
+    with pytest.raises(RuntimeError, match=r"targets must lie in 0\.\.V-1 = 0\.\.10"):
+        loss._assert_in_range(targets, torch.tensor([0.0, 0.5, 1.0, 1.0]), 11)
+    loss._assert_in_range(targets, torch.tensor([1.0, 0.0, 1.0, 1.0]), 11)
 
 
 def test_wrong_shapes_are_refused():
