@@ -21,8 +21,10 @@ class OnlineNorm(RunningStatsModule):
     mean square over all channels and positions, "none" leaves z as it is. The backward pass is the paper's control
     process; it can run once per forward pass. `control_floor` as in `norms.Online`, with the mean of `y^2` over a
     sample's positions; running statistics that would not be finite are not updated.
-    Input and output are (N, C) or (N, C, *) and have the same dtype; running statistics are float32 (float64 for
-    float64). Parameters `weight`, `bias` and buffers `mean`, `var`, `u`, `v` are [C].
+    Input and output are (N, C) or (N, C, *) and have the same dtype and memory format; running statistics are float32
+    (float64 for float64). Parameters `weight`, `bias` and buffers `mean`, `var`, `u`, `v` are [C]. In training mode
+    statistics, affine map and guard are one pass, and autograd keeps nothing of the input's size but the input.
+    `backend`: as in the layers.
     Raises `ValueError` for constants out of range and for input of a wrong shape, dtype or device, `TypeError` for
     constants that are no numbers and input that is no tensor.
     Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), section 3.
@@ -42,6 +44,7 @@ class OnlineNorm(RunningStatsModule):
         affine: bool = True,
         guard: str = "clamp",
         control_floor: float = -math.inf,
+        backend: str = "auto",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -57,6 +60,9 @@ class OnlineNorm(RunningStatsModule):
         self.affine = affine
         self.guard = guard
         self.control_floor = float(control_floor)
+        self.backend = backend
+        if backend != "auto":
+            ops.by_name(backend)
         empty = torch.empty(num_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(empty.clone()) if affine else None
         self.bias = nn.Parameter(empty.clone()) if affine else None
@@ -80,6 +86,7 @@ class OnlineNorm(RunningStatsModule):
         return (
             f"{self.num_features}, alpha_fwd={self.alpha_fwd}, alpha_bwd={self.alpha_bwd}, eps={self.eps}, "
             f"affine={self.affine}, guard={self.guard!r}, control_floor={self.control_floor}"
+            + (f", backend={self.backend!r}" if self.backend != "auto" else "")
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -88,38 +95,35 @@ class OnlineNorm(RunningStatsModule):
             if isinstance(input, Proxy):
                 return self._traced(input)
             _check.is_tensor("input", input)
+        mean, var, weight, bias = self.mean, self.var, self.weight, self.bias
         if input.dim() < 2 or input.size(1) != self.num_features:
             raise ValueError(f"input must have shape (N, C = {self.num_features}, *); got {list(input.shape)}")
-        if not input.is_floating_point() or ops.statistics_dtype(input.dtype) != self.mean.dtype:
+        if not input.is_floating_point() or ops.statistics_dtype(input.dtype) != mean.dtype:
             raise ValueError(
-                f"input must have a dtype for statistics in {self.mean.dtype}; got {input.dtype}; "
+                f"input must have a dtype for statistics in {mean.dtype}; got {input.dtype}; "
                 "convert one with .to(dtype)"
             )
-        if input.device != self.mean.device:
+        if input.device != mean.device:
             raise ValueError(
-                f"input must be on the module's device {self.mean.device}; got {input.device}; "
-                "move one with .to(device)"
+                f"input must be on the module's device {mean.device}; got {input.device}; move one with .to(device)"
             )
-        weight, bias = self.weight, self.bias
         if input.numel() == 0:
             if weight is None or bias is None:
                 return input.clone()
             # Gradients of zero, not None: distributed training needs them on all processes.
             return input + 0 * (weight.sum() + bias.sum()).to(input.dtype)
-        x = input.reshape(input.size(0), self.num_features, -1).to(self.mean.dtype)
         if self.training:
-            if not torch.jit.is_scripting():
-                ops.refuse_transforms([x])
-            y, _, mean, var = torch.ops.rnnorm.online_norm(*(x, self.mean, self.var, self.u, self.v, self._constants))
-            self.mean.copy_(mean.detach())
-            self.var.copy_(var.detach())
-        else:
-            # Copies: autograd keeps them, and later training calls move the statistics.
-            rstd = (self.var + self.eps).rsqrt()
-            y = (x - self.mean.clone().unsqueeze(1)) * rstd.unsqueeze(1)
-        # Reshape before the last operation, so that the result is neither a view nor saved for the backward pass.
-        y = y.reshape(input.shape)
+            call = (input, weight, bias, mean, var, self.u, self.v, self.guard, self._constants, self.backend)
+            if torch.jit.is_scripting():
+                y, new_mean, new_var = torch.ops.rnnorm.online_norm(*call)
+            else:
+                y, new_mean, new_var = ops.run_online_norm(*call)
+            mean.copy_(new_mean.detach())
+            var.copy_(new_var.detach())
+            return y
         channels = [self.num_features] + [1] * (input.dim() - 2)
+        # Copies: autograd keeps them, and later training calls move the statistics.
+        y = (input.to(mean.dtype) - mean.clone().view(channels)) * (var + self.eps).rsqrt().view(channels)
         if weight is not None and bias is not None:
             y = y * weight.to(y.dtype).view(channels) + bias.to(y.dtype).view(channels)
         if self.guard == "scale":
@@ -127,6 +131,4 @@ class OnlineNorm(RunningStatsModule):
             y = y * (y.square().mean(over, keepdim=True) + self.constants.scale_eps).rsqrt()
         elif self.guard == "clamp":
             y = y.clamp(-self.constants.clamp_limit, self.constants.clamp_limit)
-        elif weight is None or bias is None:
-            y = y.clone()
         return y.to(input.dtype)

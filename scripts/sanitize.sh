@@ -10,5 +10,5 @@ python -m rnnorm.ops.build
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0
 # No tests of memory use: the sanitizer keeps freed memory.
-[ $# -gt 0 ] || set -- tests/rnnorm/test_native.py tests/rnnorm/test_functional.py -k "not memory"
+[ $# -gt 0 ] || set -- tests/rnnorm/test_{native,functional,online_norm}.py -k "not memory"
 python -m pytest -q -p no:cacheprovider "$@"

@@ -7,6 +7,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/linear_cross_entropy.h"
+#include "cpu/online_norm.h"
 #include "cpu/sequence.h"
 
 namespace rnnorm {
@@ -73,6 +74,12 @@ TORCH_LIBRARY(rnnorm_cpu, library) {
   library.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? weights, bool need_hidden, "
       "bool need_weight, bool need_bias, bool micro, bool half, int threads) -> Tensor[]");
+  library.def(
+      "online_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, str guard, float[] constants, int threads) "
+      "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "online_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor(a!) u, "
+      "Tensor(b!) v, str guard, float[] constants, bool need_input, int threads) -> (Tensor, Tensor, Tensor)");
   library.def("names() -> Dict(str, str[])", &rnnorm::all_names);
   library.def("micro_kernels() -> str[]", &rnnorm::micro_kernels);
 }
@@ -81,4 +88,6 @@ TORCH_LIBRARY_IMPL(rnnorm_cpu, CPU, library) {
   library.impl("forward", &rnnorm::run_forward);
   library.impl("backward", &rnnorm::run_backward);
   library.impl("linear_cross_entropy", &rnnorm::linear_cross_entropy);
+  library.impl("online_norm", &rnnorm::online_norm);
+  library.impl("online_norm_backward", &rnnorm::online_norm_backward);
 }

@@ -6,7 +6,7 @@ from rnnorm.ops import sequence
 from rnnorm.ops.call import DIFFERENTIABLE, HELD, CallSpec, Operands, Results, statistics_dtype
 from rnnorm.ops.library import refuse_recomputation, refuse_transforms
 from rnnorm.ops.linear_cross_entropy import linear_cross_entropy
-from rnnorm.ops.online_norm import online_norm
+from rnnorm.ops.online_norm import run_online_norm
 from rnnorm.ops.reference import normalizer
 from rnnorm.ops.reference import run as watched
 from rnnorm.ops.registry import BackendUnavailable, backends, by_name, choose, names
@@ -24,9 +24,9 @@ __all__ = [
     "linear_cross_entropy",
     "names",
     "normalizer",
-    "online_norm",
     "refuse_transforms",
     "run",
+    "run_online_norm",
     "statistics_dtype",
     "watched",
 ]

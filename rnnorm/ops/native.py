@@ -1,6 +1,7 @@
 """The C++ backend on the CPU: one call of `rnnorm_cpu::forward` or `backward` for a whole sequence."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,12 @@ class Native:
             grad if operand is not None and (grad.numel() or not operand.numel()) else None
             for grad, operand in zip(found, operands[: len(DIFFERENTIABLE)], strict=True)
         ]
+
+    def online_norm(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.rnnorm_cpu.online_norm(*args, threads)
+
+    def online_norm_backward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.rnnorm_cpu.online_norm_backward(*args, threads)
 
     def linear_cross_entropy(
         self,

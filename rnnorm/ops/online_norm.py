@@ -1,4 +1,8 @@
-"""The operator `rnnorm::online_norm`: online normalization of C independent channels."""
+"""The operator `rnnorm::online_norm`: online normalization of C independent channels, the affine map and the guard.
+
+Nothing is kept for the backward pass but the input, the parameters and the statistics before the call: a backend
+repeats the recurrence of the statistics beside that of the control process, which sees the samples in the same order.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,83 +12,140 @@ from torch import Tensor
 
 from rnnorm import _torch
 from rnnorm.norms import Constants
-from rnnorm.ops import library, running_stats
+from rnnorm.ops import library
+from rnnorm.ops.channels import like
+from rnnorm.ops.registry import by_name, choose
+
+_TENSORS = "Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var"
+
+
+def _widened(weight: Tensor | None, bias: Tensor | None, mean: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The affine map in the dtype of the statistics; None unless both are given."""
+    if weight is None or bias is None:
+        return None, None
+    return weight.to(mean.dtype), bias.to(mean.dtype)
 
 
 def _forward(
     x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
     u: Tensor,
     v: Tensor,
+    guard: str,
     constants: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     library.refuse_recomputation()
-    with library.without_autocast(x.device.type):
-        y, rstd, *after = running_stats.online_norm(x.to(mean.dtype), mean, var, Constants(*constants))
-        new_mean, new_var = library.finite_or([mean, var], after)
-        return y.contiguous(), rstd, new_mean, new_var
+    backend = choose(wanted, x.device, x.dtype, None)
+    return backend.online_norm(x, *_widened(weight, bias, mean), mean, var, guard, constants)
 
 
-def _fake(x: Tensor, mean: Tensor, var: Tensor, u: Any, v: Any, constants: Any) -> tuple[Tensor, ...]:
-    y = torch.empty(x.shape, dtype=mean.dtype, device=x.device)
-    return y, y.new_empty(x.shape[:2]), torch.empty_like(mean), torch.empty_like(var)
+def _fake(x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return like(x), torch.empty_like(mean), torch.empty_like(var)
 
 
-def _backward(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, constants: Sequence[float]) -> Tensor:
-    with library.without_autocast(grad.device.type), library.kept_finite((u, v)):
-        dx = running_stats.online_norm_backward(grad.to(y.dtype), y, rstd, u, v, Constants(*constants))
-        return dx.contiguous()
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    u: Tensor,
+    v: Tensor,
+    guard: str,
+    constants: Sequence[float],
+    wanted: str,
+    need_input: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend = choose(wanted, x.device, x.dtype, None)
+    tensors = grad.to(x.dtype), x, *_widened(weight, bias, mean), mean, var, u, v
+    return backend.online_norm_backward(*tensors, guard, constants, need_input)
 
 
-def _backward_fake(grad: Tensor, y: Tensor, rstd: Tensor, u: Tensor, v: Tensor, constants: Any) -> Tensor:
-    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
+def _backward_fake(grad: Any, x: Tensor, weight: Any, bias: Any, mean: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    affine = (torch.empty_like(mean) if weight is not None else mean.new_empty(0) for _ in range(2))
+    return like(x) if args[-1] else x.new_empty(0), *affine
 
 
 class _OnlineNorm(torch.autograd.Function):
-    """A recorded call, whose backward pass is the control process."""
+    """A recorded call, whose backward pass is the control process.
+
+    The arguments without gradients are one, `rest`: each one takes time in every call. `unobserved`: no dispatcher.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        with _torch.below_autograd():
-            y, rstd, mean, var = online_norm(x, *args)
-        _mean, _var, *ctx.control, constants = args
-        ctx.constants = Constants(*constants)
-        ctx.dtype = x.dtype
-        ctx.save_for_backward(y, rstd)
-        ctx.spent = False
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: Sequence[Any], unobserved: bool
+    ) -> tuple[Tensor, ...]:
+        if unobserved:
+            results = _forward(x, weight, bias, *rest)
+        else:
+            with _torch.below_autograd():
+                results = online_norm(x, weight, bias, *rest)
+        mean, var, *ctx.rest = rest
+        # Copies: the module moves its statistics.
+        ctx.save_for_backward(x, weight, bias, mean.clone(), var.clone())
+        ctx.unobserved, ctx.spent = unobserved, False
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(rstd, mean, var)
-        return y, rstd, mean, var
+        ctx.mark_non_differentiable(*results[1:])
+        return results
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-        library.begin_backward(ctx, (grad,), controlled=True, repeatable=ctx.constants.alpha_bwd == 1)
-        y, rstd = ctx.saved_tensors
+        need_input, *need_affine = ctx.needs_input_grad[:3]
+        repeatable = not need_input or Constants(*ctx.rest[3]).alpha_bwd == 1
+        library.begin_backward(ctx, (grad,), controlled=need_input, repeatable=repeatable)
+        tensors = ctx.saved_tensors  # read once: non-reentrant checkpointing unpacks at each read
         if grad is None:
-            grad = torch.zeros_like(y)
-        dx = online_norm_backward(grad, y, rstd, *ctx.control, ctx.constants)
-        return dx.to(ctx.dtype), *([None] * 5)
+            grad = torch.zeros_like(tensors[0])
+        unobserved = ctx.unobserved and library.is_unobserved((grad,))
+        run: Any = _backward if unobserved else online_norm_backward
+        dx, *affine = run(grad, *tensors, *ctx.rest, need_input)
+        gradients = [
+            of.to(parameter.dtype) if need else None
+            for of, parameter, need in zip(affine, tensors[1:3], need_affine, strict=True)
+        ]
+        return dx if need_input else None, *gradients, None, None
 
 
-def _recorded(x: Tensor, *args: Any) -> Any:
-    library.refuse_transforms([x])
-    if library.needs_gradient([x]):
-        return _OnlineNorm.apply(x, *args)
+def _recorded(*args: Any) -> Any:
+    library.refuse_transforms(args[:3])
+    if library.needs_gradient(args[:3]):
+        return _OnlineNorm.apply(*args[:3], args[3:], False)
     with _torch.below_autograd():
-        return online_norm(x, *args)
+        return online_norm(*args)
 
 
+# Not only what the forward pass reads: its gradient needs u and v, and its choice of a backend.
+_OPTIONS = "str guard, float[] constants, str wanted"
 online_norm = library.operator(
     "online_norm",
-    "(Tensor x, Tensor mean, Tensor var, Tensor u, Tensor v, float[] constants) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_TENSORS}, Tensor u, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     _recorded,
 )
 online_norm_backward = library.operator(
     "online_norm_backward",
-    "(Tensor grad, Tensor y, Tensor rstd, Tensor(a!) u, Tensor(b!) v, float[] constants) -> Tensor",
+    f"(Tensor grad, {_TENSORS}, Tensor(a!) u, Tensor(b!) v, {_OPTIONS}, bool need_input) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
+
+
+def run_online_norm(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Call `rnnorm::online_norm`, without the dispatcher if nothing observes the call."""
+    wanted = args[-1]
+    if wanted != "auto" and by_name(wanted).differentiable:
+        library.refuse_recomputation()
+        return by_name(wanted).online_norm(*args[:-1])
+    library.refuse_transforms(args[:3])
+    if not library.is_unobserved(args[:7]):
+        return online_norm(*args)
+    if library.needs_gradient(args[:3]):
+        return _OnlineNorm.apply(*args[:3], args[3:], True)
+    return _forward(*args)

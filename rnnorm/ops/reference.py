@@ -181,5 +181,29 @@ class Reference:
     def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
         return run(operands, spec), []
 
-    def backward(self, *args: object) -> list[Tensor | None]:
+    def backward(self, *args: Any, **options: Any) -> Any:
         raise AssertionError("autograd differentiates the reference backend")
+
+    def online_norm(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        u: Tensor,
+        v: Tensor,
+        guard: str,
+        constants: Constants,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        after = mean.clone(), var.clone()
+        samples = x.reshape(*x.shape[:2], -1).to(mean.dtype)
+        y = OnlineStep.apply(samples, *after, u, v, Constants(*constants))
+        if weight is not None and bias is not None:
+            y = y * weight.to(y.dtype)[:, None] + bias.to(y.dtype)[:, None]
+        y = _guard(y.reshape(x.size(0), 1, -1), guard, Constants(*constants)).reshape(x.shape).to(x.dtype)
+        finite = torch.cat(after).isfinite().all()
+        new_mean, new_var = (torch.where(finite, b, a) for a, b in zip((mean, var), after, strict=True))
+        return y, new_mean, new_var
+
+    online_norm_backward = backward

@@ -24,6 +24,8 @@ class Backend(Protocol):
     """The interface of a backend. `differentiable` backends run under autograd, without operators.
 
     A backend with `losses` also has `linear_cross_entropy`, with the arguments of the function in `rnnorm.ops.chunked`.
+    `online_norm` and `online_norm_backward` have the arguments of those in `rnnorm.ops.channels`; where autograd
+    differentiates the backend, `online_norm` takes u and v after `var`, and there is no backward function.
     """
 
     name: str
@@ -53,6 +55,10 @@ class Backend(Protocol):
         need_weights: bool,
     ) -> list[Tensor | None]:
         """Gradients of the differentiable operands from those of `y`, `h`, `c`; updates u and v in place."""
+
+    def online_norm(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def online_norm_backward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 BACKENDS: list[Backend] = [Native(), Triton(), Scripted(), Reference()]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rnnorm.norms import Constants
-from rnnorm.ops import chunked
+from rnnorm.ops import channels, chunked
 from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, Results, results_like, statistics_dtype
 from rnnorm.ops.running_stats import backward_weights, controlled, forward_weights, scanned, statistics
 
@@ -591,6 +591,8 @@ class Scripted:
     wide_weights = False
     losses = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     linear_cross_entropy = staticmethod(chunked.linear_cross_entropy)
+    online_norm = staticmethod(channels.online_norm)
+    online_norm_backward = staticmethod(channels.online_norm_backward)
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
         return None if dtype.is_floating_point else f"it supports floating-point dtypes only; got {dtype}"

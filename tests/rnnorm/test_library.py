@@ -68,18 +68,22 @@ def test_opcheck_of_sequence_backward(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 1), (70, 3, 4)])
-def test_opcheck_of_online_norm(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("backend", ["auto", "scripted"])
+def test_opcheck_of_online_norm(shape: tuple[int, ...], backend: str) -> None:
     x = torch.randn(shape, requires_grad=True)
     mean, u, v = (torch.randn(3) for _ in range(3))
     var = 0.5 + torch.rand(3)
     constants = [*norms.Online(0.9, 0.8, control_floor=0.5).constants]
-    arguments = (x, mean, var, u, v, constants)
-    result = torch.library.opcheck(torch.ops.rnnorm.online_norm.default, arguments)
-    assert set(result.values()) == {"SUCCESS"}
-    y, rstd, *_ = (value.detach() for value in torch.ops.rnnorm.online_norm(*arguments))
-    backward = torch.ops.rnnorm.online_norm_backward.default
-    result = torch.library.opcheck(backward, (torch.randn(shape), y, rstd, u, v, constants))
-    assert set(result.values()) == {"SUCCESS"}
+    weight, bias = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    for affine in ((weight, bias), (None, None)):
+        for given in (x, x.detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()):
+            arguments = (given, *affine, mean, var, u, v, "clamp", constants, backend)
+            result = torch.library.opcheck(torch.ops.rnnorm.online_norm.default, arguments)
+            assert set(result.values()) == {"SUCCESS"}
+            backward = torch.ops.rnnorm.online_norm_backward.default
+            plain = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
+            result = torch.library.opcheck(backward, (torch.randn(shape), *plain, True))
+            assert set(result.values()) == {"SUCCESS"}
 
 
 def test_operators_arguments_are_the_fields_of_the_call() -> None:

@@ -1,12 +1,19 @@
-"""`OnlineNorm` as a module; its numbers are tested by the recorded cases, the oracle and the theory."""
+"""`OnlineNorm` as a module, and its backends against the definition; see also the recorded cases, oracle and theory."""
 
 import copy
+import importlib
+from typing import Any
 
+import cases
 import pytest
 import torch
+from torch import Tensor
 
 import rnnorm
-from rnnorm.ops import running_stats
+from rnnorm import norms
+from rnnorm.ops import build, native, registry, running_stats
+
+ops = importlib.import_module("rnnorm.ops.online_norm")
 
 
 def test_defaults_and_names() -> None:
@@ -123,3 +130,330 @@ def test_constants_may_be_whole_numbers() -> None:
     norm = rnnorm.OnlineNorm(3, alpha_fwd=1, alpha_bwd=1, eps=1, control_floor=0)
     x = torch.randn(5, 3)
     torch.testing.assert_close(torch.jit.script(copy.deepcopy(norm))(x), norm(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every backend against the definition.
+
+
+def _run(
+    shape: tuple[int, ...],
+    backend: str,
+    dtype: torch.dtype = torch.float64,
+    *,
+    layout: Any = None,
+    spread: float = 1.0,
+    windows: int = 2,
+    frozen: tuple[str, ...] = (),
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Outputs, gradients and statistics of some calls, by name; `frozen` need no gradient."""
+    generator = torch.Generator().manual_seed(len(shape) + shape[0])
+
+    def draw(*size: int) -> Tensor:
+        drawn = spread * torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+        return drawn if layout is None else layout(drawn)
+
+    options = {"alpha_fwd": 0.97, "alpha_bwd": 0.9, **options}
+    norm = rnnorm.OnlineNorm(shape[1], backend=backend, dtype=dtype, **options)
+    found: dict[str, Tensor] = {}
+    if norm.affine:
+        with torch.no_grad():
+            norm.weight.copy_(1 + 0.3 * torch.randn(shape[1], generator=generator))
+            norm.bias.copy_(0.5 * torch.randn(shape[1], generator=generator))
+    for name, parameter in norm.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    for window in range(windows):
+        norm.zero_grad()
+        # Channels of different means, which the first samples see as far from the statistics.
+        x = (draw(*shape) + torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2))).to(dtype)
+        x = (x if layout is None else layout(x)).requires_grad_("x" not in frozen)
+        y = norm(x)
+        if y.requires_grad:
+            y.backward(draw(*shape))
+        found |= {f"y{window}": y.detach(), f"grad_x{window}": x.grad}
+        found |= {f"grad_{name}{window}": p.grad for name, p in norm.named_parameters()}
+        found |= {f"{name}{window}": value.clone() for name, value in norm.named_buffers()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, want in expected.items():
+        assert found[name].shape == want.shape
+        error = (found[name].double() - want.double()).abs().max() / want.abs().max().clamp(min=1)
+        assert error <= tolerance, f"{name}: off by {error:.2e}"
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _strided(x: Tensor) -> Tensor:
+    return torch.stack((x, x), -1)[..., 0]
+
+
+SHAPES = [
+    *((1, 1), (7, 3), (3, 17), (130, 2), (5, 64), (4, 65), (2, 129)),
+    *((1, 1, 1), (6, 3, 1, 1), (5, 3, 7), (3, 16, 2, 2), (4, 33, 5, 3), (2, 2, 10_000), (3, 70, 2, 3, 4)),
+]
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{guard: {"guard": guard} for guard in norms.GUARDS},
+    "bare": {"affine": False, "guard": "scale", "eps": 1e-3},
+    "floor": {"control_floor": 0.95, "guard": "none"},
+    "far": {"spread": 30.0, "guard": "clamp"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", cases.CANDIDATES)
+def test_backends_equal_the_definition(backend: str, shape: tuple[int, ...], options: str) -> None:
+    cases.skip_unless_runs(backend)
+    expected = _run(shape, "reference", **OPTIONS[options])
+    _assert_close(_run(shape, backend, **OPTIONS[options]), expected, 1e-11)
+    # Rounding of an input that is far from its mean, and of the sums over a sample.
+    _assert_close(_run(shape, backend, torch.float32, **OPTIONS[options]), expected, 2e-4)
+
+
+@pytest.mark.parametrize("layout", [_channels_last, _strided])
+@pytest.mark.parametrize("guard", norms.GUARDS)
+@pytest.mark.parametrize("shape", [(5, 3, 7), (3, 16, 2, 2), (4, 70, 5, 3), (2, 3, 2, 3, 4), (9, 4)], ids=str)
+@pytest.mark.parametrize("backend", cases.CANDIDATES)
+def test_orders_in_memory(backend: str, shape: tuple[int, ...], guard: str, layout: Any) -> None:
+    cases.skip_unless_runs(backend)
+    found = _run(shape, backend, layout=layout, guard=guard)
+    _assert_close(found, _run(shape, "reference", guard=guard), 1e-11)
+    if layout is _channels_last:
+        assert found["y0"].stride() == found["grad_x0"].stride() == layout(torch.empty(shape)).stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("guard", norms.GUARDS)
+@pytest.mark.parametrize("shape", [(9, 5), (4, 20, 3, 3)], ids=str)
+@pytest.mark.parametrize("backend", cases.CANDIDATES)
+def test_narrow_dtypes_round_inputs_and_outputs_alone(
+    backend: str, shape: tuple[int, ...], guard: str, dtype: torch.dtype
+) -> None:
+    """The same as float32 of the rounded input, parameters and gradient, rounded once at the end."""
+    cases.skip_unless_runs(backend)
+    for layout in (None, _channels_last):
+        found = _run(shape, backend, dtype, guard=guard, layout=layout, windows=1)
+        norm = rnnorm.OnlineNorm(shape[1], alpha_fwd=0.97, alpha_bwd=0.9, guard=guard, backend=backend)
+        rounded = _replayed(norm, shape, dtype)
+        for name in ("y0", "grad_x0", "grad_weight0", "grad_bias0"):
+            assert found[name].dtype == dtype
+            torch.testing.assert_close(found[name], rounded[name].to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+        for name in ("mean0", "var0", "u0", "v0"):
+            torch.testing.assert_close(found[name], rounded[name], rtol=1e-4, atol=1e-5)
+
+
+def _replayed(norm: rnnorm.OnlineNorm, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What `_run` draws, rounded to a dtype, through a module in float32."""
+    generator = torch.Generator().manual_seed(len(shape) + shape[0])
+    with torch.no_grad():
+        norm.weight.copy_((1 + 0.3 * torch.randn(shape[1], generator=generator)).to(dtype))
+        norm.bias.copy_((0.5 * torch.randn(shape[1], generator=generator)).to(dtype))
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    x = (x + torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2))).to(dtype).float().requires_grad_()
+    y = norm(x)
+    y.backward(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).float())
+    found = {"y0": y.detach(), "grad_x0": x.grad, "grad_weight0": norm.weight.grad, "grad_bias0": norm.bias.grad}
+    return found | {f"{name}0": value for name, value in norm.named_buffers()}
+
+
+@pytest.mark.parametrize("frozen", [("x",), ("weight",), ("weight", "bias"), ("x", "bias")], ids=str)
+@pytest.mark.parametrize("backend", cases.CANDIDATES)
+def test_what_needs_no_gradient(backend: str, frozen: tuple[str, ...]) -> None:
+    cases.skip_unless_runs(backend)
+    found, expected = (_run((6, 4, 3), name, frozen=frozen) for name in (backend, "reference"))
+    if "x" in frozen:  # the control process is the gradient of x
+        assert not found["u1"].any()
+        assert not found["v1"].any()
+        for name in ("u0", "v0", "u1", "v1"):
+            del found[name], expected[name]
+    _assert_close(found, expected, 1e-11)
+
+
+@pytest.mark.parametrize("backend", cases.CANDIDATES)
+def test_no_memory_of_the_inputs_size_is_kept_but_the_input(backend: str) -> None:
+    cases.skip_unless_runs(backend)
+    kept: list[Tensor] = []
+    norm, x = rnnorm.OnlineNorm(8, backend=backend), torch.randn(32, 8, 10, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        norm(x)
+    assert sorted(tensor.numel() for tensor in kept) == [8, 8, 8, 8, x.numel()]
+
+
+def test_a_backend_that_cannot_run_says_why() -> None:
+    with pytest.raises(ValueError, match="backend must be one of 'auto'"):
+        rnnorm.OnlineNorm(3, backend="fast")
+    assert "backend='scripted'" in repr(rnnorm.OnlineNorm(3, backend="scripted"))
+    norm = rnnorm.OnlineNorm(3, backend="cpu", device="meta")
+    with pytest.raises(
+        rnnorm.BackendUnavailable, match=r"'cpu' cannot run this call: it runs on the CPU only; got meta"
+    ):
+        ops._forward(torch.zeros(2, 3, device="meta"), None, None, *norm.buffers(), "none", norm._constants, "cpu")
+
+
+@pytest.mark.parametrize("backend", registry.names())
+def test_the_backend_that_was_asked_for_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases.skip_unless_runs(backend)
+    calls = []
+    for row in registry.BACKENDS:
+        own = row.online_norm
+        monkeypatch.setattr(row, "online_norm", lambda *a, own=own, name=row.name: (calls.append(name), own(*a))[1])
+    rnnorm.OnlineNorm(3, backend=backend)(torch.randn(4, 3))
+    rnnorm.OnlineNorm(3, backend=backend)(torch.randn(4, 3, requires_grad=True))
+    assert calls == [backend] * 2
+
+
+class _Broken:
+    """A backend with a fault in one of its two functions."""
+
+    def __init__(self, name: str, part: str, fault: Any) -> None:
+        self.sound, self.part, self.fault = registry.by_name(name), part, fault
+
+    def __getattr__(self, name: str) -> Any:
+        own = getattr(self.sound, name)
+        return (lambda *args: self.fault(own, *args)) if name == self.part else own
+
+
+def _mean_after_its_sample(call: Any, x: Tensor, weight: Any, bias: Any, mean: Tensor, *rest: Any) -> Any:
+    moved = call(x[:1], weight, bias, mean, *rest)[1]
+    y, *after = call(x, weight, bias, mean, *rest)
+    return y + 1e-6 * (moved - mean).view(-1, *[1] * (x.dim() - 2)), *after
+
+
+def _last_sample_lost(call: Any, x: Tensor, *rest: Any) -> Any:
+    return call(x, *rest)[0], *call(x[:-1], *rest)[1:]
+
+
+def _own_variance_lost(call: Any, x: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
+    y, mean, _ = call(x, weight, bias, *rest)
+    return y, mean, call(x.flatten(2).mean(2), weight, bias, *rest)[2]
+
+
+def _guard_ignored(call: Any, *args: Any) -> Any:
+    return call(*args[:5], "none", *args[6:])
+
+
+def _guard_of_backward_ignored(call: Any, *args: Any) -> Any:
+    return call(*args[:8], "none", *args[9:])
+
+
+def _bias_twice(call: Any, x: Tensor, weight: Any, bias: Tensor, *rest: Any) -> Any:
+    return call(x, weight, 2 * bias, *rest)
+
+
+def _statistics_after_the_call(call: Any, grad: Tensor, x: Tensor, w: Any, b: Any, mean: Tensor, *rest: Any) -> Any:
+    return call(grad, x, w, b, mean + 1e-6 * x.mean(), *rest)
+
+
+def _state_dropped(place: int) -> Any:
+    def fault(call: Any, *args: Any) -> Any:
+        args[place].zero_()
+        return call(*args)
+
+    return fault
+
+
+def _floor_ignored(call: Any, *args: Any) -> Any:
+    return call(*args[:9], [*norms.Constants(*args[9])._replace(control_floor=-1e9)], *args[10:])
+
+
+def _samples_backwards(call: Any, grad: Tensor, x: Tensor, *rest: Any) -> Any:
+    dx, *affine = call(grad.flip(0), x.flip(0), *rest)
+    return dx.flip(0), *affine
+
+
+_FAULTS = {
+    "mean after its sample": ("online_norm", _mean_after_its_sample, {}),
+    "last sample lost": ("online_norm", _last_sample_lost, {}),
+    "own variance lost": ("online_norm", _own_variance_lost, {}),
+    "clamp ignored": ("online_norm", _guard_ignored, {"guard": "clamp", "spread": 30.0}),
+    "scale ignored": ("online_norm", _guard_ignored, {"guard": "scale"}),
+    "bias twice": ("online_norm", _bias_twice, {}),
+    "clamp not differentiated": (
+        "online_norm_backward",
+        _guard_of_backward_ignored,
+        {"guard": "clamp", "spread": 30.0},
+    ),
+    "scale not differentiated": ("online_norm_backward", _guard_of_backward_ignored, {"guard": "scale"}),
+    "other statistics": ("online_norm_backward", _statistics_after_the_call, {}),
+    "u dropped": ("online_norm_backward", _state_dropped(6), {}),
+    "v dropped": ("online_norm_backward", _state_dropped(7), {}),
+    "floor ignored": ("online_norm_backward", _floor_ignored, {"control_floor": 0.97}),
+    "samples backwards": ("online_norm_backward", _samples_backwards, {}),
+}
+
+
+@pytest.mark.parametrize("fault", _FAULTS)
+@pytest.mark.parametrize("backend", cases.CANDIDATES)
+def test_a_broken_backend_is_found(monkeypatch: pytest.MonkeyPatch, backend: str, fault: str) -> None:
+    cases.skip_unless_runs(backend)
+    part, change, options = _FAULTS[fault]
+    expected = _run((6, 4, 3), "reference", **options)
+    _assert_close(_run((6, 4, 3), backend, **options), expected, 1e-11)
+    broken = _Broken(backend, part, change)
+    monkeypatch.setattr(registry, "BACKENDS", [broken if row.name == backend else row for row in registry.BACKENDS])
+    with pytest.raises(AssertionError, match="off by"):
+        _assert_close(_run((6, 4, 3), backend, **options), expected, 1e-11)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The C++ kernels.
+
+on_cpp = pytest.mark.skipif(build.load() is not None, reason=f"the C++ backend cannot run here: {build.load()}")
+
+
+@on_cpp
+@pytest.mark.parametrize("guard", norms.GUARDS)
+@pytest.mark.parametrize("shape", [(9, 100), (5, 7, 11), (4, 70, 5, 3)], ids=str)
+@pytest.mark.parametrize("layout", [None, _channels_last])
+def test_results_do_not_depend_on_the_threads(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], layout: Any, guard: str
+) -> None:
+    found = []
+    for threads in (1, 2, 3, 64, 1):
+        monkeypatch.setattr(native, "threads", threads)
+        found.append(_run(shape, "cpu", torch.float32, layout=layout, guard=guard))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert torch.equal(other[name], value), name
+
+
+@on_cpp
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(6)}, r"x must have shape \[N, C, \*\]; got \[6\]"),
+        ({"x": torch.zeros(2, 3, dtype=torch.int32)}, "x must have a floating-point dtype; got Int"),
+        ({"mean": torch.zeros(4)}, r"mean must have shape \[3\]; got \[4\]"),
+        ({"var": torch.ones(3, dtype=torch.float64)}, "var must have dtype Float; got Double"),
+        ({"weight": torch.ones(2)}, r"weight must have shape \[3\]; got \[2\]"),
+        ({"bias": None}, "weight and bias must both be given, or neither"),
+        ({"u": torch.zeros(2)}, r"u must have shape \[3\]; got \[2\]"),
+        ({"v": torch.zeros(3, dtype=torch.float64)}, "v must have dtype Float; got Double"),
+        ({"grad": torch.zeros(3, 3)}, r"gradient must have shape \[2, 3\]; got \[3, 3\]"),
+        ({"grad": torch.zeros(2, 3, dtype=torch.float64)}, "gradient must have dtype Float; got Double"),
+        ({"guard": "wall"}, r"guard must be one of \[none, scale, clamp\]; got wall"),
+        ({"constants": [0.1]}, "there must be 6 constants; got 1"),
+        ({"threads": -1}, r"threads must lie in 0\.\.1024; got -1"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_the_kernels_are_refused(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"grad": torch.zeros(2, 3), "x": torch.zeros(2, 3)}
+    given |= {"weight": torch.ones(3), "bias": torch.zeros(3), "mean": torch.zeros(3), "var": torch.ones(3)}
+    given |= {"u": torch.zeros(3), "v": torch.zeros(3), "guard": "clamp", "constants": [*norms.Online().constants]}
+    given |= {"need_input": True, "threads": 0}
+    torch.ops.rnnorm_cpu.online_norm_backward(*given.values())
+    given |= change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.rnnorm_cpu.online_norm_backward(*given.values())
+    for name in ("grad", "u", "v", "need_input"):
+        del given[name]
+    if not change.keys() & {"grad", "u", "v"}:
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.rnnorm_cpu.online_norm(*given.values())

@@ -193,9 +193,12 @@ def _own(layer: torch.nn.Module, suffix: str) -> list[tuple[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("guard", ["clamp", "scale", "none"])
 @pytest.mark.parametrize("shape", [(9, 3), (7, 3, 1), (6, 3, 4), (5, 3, 2, 3), (70, 2, 2)], ids=str)
-def test_online_norm(shape: tuple[int, ...], guard: str) -> None:
+@pytest.mark.parametrize("backend", registry.names())
+def test_online_norm(backend: str, shape: tuple[int, ...], guard: str) -> None:
+    cases.skip_unless_runs(backend)
     C = shape[1]
-    norm = rnnorm.OnlineNorm(C, alpha_fwd=A_F, alpha_bwd=A_B, eps=EPS, guard=guard, control_floor=FLOORS[guard])
+    options: dict[str, Any] = {"eps": EPS, "guard": guard, "control_floor": FLOORS[guard], "backend": backend}
+    norm = rnnorm.OnlineNorm(C, alpha_fwd=A_F, alpha_bwd=A_B, **options)
     with torch.no_grad():
         norm.weight.normal_()
         norm.bias.normal_()

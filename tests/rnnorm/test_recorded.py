@@ -66,11 +66,13 @@ def test_recordings_are_found() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", registry.names())
 @pytest.mark.parametrize("path", _paths(norm=True))
-def test_online_norm(path: Path, dtype: torch.dtype) -> None:
+def test_online_norm(path: Path, backend: str, dtype: torch.dtype) -> None:
+    cases.skip_unless_runs(backend)
     z = _Recording(path, dtype)
     constants = {name: z.scalar(name) for name in ("alpha_fwd", "alpha_bwd", "eps", "guard")}
-    norm = rnnorm.OnlineNorm(z.tensor("weight").numel(), **constants, dtype=dtype)
+    norm = rnnorm.OnlineNorm(z.tensor("weight").numel(), **constants, backend=backend, dtype=dtype)
     norm.load_state_dict({**norm.state_dict(), "weight": z.tensor("weight"), "bias": z.tensor("bias")})
     for i in range(8):
         norm.zero_grad()

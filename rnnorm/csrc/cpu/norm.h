@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../names.h"
+#include "math.h"
 #include "team.h"
 
 // Not inlined, so that all cells share one copy: otherwise sums over units would be vectorized, and rounded, differently in each.
@@ -20,6 +21,20 @@
 #endif
 
 namespace rnnorm {
+
+// One sample moves the running statistics of a channel: `d` is its mean less the running mean, `w` its own variance.
+template <typename T>
+RNNORM_INLINE void move_statistics(T& mean, T& var, T d, T w, T alpha, T rest) {
+  var += rest * (alpha * d * d - (var - w));
+  mean += rest * d;
+}
+
+// One sample moves the control state v of a channel: `gy` and `yy` are its means of gradient times y and of y times y.
+template <typename T>
+RNNORM_INLINE void move_control(T& v, T gy, T yy, T rest, T floor) {
+  const T carry = 1 - rest * yy;
+  v = (carry < floor ? floor : carry) * v + gy;
+}
 
 // The offset of some units' values in `y` and, if each unit has one, in `rstd`: a block [S, G, units] for each thread, so that
 // a thread accesses memory in order, without false sharing.
@@ -167,8 +182,7 @@ inline T online_row(const Norm<T>& norm, Worker<T>& me, int64_t gate, int64_t sa
     y[j] = normed;
     rstd[j] = r;
     if (moves) {
-      var[j] += rest * (alpha * d * d - var[j]);
-      mean[j] += rest * d;
+      move_statistics(mean[j], var[j], d, T(0), alpha, rest);
     }
     squares += z * z;
     x[j] = z;
@@ -327,8 +341,8 @@ inline void online_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_
     const T z = scaled ? factor * (d[j] - a[j] * mean) : d[j];
     grad_weight[j] += z * y[j];
     grad_bias[j] += z;
-    const T g = w[j] * z, e = g - rest * v[j] * y[j], carry = 1 - rest * y[j] * y[j];
-    v[j] = (carry < floor ? floor : carry) * v[j] + g * y[j];
+    const T g = w[j] * z, e = g - rest * v[j] * y[j];
+    move_control(v[j], g * y[j], y[j] * y[j], rest, floor);
     const T dx = e * rstd[j] - rest * u[j];
     u[j] += dx;
     d[j] = dx;

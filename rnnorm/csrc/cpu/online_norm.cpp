@@ -1,0 +1,426 @@
+#include "online_norm.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "norm.h"
+#include "team.h"
+
+namespace rnnorm {
+namespace {
+
+using at::Tensor;
+
+// Channels that are processed together if they are neighbours in memory, so that the values of a sample stay in the cache.
+constexpr int64_t widest = 64;
+// Channels that are not divided between threads: a cache line of float32.
+constexpr int64_t line = 16;
+// Values for each additional thread: with fewer, starting it takes longer than it saves.
+constexpr int64_t worthwhile = 16'384;
+
+// What one run over the samples does: normalize; go back; or, before these, sum what the guard `scale` needs of each sample.
+enum class Pass { forward, backward, squares, products };
+
+template <typename X, typename T>
+struct Problem {
+  int64_t N, C, D;
+  bool channels_last;                         // neighbours in memory are channels; else the values of a sample
+  const X *x, *grad;                          // [N, C, D] in this order of memory; grad: null in the forward pass
+  X* out;                                     // the output or the gradient of x, or null
+  const T *weight, *bias, *mean, *var;        // weight and bias: null without an affine map
+  T *new_mean, *new_var;                      // null in the backward pass
+  T *u, *v, *grad_weight, *grad_bias;         // null in the forward pass
+  ConstantsOf<T> constants;
+  T rest_fwd, rest_bwd, part;                 // part: 1 / D
+
+  int64_t unit() const { return channels_last ? line : 1; }
+  int64_t units() const { return (C + unit() - 1) / unit(); }
+};
+
+// The guard of one sample as a function of z, the output of the affine map.
+template <Guard guard, typename T>
+struct Guarded {
+  T limit, factor = 1, pull = 0;  // guard `scale`: factor * z, and the gradient factor * g - pull * z
+
+  RNNORM_INLINE T forward(T z) const {
+    if constexpr (guard == Guard::none) return z;
+    if constexpr (guard == Guard::scale) return factor * z;
+    // Comparisons instead of min and max propagate NaN.
+    const T low = z < -limit ? -limit : z;
+    return low > limit ? limit : low;
+  }
+
+  RNNORM_INLINE T backward(T g, T z) const {
+    if constexpr (guard == Guard::scale) return factor * g - pull * z;
+    if constexpr (guard == Guard::clamp) return z >= -limit && z <= limit ? g : T(0);
+    return g;
+  }
+};
+
+// A thread's copy of the states of its channels: threads would share cache lines of the tensors.
+template <typename T>
+struct States {
+  std::vector<T> weight, bias, mean, var, u, v, grad_weight, grad_bias;
+
+  template <typename X>
+  States(const Problem<X, T>& p, Range range)
+      : weight(copy(p.weight, range, 1)), bias(copy(p.bias, range, 0)), mean(copy(p.mean, range, 0)),
+        var(copy(p.var, range, 0)), u(copy(p.u, range, 0)), v(copy(p.v, range, 0)), grad_weight(range.size()),
+        grad_bias(range.size()) {}
+
+  template <typename X>
+  void store(const Problem<X, T>& p, Range range) const {
+    const auto put = [&](const std::vector<T>& from, T* to) {
+      if (to != nullptr) std::copy(from.begin(), from.end(), to + range.begin);
+    };
+    put(mean, p.new_mean);
+    put(var, p.new_var);
+    put(u, p.u);
+    put(v, p.v);
+    put(grad_weight, p.grad_weight);
+    put(grad_bias, p.grad_bias);
+  }
+
+ private:
+  static std::vector<T> copy(const T* from, Range range, T otherwise) {
+    return from == nullptr ? std::vector<T>(range.size(), otherwise) : std::vector<T>(from + range.begin, from + range.end);
+  }
+};
+
+// One run of a thread over the samples of its channels. Per channel and sample, z = a * (x - mu) + b with a = weight * r, and
+// y = r * (x - mu); the gradient of x is a * g + of_d * (x - mu) + shift, with g the gradient of z.
+template <Pass pass, Guard guard, typename X, typename T>
+class Run {
+ public:
+  // `squares` and `products` [N, units]: sums of z * z and of gradient times z.
+  Run(const Problem<X, T>& p, Range range, const std::vector<Guarded<guard, T>>& guards, std::vector<T>& squares,
+      std::vector<T>& products)
+      : p_(p), range_(range), guards_(guards), squares_(squares), products_(products), own_(p, range),
+        squares_of_n_(summed ? range.size() : 0), products_of_n_(summed ? range.size() : 0) {
+    for (int64_t n = 0; n < p.N; ++n)
+      if (p.D == 1) single_values(n);
+      else if (p.channels_last) tiles(n);
+      else rows(n);
+    if (!summed) own_.store(p, range);
+  }
+
+ private:
+  static constexpr bool back = pass == Pass::backward, multiplied = pass == Pass::products;
+  static constexpr bool summed = pass == Pass::squares || multiplied, with_grad = back || multiplied;
+
+  // Moves the states of channel `j` by the sums over the values of a sample: of d = x - mu, d * d, g and g * d.
+  template <bool single>
+  RNNORM_INLINE void move(int64_t j, T r, T a, T d, T dd, T g, T gd, T& of_d, T& shift) {
+    const T mean_d = d * p_.part, mean_dd = dd * p_.part, variance = mean_dd - mean_d * mean_d;
+    if constexpr (back) {
+      own_.grad_weight[j] += r * gd;
+      own_.grad_bias[j] += g;
+      of_d = -p_.rest_bwd * own_.v[j] * r * r;
+      shift = -p_.rest_bwd * own_.u[j];
+      own_.u[j] += a * g * p_.part + of_d * mean_d + shift;
+      move_control(own_.v[j], a * gd * p_.part, r * r * mean_dd, p_.rest_bwd, p_.constants.control_floor);
+    }
+    // One value has no variance, but rounding.
+    move_statistics(own_.mean[j], own_.var[j], mean_d, single || variance < 0 ? T(0) : variance, p_.constants.alpha_fwd,
+                    p_.rest_fwd);
+  }
+
+  Guarded<guard, T> guarded(int64_t n) const {
+    return guards_.empty() ? Guarded<guard, T>{p_.constants.clamp_limit} : guards_[n];
+  }
+
+  // A channel's values are neighbours in memory.
+  void rows(int64_t n) {
+    const Guarded<guard, T> of_n = guarded(n);
+    for (int64_t j = 0; j < range_.size(); ++j) {
+      const int64_t place = (n * p_.C + range_.begin + j) * p_.D;
+      const X* __restrict x = p_.x + place;
+      const X* __restrict grad = with_grad ? p_.grad + place : x;
+      const T mu = own_.mean[j], b = own_.bias[j], r = 1 / std::sqrt(own_.var[j] + p_.constants.eps), a = own_.weight[j] * r;
+      T sum_d = 0, sum_dd = 0, sum_g = 0, sum_gd = 0, squares = 0, products = 0;
+#pragma omp simd reduction(+ : sum_d, sum_dd, sum_g, sum_gd, squares, products)
+      for (int64_t i = 0; i < p_.D; ++i) {
+        const T d = static_cast<T>(x[i]) - mu, z = a * d + b, given = static_cast<T>(grad[i]);
+        sum_d += d;
+        sum_dd += d * d;
+        if constexpr (back) {
+          const T g = of_n.backward(given, z);
+          sum_g += g;
+          sum_gd += g * d;
+        }
+        if constexpr (summed) squares += z * z;
+        if constexpr (multiplied) products += given * z;
+      }
+      T of_d = 0, shift = 0;
+      move<false>(j, r, a, sum_d, sum_dd, sum_g, sum_gd, of_d, shift);
+      if constexpr (summed) squares_[n * p_.C + range_.begin + j] = squares;
+      if constexpr (multiplied) products_[n * p_.C + range_.begin + j] = products;
+      if (summed || p_.out == nullptr) continue;
+      X* __restrict out = p_.out + place;
+#pragma omp simd
+      for (int64_t i = 0; i < p_.D; ++i) {
+        const T d = static_cast<T>(x[i]) - mu, z = a * d + b;
+        if constexpr (back) out[i] = static_cast<X>(a * of_n.backward(static_cast<T>(grad[i]), z) + of_d * d + shift);
+        else out[i] = static_cast<X>(of_n.forward(z));
+      }
+    }
+  }
+
+  // A sample of a channel is one value.
+  void single_values(int64_t n) {
+    const Guarded<guard, T> of_n = guarded(n);
+    const int64_t place = n * p_.C + range_.begin;
+    const X* __restrict x = p_.x + place;
+    const X* __restrict grad = with_grad ? p_.grad + place : x;
+    X* __restrict out = summed || p_.out == nullptr ? nullptr : p_.out + place;
+    T *__restrict squares = squares_of_n_.data(), *__restrict products = products_of_n_.data();
+#pragma omp simd
+    for (int64_t j = 0; j < range_.size(); ++j) {
+      const T r = 1 / std::sqrt(own_.var[j] + p_.constants.eps), a = own_.weight[j] * r;
+      const T d = static_cast<T>(x[j]) - own_.mean[j], z = a * d + own_.bias[j], given = static_cast<T>(grad[j]);
+      T of_d, shift, g = 0;
+      if constexpr (back) g = of_n.backward(given, z);
+      move<true>(j, r, a, d, d * d, g, g * d, of_d, shift);
+      if constexpr (summed) squares[j] = z * z;
+      if constexpr (multiplied) products[j] = given * z;
+      if constexpr (!summed) {
+        if (out != nullptr) out[j] = static_cast<X>(back ? a * g + of_d * d + shift : of_n.forward(z));
+      }
+    }
+    if constexpr (summed) report(n, range_.begin, range_.size(), squares, products);
+  }
+
+  // Channels are neighbours in memory.
+  void tiles(int64_t n) {
+    const Guarded<guard, T> of_n = guarded(n);
+    for (int64_t first = 0; first < range_.size(); first += widest) {
+      const int64_t count = std::min(widest, range_.size() - first);
+      const int64_t place = n * p_.D * p_.C + range_.begin + first;
+      const T *__restrict bias = own_.bias.data() + first, *__restrict weight = own_.weight.data() + first;
+      T mu[widest], r[widest], a[widest], sum_d[widest], sum_dd[widest], sum_g[widest], sum_gd[widest];
+      T of_d[widest], shift[widest], squares[widest], products[widest];
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        mu[j] = own_.mean[first + j];
+        r[j] = 1 / std::sqrt(own_.var[first + j] + p_.constants.eps);
+        a[j] = weight[j] * r[j];
+        sum_d[j] = sum_dd[j] = sum_g[j] = sum_gd[j] = squares[j] = products[j] = 0;
+      }
+      for (int64_t i = 0; i < p_.D; ++i) {
+        const X* __restrict x = p_.x + place + i * p_.C;
+        const X* __restrict grad = with_grad ? p_.grad + place + i * p_.C : x;
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          const T d = static_cast<T>(x[j]) - mu[j], z = a[j] * d + bias[j], given = static_cast<T>(grad[j]);
+          sum_d[j] += d;
+          sum_dd[j] += d * d;
+          if constexpr (back) {
+            const T g = of_n.backward(given, z);
+            sum_g[j] += g;
+            sum_gd[j] += g * d;
+          }
+          if constexpr (summed) squares[j] += z * z;
+          if constexpr (multiplied) products[j] += given * z;
+        }
+      }
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j)
+        move<false>(first + j, r[j], a[j], sum_d[j], sum_dd[j], sum_g[j], sum_gd[j], of_d[j], shift[j]);
+      if constexpr (summed) report(n, range_.begin + first, count, squares, products);
+      if (summed || p_.out == nullptr) continue;
+      for (int64_t i = 0; i < p_.D; ++i) {
+        const X* __restrict x = p_.x + place + i * p_.C;
+        const X* __restrict grad = with_grad ? p_.grad + place + i * p_.C : x;
+        X* __restrict out = p_.out + place + i * p_.C;
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          const T d = static_cast<T>(x[j]) - mu[j], z = a[j] * d + bias[j];
+          if constexpr (back) out[j] = static_cast<X>(a[j] * of_n.backward(static_cast<T>(grad[j]), z) + of_d[j] * d + shift[j]);
+          else out[j] = static_cast<X>(of_n.forward(z));
+        }
+      }
+    }
+  }
+
+  // By lines of channels, in order, so that the sums do not depend on the number of threads.
+  void report(int64_t n, int64_t channel, int64_t count, const T* squares, const T* products) {
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t place = n * p_.units() + (channel + j) / line;
+      squares_[place] += squares[j];
+      if (multiplied) products_[place] += products[j];
+    }
+  }
+
+  const Problem<X, T>& p_;
+  const Range range_;
+  const std::vector<Guarded<guard, T>>& guards_;
+  std::vector<T>&squares_, &products_;
+  States<T> own_;
+  std::vector<T> squares_of_n_, products_of_n_;
+};
+
+template <Pass pass, Guard guard, typename X, typename T>
+void solve(const Problem<X, T>& p, int64_t threads) {
+  const int64_t useful = std::min(1 + p.N * p.C * p.D / worthwhile, int64_t{at::get_num_threads()}), units = p.units();
+  const int most = static_cast<int>(std::min(threads > 0 ? threads : useful, units));
+  constexpr bool scaled = guard == Guard::scale;
+  constexpr bool back = pass == Pass::backward;
+  std::vector<T> squares(scaled ? p.N * units : 0), products(scaled && back ? p.N * units : 0);
+  std::vector<Guarded<guard, T>> guards(scaled ? p.N : 0, Guarded<guard, T>{p.constants.clamp_limit});
+  Team::run(most, [&](int id, Team& team) {
+    const Range part = part_of(units, id, team.size());
+    const Range own{part.begin * p.unit(), std::min(part.end * p.unit(), p.C)};
+    const auto runs = [&]<Pass which>() { Run<which, guard, X, T>(p, own, guards, squares, products); };
+    if constexpr (scaled) {
+      runs.template operator()<back ? Pass::products : Pass::squares>();
+      team.wait();
+      const Range samples = part_of(p.N, id, team.size());
+      for (int64_t n = samples.begin; n < samples.end; ++n) {
+        T square = 0, product = 0;
+        for (int64_t k = 0; k < units; ++k) {
+          square += squares[n * units + k];
+          if (back) product += products[n * units + k];
+        }
+        const T values = static_cast<T>(p.C * p.D), factor = 1 / std::sqrt(square / values + p.constants.scale_eps);
+        guards[n].factor = factor;
+        guards[n].pull = factor * factor * factor * (product / values);
+      }
+      team.wait();
+    }
+    runs.template operator()<pass>();
+  });
+}
+
+template <Pass pass, typename X, typename T>
+void choose_guard(const Problem<X, T>& p, Guard guard, int64_t threads) {
+  switch (guard) {
+#define RNNORM_CASE(name) \
+  case Guard::name: return solve<pass, Guard::name>(p, threads);
+    RNNORM_GUARDS(RNNORM_CASE)
+#undef RNNORM_CASE
+  }
+}
+
+Label label(const char* name) { return {"online_norm's", name}; }
+
+// Call `function` with the types of values and statistics as template arguments.
+template <typename Function>
+void choose_types(at::ScalarType dtype, const Function& function) {
+  switch (dtype) {
+    case at::kDouble: return function.template operator()<double, double>();
+    case at::kFloat: return function.template operator()<float, float>();
+    case at::kBFloat16: return function.template operator()<c10::BFloat16, float>();
+    case at::kHalf: return function.template operator()<c10::Half, float>();
+    default: TORCH_CHECK(false, label("x"), " must be float64, float32, bfloat16 or float16; got ", dtype);
+  }
+}
+
+// The arguments of both passes, checked.
+struct Arguments {
+  Tensor x;
+  bool channels_last;
+  at::ScalarType wide;
+  Tensor weight, bias, mean, var;
+  Guard guard;
+  Constants constants;
+
+  Arguments(const Tensor& given, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, const Tensor& mean,
+            const Tensor& var, std::string_view guard, at::ArrayRef<double> values, int64_t threads)
+      : x(given), wide(given.scalar_type() == at::kDouble ? at::kDouble : at::kFloat), mean(mean.contiguous()),
+        var(var.contiguous()), guard(named<Guard>("guard", guard)) {
+    check_memory(x, label("x"));
+    TORCH_CHECK(at::isFloatingType(x.scalar_type()), label("x"), " must have a floating-point dtype; got ", x.scalar_type());
+    TORCH_CHECK(x.dim() >= 2, label("x"), " must have shape [N, C, *]; got ", x.sizes());
+    TORCH_CHECK(scale.has_value() == shift.has_value(), "rnnorm: online_norm's weight and bias must both be given, or neither");
+    check_count(values.size(), names<Constants>.size(), "constants");
+    std::memcpy(&constants, values.data(), sizeof(Constants));
+    check_threads(threads);
+    check_channels(this->mean, "mean");
+    check_channels(this->var, "var");
+    if (scale) check_channels(weight = scale->contiguous(), "weight");
+    if (shift) check_channels(bias = shift->contiguous(), "bias");
+    channels_last = x.movedim(1, -1).is_contiguous();
+    if (!channels_last) x = x.contiguous();
+  }
+
+  void check_channels(const Tensor& tensor, const char* name) const {
+    check_memory(tensor, label(name));
+    check_dtype(tensor, label(name), wide);
+    check_shape(tensor, label(name), {x.size(1)});
+  }
+
+  template <typename X, typename T>
+  Problem<X, T> problem() const {
+    const auto data = [](const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr; };
+    const int64_t N = x.size(0), C = x.size(1);
+    Problem<X, T> p{};
+    p.N = N, p.C = C, p.D = x.numel() / std::max<int64_t>(N * C, 1);
+    p.part = static_cast<T>(1) / static_cast<T>(p.D);
+    p.channels_last = channels_last;
+    p.x = x.const_data_ptr<X>();
+    p.weight = data(weight), p.bias = data(bias), p.mean = data(mean), p.var = data(var);
+    p.constants = constants.to<T>();
+    p.rest_fwd = static_cast<T>(1 - constants.alpha_fwd), p.rest_bwd = static_cast<T>(1 - constants.alpha_bwd);
+    return p;
+  }
+};
+
+template <typename T>
+bool all_finite(const Tensor& tensor) {
+  const T* values = tensor.const_data_ptr<T>();
+  return std::all_of(values, values + tensor.numel(), [](T value) { return std::isfinite(value); });
+}
+
+}  // namespace
+
+Three online_norm(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& mean,
+                  const Tensor& var, std::string_view guard, at::ArrayRef<double> constants, int64_t threads) {
+  const Arguments given(x, weight, bias, mean, var, guard, constants, threads);
+  Tensor out = at::empty_like(given.x), new_mean = at::empty_like(given.mean), new_var = at::empty_like(given.var);
+  choose_types(x.scalar_type(), [&]<typename X, typename T>() {
+    Problem<X, T> p = given.problem<X, T>();
+    p.out = out.data_ptr<X>();
+    p.new_mean = new_mean.data_ptr<T>(), p.new_var = new_var.data_ptr<T>();
+    choose_guard<Pass::forward>(p, given.guard, threads);
+    if (!all_finite<T>(new_mean) || !all_finite<T>(new_var)) new_mean.copy_(given.mean), new_var.copy_(given.var);
+  });
+  return {out, new_mean, new_var};
+}
+
+Three online_norm_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight,
+                           const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, Tensor u, Tensor v,
+                           std::string_view guard, at::ArrayRef<double> constants, bool need_input, int64_t threads) {
+  const Arguments given(x, weight, bias, mean, var, guard, constants, threads);
+  check_memory(grad, label("gradient"));
+  check_dtype(grad, label("gradient"), x.scalar_type());
+  check_shape(grad, label("gradient"), x.sizes());
+  given.check_channels(u, "u");
+  given.check_channels(v, "v");
+  const Tensor same = grad.strides() == given.x.strides() ? grad : at::empty_like(given.x).copy_(grad);
+  const Tensor dx = need_input ? at::empty_like(given.x) : at::empty({0}, x.options());
+  const auto of_channels = [&] { return at::empty({weight ? x.size(1) : 0}, given.mean.options()); };
+  const Tensor grad_weight = of_channels(), grad_bias = of_channels();
+  const Tensor new_u = u.clone(at::MemoryFormat::Contiguous), new_v = v.clone(at::MemoryFormat::Contiguous);
+  choose_types(x.scalar_type(), [&]<typename X, typename T>() {
+    Problem<X, T> p = given.problem<X, T>();
+    p.grad = same.const_data_ptr<X>();
+    p.out = need_input ? dx.data_ptr<X>() : nullptr;
+    p.u = new_u.data_ptr<T>(), p.v = new_v.data_ptr<T>();
+    if (weight) p.grad_weight = grad_weight.data_ptr<T>(), p.grad_bias = grad_bias.data_ptr<T>();
+    choose_guard<Pass::backward>(p, given.guard, threads);
+    if (!need_input || !all_finite<T>(new_u) || !all_finite<T>(new_v)) return;
+    u.copy_(new_u);
+    v.copy_(new_v);
+  });
+  return {dx, grad_weight, grad_bias};
+}
+
+}  // namespace rnnorm
