@@ -18,6 +18,7 @@ from rnnorm import norms
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Alpha = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Whole = Annotated[int, Field(ge=0, le=10**9)]
 
@@ -54,9 +55,13 @@ class ModelConfig(Section):
     hidden_size: Count = Field(default=200, description="units per layer")
     embedding_size: Count | None = Field(default=None, description="embedding size; none: hidden_size")
     num_layers: Annotated[int, Field(ge=1, le=1000)] = Field(default=1, description="number of recurrent layers")
+    layer_sizes: list[Count] | None = Field(
+        default=None, description="units of each layer, such as [1150, 1150, 400]; none: hidden_size"
+    )
     dropout: Rate = Field(default=0.0, description="dropout after the embedding, between layers, and after the last")
     input_dropout: Rate | None = Field(default=None, description="dropout after the embedding; none: dropout")
     output_dropout: Rate | None = Field(default=None, description="dropout after the last layer; none: dropout")
+    locked_dropout: bool = Field(default=False, description="these three dropouts: one mask for all steps of a window")
     embedding_dropout: Rate = Field(default=0.0, description="dropout of whole embeddings, by word of the vocabulary")
     weight_dropout: Rate = Field(default=0.0, description="dropout of the entries of the recurrent weights")
     recurrent_dropout: Rate = Field(
@@ -64,7 +69,10 @@ class ModelConfig(Section):
     )
     zoneout: Rate = Field(default=0.0, description="probability that a unit keeps its previous state at a step")
     zoneout_c: Rate | None = Field(default=None, description="lstm: zoneout of c; none: zoneout")
-    tied: bool = Field(default=True, description="share one weight between the embedding and the decoder")
+    tied: bool = Field(
+        default=True,
+        description="share one weight between the embedding and the decoder, through a projection if sizes differ",
+    )
     alpha_fwd: Alpha = Field(default=8191 / 8192, description="online: decay of the running statistics")
     alpha_bwd: Alpha = Field(default=31 / 32, description="online: decay of the control states u and v")
     control_floor: float | None = Field(
@@ -88,12 +96,17 @@ class ModelConfig(Section):
     def _rnn(cls, value: Any) -> Any:
         return "rnn_tanh" if value == "rnn" else value
 
+    @property
+    def sizes(self) -> list[int]:
+        """The units of each layer."""
+        return self.layer_sizes or [self.hidden_size] * self.num_layers
+
     @model_validator(mode="after")
     def _fits(self) -> "ModelConfig":
-        if self.tied and self.embedding_size not in (None, self.hidden_size):
+        if self.layer_sizes is not None and len(self.layer_sizes) != self.num_layers:
             raise UserError(
-                f"a tied decoder must have model.embedding_size equal to model.hidden_size; "
-                f"got {self.embedding_size} and {self.hidden_size}; make them equal or set model.tied=false"
+                f"model.layer_sizes must have a size for each of the layers of model.num_layers; "
+                f"got {len(self.layer_sizes)} for {self.num_layers}; correct one of them"
             )
         if self.zoneout_c is not None and self.cell != "lstm":
             raise UserError(
@@ -124,7 +137,13 @@ class TrainConfig(Section):
         description="asgd: average once a validation is worse than the best of more than this many epochs before; "
         "none: from the first step",
     )
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(default=0.0, description="L2 penalty")
+    weight_decay: Weight = Field(default=0.0, description="L2 penalty")
+    ar: Weight = Field(
+        default=0.0, description="activation regularization: factor of the mean square of the output after dropout"
+    )
+    tar: Weight = Field(
+        default=0.0, description="temporal activation regularization: factor of the output's mean square change"
+    )
     clip: Positive | None = Field(default=0.25, description="maximum norm of the gradient; none: no clipping")
     schedule: Literal["constant", "exponential", "plateau", "cosine"] = Field(
         default="constant", description="learning-rate schedule"

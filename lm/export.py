@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+import rnnorm
 from lm.errors import UserError
 from lm.evaluator import evaluating
 from lm.model import LanguageModel, state_of, state_tensors
@@ -37,11 +37,15 @@ class _Function(nn.Module):
     def __init__(self, model: LanguageModel, **options: Callable[..., nn.Module]) -> None:
         super().__init__()
         self.embedding, self.decoder = model.embedding, model.decoder
-        self.layers = model.layers.to_plain(**options)
+        self.layers = nn.ModuleList(layer.to_plain(**options) for layer in model.recurrent)
 
     def forward(self, tokens: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        hidden, *after = self.layers(self.embedding(tokens), *states)
-        return F.log_softmax(self.decoder(hidden), -1), *after
+        hidden, each = self.embedding(tokens), len(states) // len(self.layers)
+        after: list[Tensor] = []
+        for number, layer in enumerate(self.layers):
+            hidden, *last = layer(hidden, *states[number * each :][:each])
+            after += last
+        return self.decoder.log_probs(hidden), *after
 
 
 class _Steps(nn.Module):
@@ -61,8 +65,8 @@ class _Steps(nn.Module):
 
 def _torchscript(model: LanguageModel, path: Path, example: tuple[Tensor, ...], tokenizer: str) -> None:
     def loop(step: nn.Module) -> nn.Module:
-        gates = step.weight_hh.size(0)  # type: ignore[operator]
-        width = sum(state.size(2) for state in example[1:])
+        gates, units = step.weight_hh.shape  # type: ignore[misc]
+        width = units * len(rnnorm.CELLS[model.recurrent[0].cell].states)
         part, state = torch.zeros(2, gates), torch.zeros(2, width)
         return torch.jit.script(_Steps(torch.jit.trace(step, (part, state), check_trace=False)))
 
@@ -86,7 +90,9 @@ def _torch_export(model: LanguageModel, path: Path, example: tuple[Tensor, ...],
 
 
 def _onnx(model: LanguageModel, path: Path, example: tuple[Tensor, ...], tokenizer: str) -> None:
-    states = ["h", "c"][: len(example) - 1]
+    names = rnnorm.CELLS[model.recurrent[0].cell].states
+    own = ["", *(f"_l{layer}" for layer in range(1, len(model.recurrent)))]
+    states = [f"{name}{layer}" for layer in own for name in names]
     program = torch.onnx.export(
         _Function(model),
         example,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import rnnorm
-from lm.model import LanguageModel
+from lm.evaluator import evaluating
+from lm.model import LanguageModel, Stack, by_layer
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 BINS = 20
@@ -54,15 +55,28 @@ def look(model: LanguageModel, inputs: Tensor) -> dict[str, Any]:
     at = torch.tensor(QUANTILES, dtype=torch.float64)
     statistics = {
         name: [_short(value) for value in values.double().quantile(at)]
-        for name, values in buffers(model.layers).items()
+        for name, values in by_layer(buffers(model.layers).items())
     }
-    weights = {name: value for name, value in model.layers.named_parameters() if name.startswith("weight_hh_")}
+    named = by_layer(model.layers.named_parameters())
+    weights = {name: value for name, value in named if name.startswith("weight_hh_")}
     recurrent = {name: _short(torch.linalg.vector_norm(value.double())) for name, value in weights.items()}
-    bounds = {gate.name: gate.bounds for gate in rnnorm.CELLS[model.layers.cell].gates}
-    values = rnnorm.gates(model.layers, model.embedding(inputs)) if any(bounds.values()) else {}
+    bounds = {gate.name: gate.bounds for gate in rnnorm.CELLS[model.recurrent[0].cell].gates}
+    values = _gates(model, inputs) if any(bounds.values()) else {}
     limited = {name: (value, bounds[name.partition("_")[0]]) for name, value in values.items()}
     gates = {name: _gate(value, *limits) for name, (value, limits) in limited.items() if limits is not None}
     return {"statistics": statistics, "gates": gates, "recurrent": recurrent}
+
+
+def _gates(model: LanguageModel, inputs: Tensor) -> dict[str, Tensor]:
+    x = model.embedding(inputs)
+    if not isinstance(model.layers, Stack):
+        return rnnorm.gates(model.layers, x)
+    found: dict[str, Tensor] = {}
+    with evaluating(model):
+        for number, layer in enumerate(model.recurrent):
+            found.update(by_layer((f"{number}.{name}", gate) for name, gate in rnnorm.gates(layer, x).items()))
+            x, _ = layer(x)
+    return found
 
 
 def _gate(values: Tensor, low: float, high: float) -> dict[str, Any]:

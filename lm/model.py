@@ -1,6 +1,8 @@
 """Embedding, normalized recurrent layers, decoder."""
 
 import math
+import re
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 import torch
@@ -9,10 +11,62 @@ from torch import Tensor, nn
 
 import rnnorm
 from lm.config import ModelConfig
-from lm.loss import linear_cross_entropy, token_nll
+from lm.decoders import Softmax
 from lm.stream import Window
 
-State: TypeAlias = Tensor | tuple[Tensor, Tensor]
+State: TypeAlias = Tensor | tuple[Tensor, ...]
+Layer: TypeAlias = rnnorm.LSTM | rnnorm.GRU | rnnorm.RNN
+
+
+class LockedDropout(nn.Dropout):
+    """Dropout with one mask [1, N, C] for all steps of a window [T, N, C].
+
+    Source: Gal and Ghahramani, NeurIPS 2016 (arXiv 1512.05287); so named in Merity et al. 2017 (arXiv 1708.02182).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return locked_dropout(input, self.p, self.training)
+
+
+def locked_dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Returns `x` [T, N, C] with the entries of one mask [1, N, C] dropped at every step."""
+    return x * F.dropout(torch.ones_like(x[:1]), rate) if training and rate else x
+
+
+class Stack(nn.ModuleList):
+    """Recurrent layers of any sizes, one module each, with dropout between them.
+
+    Arguments:
+        layers: of one recurrent layer each.
+        dropout: rate between layers.
+        locked: one mask for all steps.
+
+    The state is one flat tuple, `h` or `h, c` of the first layer, then of the second, …, [1, N, H] each.
+    """
+
+    def __init__(self, layers: Iterable[Layer], dropout: float, locked: bool) -> None:
+        super().__init__(layers)
+        self.dropout, self.locked = dropout, locked
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        given = state_tensors(state)
+        each, after = len(given) // len(self), []
+        for number, layer in enumerate(self):
+            if number and self.locked:
+                x = locked_dropout(x, self.dropout, self.training)
+            elif number:
+                x = F.dropout(x, self.dropout, self.training)
+            x, last = layer(x, state_of(given[number * each :][:each]), lengths=lengths)
+            after += state_tensors(last)
+        return x, state_of(after)
+
+
+def by_layer(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yields a model's layers' tensors by names such as `norm_mean_l1`, also those of a `Stack`, `1.norm_mean_l0`."""
+    for name, tensor in named:
+        yield re.sub(r"^(\d+)\.(.*)_l0$", r"\2_l\1", name), tensor
 
 
 class LanguageModel(nn.Module):
@@ -31,12 +85,13 @@ class LanguageModel(nn.Module):
         given = torch.empty(vocabulary, width) if torch.get_default_device().type == "meta" else None
         self.embedding = nn.Embedding(vocabulary, width, _weight=given)
         self.layers = _layers(config, width, backend)
-        self.decoder = nn.Linear(config.hidden_size, vocabulary)
+        self.decoder = Softmax(config.sizes[-1], vocabulary, width if config.tied else None)
         if config.tied:
             self.decoder.weight = self.embedding.weight
         self.word_dropout = config.embedding_dropout
-        self.input_dropout = nn.Dropout(_first(config.input_dropout, config.dropout))
-        self.output_dropout = nn.Dropout(_first(config.output_dropout, config.dropout))
+        dropout = LockedDropout if config.locked_dropout else nn.Dropout
+        self.input_dropout = dropout(_first(config.input_dropout, config.dropout))
+        self.output_dropout = dropout(_first(config.output_dropout, config.dropout))
         self._initialize(config.init_range, config.embedding_range)
 
     @torch.no_grad()
@@ -49,7 +104,7 @@ class LanguageModel(nn.Module):
         if init_range is not None:
             # A normalization's scale starts at one and its shift at zero whatever the weights' range.
             own = (p for name, p in self.layers.named_parameters() if "norm" not in name)
-            for parameter in (*own, self.decoder.bias):
+            for parameter in (*own, *(p for p in self.decoder.parameters() if p is not self.decoder.weight)):
                 nn.init.uniform_(parameter, -init_range, init_range)
 
     def forward(
@@ -63,36 +118,47 @@ class LanguageModel(nn.Module):
             lengths: [N] int64 in 1 … T, or None when all columns have T steps.
 
         Returns:
-            The decoder's input [T, N, H], and the state after the last step. Dropout never enters the state.
+            The last layer's output after dropout [T, N, H], and the state after the last step. Dropout never enters
+            the state.
         """
+        _, hidden, state = self.outputs(inputs, state, lengths)
+        return hidden, state
+
+    def outputs(
+        self, inputs: Tensor, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Returns the last layer's output [T, N, H] before dropout and after it, and the state; as `forward`."""
         embedded = self.embedding(inputs)
         if self.training and self.word_dropout:
             keep = torch.rand(self.embedding.num_embeddings, device=inputs.device) >= self.word_dropout
             embedded = embedded * (keep.to(embedded.dtype) / (1 - self.word_dropout))[inputs].unsqueeze(-1)
         hidden, state = self.layers(self.input_dropout(embedded), state, lengths=lengths)
-        return self.output_dropout(hidden), state
+        return hidden, self.output_dropout(hidden), state
+
+    @property
+    def recurrent(self) -> list[Layer]:
+        """The modules of the recurrent layers: one that holds all, or one each."""
+        return [*self.layers] if isinstance(self.layers, Stack) else [self.layers]
 
     def state_shapes(self, columns: int) -> list[tuple[int, ...]]:
         """Returns the shapes of the tensors of the state of so many columns."""
-        shape = (self.layers.num_layers, columns, self.layers.hidden_size)
-        return [shape, shape] if isinstance(self.layers, rnnorm.LSTM) else [shape]
+        return [
+            (layer.num_layers, columns, layer.hidden_size)
+            for layer in self.recurrent
+            for _ in rnnorm.CELLS[layer.cell].states
+        ]
 
     def loss(self, hidden: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, int]:
         """Returns the summed nats of `targets` [T, N] under `hidden` [T, N, H], and how many counted."""
-        rows = None if mask is None else mask.flatten()
-        return linear_cross_entropy(
-            hidden.flatten(0, 1), self.decoder.weight, self.decoder.bias, targets.flatten(), rows
-        )
+        return self.decoder.loss(hidden, targets, mask)
 
     def token_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Returns the nats of each target, [T, N], without gradient."""
-        rows = token_nll(hidden.flatten(0, 1), self.decoder.weight, self.decoder.bias, targets.flatten())
-        return rows.view(targets.shape)
+        return self.decoder.token_nll(hidden, targets)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Returns the log-probabilities [..., V] in float32 or wider."""
-        logits = self.decoder(hidden)
-        return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+        return self.decoder.log_probs(hidden)
 
 
 def sketch(config: ModelConfig, vocabulary: int) -> LanguageModel:
@@ -104,13 +170,19 @@ def sketch(config: ModelConfig, vocabulary: int) -> LanguageModel:
 class Objective(nn.Module):
     """What training minimizes, as one forward: DistributedDataParallel prepares the gradients of what that returns.
 
+    `mean(nats) + ar * mean(dropped^2) + tar * mean((raw[t + 1] - raw[t])^2)`, of the last layer's output after and
+    before dropout; the last term is 0 for one step. Padding does not count.
+
     Arguments:
         model: shared, not copied.
+        ar, tar: factors of activation regularization and temporal activation regularization.
+
+    Source: Merity et al. 2017 (arXiv 1708.01009).
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, ar: float = 0.0, tar: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.ar, self.tar = model, ar, tar
 
     def forward(self, window: Window, state: State | None) -> tuple[Tensor, Tensor, State]:
         """Returns what to differentiate, the nats to report, and the state after the window.
@@ -118,18 +190,38 @@ class Objective(nn.Module):
         The first two are sums over the window's targets; a penalty is added to the first alone, times the number of
         targets, as the trainer divides by that.
         """
-        hidden, state = self.model(window.inputs, state, window.lengths)
-        nats, _ = self.model.loss(hidden, window.targets, window.mask)
-        return nats, nats.detach(), state
+        raw, dropped, state = self.model.outputs(window.inputs, state, window.lengths)
+        nats, count = self.model.loss(dropped, window.targets, window.mask)
+        loss = nats
+        if self.ar:
+            loss = loss + count * self.ar * _mean_square(dropped, window.mask)
+        if self.tar and len(raw) > 1:
+            mask = None if window.mask is None else window.mask[1:]
+            loss = loss + count * self.tar * _mean_square(raw[1:] - raw[:-1], mask)
+        return loss, nats.detach(), state
 
 
-def _layers(config: ModelConfig, width: int, backend: str) -> rnnorm.LSTM | rnnorm.GRU | rnnorm.RNN:
+def _mean_square(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over the rows [T, N] that count, in the dtype of the running sums."""
+    kept = values if mask is None else values[mask]
+    return kept.float().square().mean() if kept.dtype != torch.float64 else kept.square().mean()
+
+
+def _layers(config: ModelConfig, width: int, backend: str) -> Layer | Stack:
+    sizes = config.sizes
+    if len({*sizes}) == 1 and not (config.locked_dropout and len(sizes) > 1):
+        return _layer(config, width, sizes[0], len(sizes), backend)
+    inputs = [width, *sizes[:-1]]
+    each = (_layer(config, before, units, 1, backend) for before, units in zip(inputs, sizes, strict=True))
+    return Stack(each, config.dropout, config.locked_dropout)
+
+
+def _layer(config: ModelConfig, inputs: int, units: int, count: int, backend: str) -> Layer:
     floor = -math.inf if config.control_floor is None else config.control_floor
     online = rnnorm.norms.Online(config.alpha_fwd, config.alpha_bwd, guard=config.guard, control_floor=floor)
     norm = online if config.norm == "online" else config.norm
-    size = (width, config.hidden_size, config.num_layers)
     # torch warns of dropout on a single layer, which has nothing between layers to drop
-    between = config.dropout if config.num_layers > 1 else 0.0
+    between = config.dropout if count > 1 else 0.0
     options: rnnorm.Options = {
         "norm": norm,
         "cell_norm": config.cell_norm,
@@ -141,10 +233,11 @@ def _layers(config: ModelConfig, width: int, backend: str) -> rnnorm.LSTM | rnno
     if config.zoneout_c is not None:
         options["zoneout"] = (config.zoneout, config.zoneout_c)
     if config.cell == "lstm":
-        return rnnorm.LSTM(*size, dropout=between, **options)
+        return rnnorm.LSTM(inputs, units, count, dropout=between, **options)
     if config.cell == "gru":
-        return rnnorm.GRU(*size, dropout=between, **options)
-    return rnnorm.RNN(*size, nonlinearity=config.cell.removeprefix("rnn_"), dropout=between, **options)
+        return rnnorm.GRU(inputs, units, count, dropout=between, **options)
+    nonlinearity = config.cell.removeprefix("rnn_")
+    return rnnorm.RNN(inputs, units, count, nonlinearity=nonlinearity, dropout=between, **options)
 
 
 def _first(value: float | None, otherwise: float) -> float:
@@ -153,7 +246,7 @@ def _first(value: float | None, otherwise: float) -> float:
 
 def detach(state: State) -> State:
     """Returns the state cut from its graph, as truncated BPTT carries it on."""
-    return state.detach() if isinstance(state, Tensor) else (state[0].detach(), state[1].detach())
+    return state.detach() if isinstance(state, Tensor) else tuple(tensor.detach() for tensor in state)
 
 
 def columns_of(state: State | None, first: int, stop: int) -> State | None:
@@ -172,4 +265,4 @@ def state_of(tensors: list[Tensor]) -> State | None:
     """Returns the state that `state_tensors` took apart."""
     if not tensors:
         return None
-    return tensors[0] if len(tensors) == 1 else (tensors[0], tensors[1])
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)

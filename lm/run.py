@@ -190,9 +190,13 @@ def _describe(say: Say, settings: Config, text: _Text, model: LanguageModel) -> 
         f"{tokenizer.kind} vocabulary of {tokenizer.size:,}"
     )
     say(
-        f"model {shape.num_layers}x{shape.hidden_size} {shape.cell}, norm {shape.norm}, "
+        f"model {_sizes(shape.sizes)} {shape.cell}, norm {shape.norm}, "
         f"{'tied' if shape.tied else 'untied'}, {size:,} parameters"
     )
+
+
+def _sizes(sizes: list[int]) -> str:
+    return f"{len(sizes)}x{sizes[0]}" if len({*sizes}) == 1 else "-".join(map(str, sizes))
 
 
 def _fit(trainer: Trainer) -> str:

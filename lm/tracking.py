@@ -16,7 +16,7 @@ from lm import files
 from lm.evaluator import finite, perplexity, record
 from lm.events import Diverged, EpochEnded, Event, Scored, Stepped, Validated
 from lm.internals import Internals, buffers
-from lm.model import LanguageModel
+from lm.model import LanguageModel, by_layer
 from lm.sample import sample
 from lm.tokenizers import Tokenizer
 
@@ -184,7 +184,7 @@ class TensorBoard:
     def _statistics(self, event: Event) -> None:
         from torch.utils.tensorboard.summary import histogram
 
-        for name, values in buffers(self.model.layers).items():
+        for name, values in by_layer(buffers(self.model.layers).items()):
             self.file.add(event.step, histogram(f"statistics/{name}", values, _BINS))
 
 

@@ -117,7 +117,7 @@ class Trainer:
         first, stop = team.share(config.batch_size)
         cuts = [(first + start, first + end) for start, end in parts(stop - first, config.accumulate)]
         self.parts = [(cut, data.part(*cut).to(self.device)) for cut in cuts]
-        self.objective = team.data_parallel(Objective(model))
+        self.objective = team.data_parallel(Objective(model, config.ar, config.tar))
         self.validate = validate
         self.listeners = list(listeners)
         self.optimizer = optim.build(model, config)

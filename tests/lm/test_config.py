@@ -105,8 +105,8 @@ def test_assignments_are_toml_or_bare_text():
         ({"train": {"window": True}}, "train.window must be a valid string; got True"),
         ({"train": 3}, "train must be a valid dictionary or instance of TrainConfig; got 3"),
         (
-            {"model": {"embedding_size": 100}},
-            "tied decoder must have model.embedding_size equal .* got 100 and 200",
+            {"model": {"layer_sizes": [20, 10]}},
+            "model.layer_sizes must have a size for each of the layers of model.num_layers; got 2 for 1",
         ),
         ({"model": {"cell": "gru", "cell_norm": True}}, "model.cell_norm must be used with the cell lstm; got gru"),
         ({"model": {"dropout": 1.0}}, "model.dropout must be less than 1; got 1.0"),

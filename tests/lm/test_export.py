@@ -32,6 +32,8 @@ def trained(model, tokenizer):
         ("torchscript", {"cell_norm": True, "num_layers": 2, "tied": False, "embedding_size": 5}),
         ("torch-export", {"cell": "gru", "norm": "layer"}),
         ("onnx", {"guard": "clamp"}),
+        ("torchscript", {"num_layers": 2, "layer_sizes": [7, 9], "norm": "none"}),
+        ("onnx", {"num_layers": 2, "locked_dropout": True, "norm": "none"}),
     ],
 )
 def test_an_export_computes_what_the_model_does(trained, tmp_path, tokenizer, to, settings):

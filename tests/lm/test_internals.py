@@ -33,6 +33,16 @@ def test_statistics_and_gates_of_every_layer(model, cell, gates):
     }
 
 
+def test_layers_that_are_modules_of_their_own_are_named_alike(model):
+    settings = {"num_layers": 2, "layer_sizes": [7, 12]}
+    found = look(net := model(**settings), inputs := torch.randint(0, 5, (7, 3)))
+    assert found["gates"].keys() == {f"{gate}_l{layer}" for gate in "ifgo" for layer in (0, 1)}
+    assert found["recurrent"].keys() == {"weight_hh_l0", "weight_hh_l1"}
+    assert {"norm_mean_l0", "norm_mean_l1"} <= found["statistics"].keys()
+    assert [sum(found["gates"][f"i_l{layer}"]["counts"]) for layer in (0, 1)] == [7 * 3 * 7, 7 * 3 * 12]
+    assert found == look(net, inputs), "the statistics have not moved"
+
+
 def test_a_gate_that_is_shut_is_saturated(model):
     net = model(norm="none")
     with torch.no_grad():

@@ -3,7 +3,8 @@ import torch
 
 import rnnorm
 from lm import config
-from lm.model import LanguageModel, detach, sketch, state_of, state_tensors
+from lm.model import LanguageModel, Objective, by_layer, detach, sketch, state_of, state_tensors
+from lm.stream import Window
 
 IDS = torch.tensor([[1, 2], [3, 4], [5, 6], [1, 1]])
 
@@ -131,3 +132,109 @@ def test_a_sketch_is_the_model_without_values(cell, norm):
     assert {value.device.type for value in drawn.state_dict().values()} == {"meta"}
     _, state = real(IDS)
     assert real.state_shapes(2) == [tuple(tensor.shape) for tensor in state_tensors(state)]
+
+
+SHAPES = {
+    "sizes": {"num_layers": 3, "layer_sizes": [7, 5, 12]},
+    "locked": {"num_layers": 2, "locked_dropout": True, "dropout": 0.5},
+    "projected": {"num_layers": 2, "embedding_size": 5},
+    "one": {"layer_sizes": [9], "locked_dropout": True},
+}
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layers_of_any_sizes_train_and_carry_their_states(model, cell, shape):
+    net = model(cell=cell, **SHAPES[shape])
+    hidden, state = net(IDS)
+    assert hidden.shape == (4, 2, net.recurrent[-1].hidden_size)
+    assert net.state_shapes(2) == [tuple(tensor.shape) for tensor in state_tensors(state)]
+    net.loss(hidden, IDS)[0].backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in net.named_parameters() if "shift" not in name)
+    net.eval()
+    whole, last = net(IDS)
+    first, state = net(IDS[:1])
+    rest, again = net(IDS[1:], detach(state))
+    torch.testing.assert_close(torch.cat([first, rest]), whole)
+    torch.testing.assert_close(state_tensors(again), state_tensors(last))
+    torch.testing.assert_close(
+        net.token_nll(whole, IDS), -net.log_probs(whole).gather(2, IDS[..., None])[..., 0].detach().double()
+    )
+
+
+def test_locked_layers_compute_what_one_module_of_several_does(model):
+    """In evaluation mode, and in training mode without dropout."""
+    one, stack = model(num_layers=2), model(num_layers=2, locked_dropout=True)
+    weights = one.state_dict()
+    own = [name.removeprefix("layers.") for name in stack.state_dict() if name.startswith("layers.")]
+    names = {
+        f"layers.{mine}": f"layers.{theirs}"
+        for mine, (theirs, _) in zip(own, by_layer((n, n) for n in own), strict=True)
+    }
+    assert {*names.values()} <= weights.keys()
+    stack.load_state_dict({name: weights[names.get(name, name)] for name in stack.state_dict()})
+    for training in (True, False):
+        stack.train(training), one.train(training)
+        ours, theirs = stack(IDS), one(IDS)
+        torch.testing.assert_close(ours[0], theirs[0])
+        h, c = theirs[1]
+        torch.testing.assert_close(ours[1], (h[:1], c[:1], h[1:], c[1:]))
+
+
+def test_a_locked_mask_is_one_for_all_steps_and_another_for_each_column(model):
+    net = model(num_layers=2, locked_dropout=True, dropout=0.5, input_dropout=0.25)
+    seen = []
+    for layer in net.recurrent:
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ids = torch.ones(6, 40, dtype=torch.int64)
+    raw, dropped, _ = net.outputs(ids)
+    embedded, between = (x == 0 for x in seen)
+    for zeros, rate in ((embedded, 0.25), (between, 0.5), (dropped == 0, 0.5)):
+        assert torch.equal(zeros, zeros[:1].expand_as(zeros))
+        assert zeros[0].float().mean() == pytest.approx(rate, abs=0.1)
+        assert (zeros[0] != zeros[0, :1]).any(), "columns have masks of their own"
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], raw[kept] / 0.5)
+    net.eval()
+    raw, dropped, _ = net.outputs(ids)
+    assert torch.equal(raw, dropped)
+
+
+def test_a_tied_weight_is_read_through_a_projection(model):
+    net = model(embedding_size=5, init_range=0.03).eval()
+    assert net.decoder.weight is net.embedding.weight
+    assert 0 < net.decoder.projection.weight.abs().max() <= 0.03
+    hidden, _ = net(IDS)
+    logits = hidden @ net.decoder.projection.weight.T @ net.embedding.weight.T + net.decoder.bias
+    torch.testing.assert_close(net.log_probs(hidden), logits.log_softmax(-1))
+    assert model(embedding_size=5, tied=False).decoder.projection is None
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_activation_penalties(model, padded):
+    net = model(dropout=0.5, norm="layer").double()
+    lengths, mask = (
+        (torch.tensor([4, 2]), torch.tensor([[1, 1], [1, 1], [1, 0], [1, 0]]).bool())
+        if padded
+        else (
+            None,
+            None,
+        )
+    )
+    window = Window(IDS, IDS, lengths, mask)
+    real = torch.ones(4, 2, dtype=torch.bool) if mask is None else mask
+    seed = lambda: torch.manual_seed(3)  # noqa: E731
+    seed()
+    raw, dropped = (value.detach() for value in net.outputs(IDS, None, lengths)[:2])
+    count = int(real.sum())
+    squares = [float(row.square().sum()) for row in dropped[real]]
+    changes = [float((raw[t + 1, n] - raw[t, n]).square().sum()) for t in range(3) for n in range(2) if real[t + 1, n]]
+    for ar, tar in ((0.0, 0.0), (2.0, 0.0), (0.0, 3.0), (2.0, 3.0)):
+        seed()
+        loss, nats, _ = Objective(net, ar, tar)(window, None)
+        expected = count * (ar * sum(squares) / (12 * len(squares)) + tar * sum(changes) / (12 * len(changes)))
+        assert (loss - nats).item() == pytest.approx(expected, rel=1e-9)
+    one = Window(IDS[:1], IDS[:1], None, None)
+    seed()
+    loss, nats, _ = Objective(net, 0.0, 3.0)(one, None)
+    assert torch.equal(loss, nats), "the temporal one is 0 for one step"

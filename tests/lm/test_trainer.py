@@ -69,6 +69,10 @@ CASES = {
     "cell norm": ({"window": "awd{9}"}, {"cell_norm": True, "num_layers": 2}),
     "bfloat16": ({"autocast": "bfloat16"}, {}),
     "parts": ({"accumulate": 2}, {"num_layers": 2}),
+    "sizes": (
+        {"ar": 2.0, "tar": 1.0},
+        {"num_layers": 2, "layer_sizes": [7, 12], "locked_dropout": True, "weight_dropout": 0.5},
+    ),
 }
 
 
@@ -265,6 +269,16 @@ def test_a_penalty_is_differentiated_and_not_reported(trainer, monkeypatch, accu
     assert seen[0].grad_norm < seen[1].grad_norm
     assert not torch.equal(runs[0].model.decoder.bias, runs[1].model.decoder.bias)
     assert torch.equal(runs[0].model.layers.weight_hh_l0, runs[1].model.layers.weight_hh_l0)
+
+
+@pytest.mark.parametrize("key", ["ar", "tar"])
+def test_activations_are_penalized_and_not_reported(trainer, key):
+    seen = []
+    for factor in (0.0, 5.0):
+        trainer([seen.append], {"max_steps": 1, key: factor}).fit()
+    plain, penalized = (event for event in seen if isinstance(event, Stepped))
+    assert plain.nll == penalized.nll
+    assert plain.grad_norm != penalized.grad_norm
 
 
 def test_a_request_to_stop_ends_after_the_step(trainer):
