@@ -84,6 +84,12 @@ def cli() -> None:
     default="auto",
     help="Resume the folder's run, or require an empty folder.",
 )
+@click.option(
+    "--init-from",
+    metavar="RUN",
+    type=Path,
+    help="Begin with this run's best weights and tokenizer, and with its settings unless --preset is given.",
+)
 @click.option("--overwrite", is_flag=True, help="Move a folder that holds a run aside, and start a new run.")
 @click.option(
     "--set",
@@ -100,6 +106,7 @@ def train(
     data: str | None,
     folder: Path | None,
     resume: str,
+    init_from: Path | None,
     overwrite: bool,
     assignments: tuple[str, ...],
     **options: Any,
@@ -110,6 +117,8 @@ def train(
     enough. Ctrl-C finishes the step, saves, and stops.
     """
     given = {f"train.{name}": value for name, value in options.items() if value is not None}
+    if init_from is not None:
+        given["train.init_from"] = str(init_from.resolve())
     settings = compose(preset, data, folder, assignments, given)
     source = Path(settings.data.source).name
     folder = folder or Path("runs") / f"{Path(preset or 'default').stem}-{source}"
@@ -128,10 +137,11 @@ def train(
 def compose(
     preset: str | None, data: str | None, folder: Path | None, assignments: Sequence[str], given: dict[str, Any]
 ) -> Config:
-    """Returns the settings: of the preset, else of the run that the folder holds, else the default ones; changed
-    by the options, and by the assignments last."""
-    held = None if folder is None else folder / "config.toml"
-    if preset is None and held is not None and held.is_file():
+    """Returns the settings: of the preset, else of the run that the folder holds, else of the run to begin with, else
+    the default ones; changed by the options, and by the assignments last."""
+    runs = [folder, Path(given["train.init_from"]) if "train.init_from" in given else None]
+    held = next((path for place in runs if place is not None and (path := place / "config.toml").is_file()), None)
+    if preset is None and held is not None:
         tables = config.read_toml(held, "a run's configuration")
     else:
         tables = config.preset(preset or "default")

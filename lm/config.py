@@ -122,20 +122,24 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     epochs: Count = Field(default=5, description="passes over the training text")
     max_steps: Count | None = Field(default=None, description="maximum number of optimizer steps, over all epochs")
+    init_from: str | None = Field(
+        default=None, description="run folder whose best weights and tokenizer the run begins with; none: fresh ones"
+    )
     lr: Positive = Field(default=0.003, description="learning rate")
     batch_size: Count = Field(default=20, description="columns that the training text is read in, side by side")
     accumulate: Count = Field(
         default=1, description="parts that the columns of a step are computed in, one after another, to save memory"
     )
     window: str = Field(default="32", description="steps of truncated BPTT: 64, uniform{2..128} or awd{70}")
-    optimizer: Literal["sgd", "asgd", "adam", "adamw"] = Field(
-        default="adam", description="asgd: sgd, its weights averaged"
+    optimizer: Literal["sgd", "asgd", "adam", "adamw", "rmsprop"] = Field(
+        default="adam", description="asgd: sgd, its weights averaged; rmsprop: adam without a mean of gradients"
     )
     momentum: Rate = Field(default=0.0, description="sgd, asgd: momentum")
+    average: bool = Field(default=False, description="average the weights, as asgd does, with any optimizer")
     average_patience: Whole | None = Field(
         default=5,
-        description="asgd: average once a validation is worse than the best of more than this many epochs before; "
-        "none: from the first step",
+        description="asgd, average: begin once a validation is worse than the best of more than this many epochs "
+        "before; none: from the first step",
     )
     weight_decay: Weight = Field(default=0.0, description="L2 penalty")
     ar: Weight = Field(
@@ -159,6 +163,10 @@ class TrainConfig(Section):
     patience: Count | None = Field(
         default=None, description="stop after this many epochs without a new best; none: never"
     )
+    stop_patience: Whole | None = Field(
+        default=None,
+        description="stop once a validation is worse than the best of more than this many epochs before; none: never",
+    )
     autocast: Literal["none", "bfloat16"] = Field(default="none", description="dtype of matrix products under autocast")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1, description="random seed")
     backend: str = Field(default="auto", description="backend for the recurrent layers (`python -m rnnorm` lists them)")
@@ -179,6 +187,11 @@ class TrainConfig(Section):
             except UserError as fault:
                 raise UserError(f"train.window: {fault}") from None
         return value
+
+    @property
+    def averaging(self) -> bool:
+        """True if the weights are averaged, from some epoch on."""
+        return self.optimizer == "asgd" or self.average
 
 
 class CheckpointConfig(Section):

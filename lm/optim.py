@@ -28,6 +28,8 @@ def build(model: nn.Module, config: TrainConfig) -> Optimizer:
             return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay, fused=True)
         case "adam":
             return Adam(parameters, lr=lr, weight_decay=decay, fused=True)
+        case "rmsprop":  # as deepmind/lamb calls it: with Adam's correction of the bias
+            return Adam(parameters, lr=lr, betas=(0.0, 0.999), weight_decay=decay, fused=True)
         case "adamw":
             return AdamW(parameters, lr=lr, weight_decay=decay, fused=True)
 
@@ -85,12 +87,17 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 def averaging(config: TrainConfig, valid: Sequence[float]) -> bool:
     """Returns whether averaging has begun after these validations (nats per token, one for each epoch done).
 
-    With asgd it begins after the first that is greater than the least of all before it but the last
+    With asgd or `average` it begins after the first that is greater than the least of all before it but the last
     `average_patience`; where that is None, with the first step.
 
     Source: NT-ASGD, Merity et al. 2017 (arXiv 1708.02182), as their code has it.
     """
-    if config.optimizer != "asgd" or config.average_patience is None:
-        return config.optimizer == "asgd"
+    if not config.averaging or config.average_patience is None:
+        return config.averaging
+    return worsened(valid, config.average_patience)
+
+
+def worsened(valid: Sequence[float], patience: int) -> bool:
+    """Returns whether any of these validations is greater than the least of all before it but the last `patience`."""
     least = itertools.accumulate(valid, min)  # of the first, of the first two, ...
-    return any(nats > low for nats, low in zip(valid[config.average_patience + 1 :], least, strict=False))
+    return any(nats > low for nats, low in zip(valid[patience + 1 :], least, strict=False))

@@ -76,17 +76,18 @@ def train(settings: Config, path: Path, *, resume: str = "auto", overwrite: bool
     folder = RunFolder(Path(os.path.realpath(path)) if overwrite else path)
     with distributed.joined() as team, Lock() as lock:
 
-        def opened() -> tuple[Config, Path | None, dict[str, Any] | None, _Text]:
+        def opened() -> tuple[Config, Path | None, dict[str, Any] | None, dict[str, Any] | None, _Text]:
             _require(settings.train, team)
             aside = folder.claim(resume, overwrite, lock)
             saved = None if aside else folder.last(say)
             if not aside:
                 folder.require_same_run(settings, saved)
             placed = _placed(settings, saved, team, say)
-            return placed, aside, saved, _text(settings, saved)
+            start = None if saved else _start(placed.train, say)
+            return placed, aside, saved, start, _text(placed, saved, start)
 
         # the settings too: those of a run that is resumed are in its folder, which other machines need not see
-        settings, aside, saved, text = team.of_first(opened)
+        settings, aside, saved, start, text = team.of_first(opened)
         require_backend(settings.train.backend)  # on each process: the first step waits for no one's compiler
         device = require_device(team.place(settings.train.device))
         if device.type == "cuda" and device.index is not None:
@@ -94,6 +95,8 @@ def train(settings: Config, path: Path, *, resume: str = "auto", overwrite: bool
         require_memory(settings.model, text.tokenizer.size)
         torch.manual_seed(settings.train.seed)
         model = LanguageModel(settings.model, text.tokenizer.size, settings.train.backend).to(device)
+        if start is not None:
+            _begin_with(model, start)
         trainer = _trainer(model, settings, text, team)
         if saved is not None:
             folder.restore(model, saved)
@@ -106,6 +109,7 @@ def train(settings: Config, path: Path, *, resume: str = "auto", overwrite: bool
             say(f"{folder}: what was there is now in {aside}")
         _describe(say, settings, text, model)
         where = f"resuming after step {trainer.state.step}" if saved else "a new run"
+        where += "" if start is None else f", from the best weights of {settings.train.init_from}"
         say(f"run folder {folder}: {where}" + (f", {team.size} processes" if team.size > 1 else ""))
         return _run(trainer, settings, folder, text)
 
@@ -129,8 +133,24 @@ def _require(options: TrainConfig, team: Team) -> None:
         )
 
 
-def _text(settings: Config, saved: Mapping[str, Any] | None) -> _Text:
-    """The corpus and its tokenizer: a saved run's own, or one trained on the training text."""
+def _start(options: TrainConfig, say: Say) -> dict[str, Any] | None:
+    """The best checkpoint of the run that a new one begins with."""
+    return None if options.init_from is None else RunFolder(Path(options.init_from)).saved("best", say)
+
+
+def _begin_with(model: LanguageModel, start: Mapping[str, Any]) -> None:
+    try:
+        checkpoint.require_tensors(start["model"], model.state_dict())
+    except ValueError as fault:
+        raise UserError(
+            f"a run that begins with the weights of another must have its model; got one that differs: {fault}; "
+            "begin with its settings"
+        ) from None
+    model.load_state_dict(start["model"])
+
+
+def _text(settings: Config, saved: Mapping[str, Any] | None, start: Mapping[str, Any] | None) -> _Text:
+    """The corpus and its tokenizer: a saved run's own, that of the run it begins with, or one trained on the text."""
     data = settings.data
     corpus = corpora.load(data.source, Path(data.dir))
     sha256 = {split: corpus.sha256(split) for split in ("train", "valid")}
@@ -142,6 +162,8 @@ def _text(settings: Config, saved: Mapping[str, Any] | None) -> _Text:
                     "restore it, or begin another run with --run"
                 )
         tokenizer = tokenizers.from_state(saved["tokenizer"])
+    elif start is not None:
+        tokenizer = tokenizers.from_state(start["tokenizer"])
     elif data.tokenizer_file is not None:
         tokenizer = tokenizers.load(Path(data.tokenizer_file))
     else:

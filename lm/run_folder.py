@@ -24,7 +24,8 @@ Which = Literal["best", "last"]
 # What a run may be resumed with another value of: nothing that its past steps depended on.
 _MAY_CHANGE = {
     *("data.source", "data.dir"),  # the text itself is known by its checksum
-    *("train.epochs", "train.max_steps", "train.patience", "train.backend", "train.device", "train.log_every"),
+    *("train.epochs", "train.max_steps", "train.patience", "train.stop_patience", "train.backend"),
+    *("train.device", "train.log_every"),
     *("checkpoint.every_steps", "checkpoint.every_minutes", "eval.protocol", "eval.chunk"),
 }
 _WAYS = "choose another folder with --run, or give --overwrite, which moves this one aside"
@@ -180,6 +181,6 @@ class RunFolder:
 
 def _may_change(name: str, settings: Config) -> bool:
     if name == "train.average_patience":
-        return settings.train.optimizer != "asgd"  # the others do not use it
+        return not settings.train.averaging  # nothing uses it then
     ends = name in ("train.epochs", "train.max_steps")
     return name in _MAY_CHANGE and not (ends and settings.train.schedule == "cosine")

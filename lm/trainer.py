@@ -225,7 +225,8 @@ class Trainer:
             raise ValueError(f"trainer.step must reach epoch {state.epoch + 1}; got {state.step}")
         if wrong := [nats for nats in state.valid if type(nats) is not float or not nats >= 0]:
             raise ValueError(f"trainer.valid must be numbers from 0 up; got {wrong[0]!r:.50}")
-        if self.config.optimizer == "asgd" and len(state.valid) != state.epoch:
+        by_validations = self.config.averaging or self.config.stop_patience is not None
+        if by_validations and len(state.valid) != state.epoch:  # older checkpoints may lack them
             raise ValueError(f"trainer.valid must be of {state.epoch} epochs; got {len(state.valid)}")
         starts = [start for start, _ in self._windows()]
         if state.position not in starts:
@@ -251,6 +252,8 @@ class Trainer:
         if config.max_steps is not None and state.step >= config.max_steps:
             return "max_steps"
         if config.patience is not None and state.stale >= config.patience:
+            return "patience"
+        if config.stop_patience is not None and optim.worsened(state.valid, config.stop_patience):
             return "patience"
         return self.team.agree(self._stop)
 

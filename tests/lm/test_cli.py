@@ -185,6 +185,15 @@ def test_tokenizer_train(process, call, corpus):
     call("sample", "run", "--temperature", "0.5", "--top-k", "3", "--top-p", "0.9", "--length", "5")
 
 
+def test_a_run_that_begins_with_another_has_its_settings(call, trained, tmp_path):
+    finetune = ("--set", "train.optimizer=asgd", "--set", "train.average_patience=none")
+    _, err = call("train", "--init-from", trained, "--run", "tuned", *finetune)
+    assert f"a new run, from the best weights of {trained}" in err
+    ours, theirs = ((tmp_path / name / "config.toml").read_text().splitlines() for name in ("tuned", "run"))
+    different = {line.partition(" = ")[0] for line, other in zip(ours, theirs, strict=True) if line != other}
+    assert different == {"init_from", "optimizer", "average_patience"}
+
+
 def test_config_prints_a_preset_that_can_be_given_back(call, corpus, tmp_path):
     assert "zaremba-large" in call("config", "--list")[0]
     out, _ = call("config", "--preset", "gru-online", "--set", "train.epochs=1")

@@ -34,7 +34,7 @@ def test_cosine_ends_at_zero_by_epochs_or_steps():
     assert rates(config, [(0, 5, 0), (0, 10, 0)]) == pytest.approx([0.5, 0.0])
 
 
-@pytest.mark.parametrize("name", ["sgd", "asgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "asgd", "adam", "adamw", "rmsprop"])
 def test_every_optimizer_lowers_a_loss(name):
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
@@ -57,6 +57,19 @@ def test_sgd_is_the_papers_update():
     model.weight.grad = torch.tensor([[1.0, -2.0]])
     optimizer.step()
     torch.testing.assert_close(model.weight.detach(), before - 0.5 * (model.weight.grad + 0.1 * before))
+
+
+def test_rmsprop_is_lambs_update():
+    """Adam with beta1 = 0: the gradient over the root of its mean square, corrected for the mean's start at zero."""
+    weight = nn.Linear(2, 1, bias=False).weight
+    optimizer = optim.build(nn.ParameterList([weight]), TrainConfig(optimizer="rmsprop", lr=0.1))
+    mean, expected = torch.zeros(1, 2), weight.detach().clone()
+    for step, grad in enumerate(torch.tensor([[[1.0, -2.0]], [[3.0, 0.5]], [[-1.0, 0.0]]]), 1):
+        weight.grad = grad
+        optimizer.step()
+        mean = 0.999 * mean + 0.001 * grad.square()
+        expected -= 0.1 * grad / ((mean / (1 - 0.999**step)).sqrt() + 1e-8)
+        torch.testing.assert_close(weight.detach(), expected)
 
 
 @pytest.mark.parametrize("name", ["sgd", "asgd"])
@@ -98,3 +111,6 @@ def test_averaging_begins_at_once_or_never():
         assert optim.averaging(TrainConfig(optimizer="asgd", average_patience=None), valid)
         assert not optim.averaging(TrainConfig(optimizer="sgd", average_patience=None), valid)
         assert not optim.averaging(TrainConfig(optimizer="adam", average_patience=0), valid)
+        assert optim.averaging(TrainConfig(optimizer="rmsprop", average=True, average_patience=None), valid)
+    assert optim.averaging(TrainConfig(optimizer="rmsprop", average=True), curve)
+    assert not optim.averaging(TrainConfig(optimizer="rmsprop", average=True), curve[:6])

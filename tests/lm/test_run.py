@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -283,6 +284,40 @@ def validations(monkeypatch):
         monkeypatch.setattr(run, "evaluate", scripted)
 
     return script
+
+
+def test_a_run_begins_with_the_best_weights_of_another(train, tmp_path, corpus):
+    """Its tokenizer too, also on another text, whose own one would differ; and resumes without that run."""
+    train()
+    best = checkpoint.load(tmp_path / "run/checkpoints/best.safetensors")
+    (tmp_path / "other").mkdir()
+    for split in ("train", "valid", "test"):
+        lines = [f"{line} new" for line in (corpus / f"{split}.txt").read_text().splitlines()[::-1]]
+        (tmp_path / "other" / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines))
+    given = [f"train.init_from={tmp_path / 'run'}", f"data.source={tmp_path / 'other'}"]
+    train(*given, "train.max_steps=1", "train.lr=1e-30", folder="tuned")
+    tuned = checkpoint.load(tmp_path / "tuned/checkpoints/last.safetensors")
+    weights = {name for name in tuned["model"] if not re.search(r"norm_(mean|var|u|v)_", name)}
+    assert_equal({n: tuned["model"][n] for n in weights}, {n: best["model"][n] for n in weights}, "model")
+    assert tuned["tokenizer"] == best["tokenizer"]
+    assert tuned["trainer"]["step"] == 1, "steps are counted from 0"
+    shutil.rmtree(tmp_path / "run")
+    assert train(*given, "train.max_steps=2", "train.lr=1e-30", folder="tuned").step == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("model.hidden_size=13", "must have its model; got one that differs: .* must have shape"),
+        ("model.norm=none", "must have its model; got one that differs: .* must not be there"),
+        ("train.init_from=nowhere", "a run must be a folder that `train` made; got nowhere"),
+    ],
+)
+def test_a_run_that_cannot_begin_with_another_writes_nothing(train, tmp_path, given, message):
+    train()
+    with pytest.raises(UserError, match=message):
+        train(f"train.init_from={tmp_path / 'run'}", given, folder="tuned")
+    assert not (tmp_path / "tuned").exists()
 
 
 def test_the_best_weights_are_kept_over_a_stop_inside_an_epoch_and_an_extension(train, tmp_path, validations):

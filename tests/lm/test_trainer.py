@@ -65,6 +65,7 @@ CASES = {
     "asgd": ({"optimizer": "asgd", "average_patience": None, "clip": 0.25}, {"alpha_fwd": 31 / 32}),
     "adam": ({"optimizer": "adam", "lr": 0.01, "schedule": "cosine"}, {"cell": "rnn_relu"}),
     "adamw": ({"optimizer": "adamw", "lr": 0.01, "warmup_steps": 9}, {"norm": "none"}),
+    "rmsprop": ({"optimizer": "rmsprop", "lr": 0.01, "average": True, "average_patience": None}, {"norm": "none"}),
     "plateau": ({"lr": 3.0, "clip": 0.5, "schedule": "plateau", "patience": 9}, {"cell": "rnn_tanh"}),
     "cell norm": ({"window": "awd{9}"}, {"cell_norm": True, "num_layers": 2}),
     "bfloat16": ({"autocast": "bfloat16"}, {}),
@@ -295,6 +296,15 @@ def test_early_stopping(trainer):
     run.validate = lambda: Score("columns", 1.0, 1.0, next(scores), 1)
     assert run.fit() == "patience"
     assert (run.state.epoch, run.state.best, run.state.stale) == (4, 2.0, 2)
+
+
+@pytest.mark.parametrize(("patience", "ends"), [(0, 3), (1, 4), (2, 6), (5, 8), (9, 11)])
+def test_a_run_ends_where_averaging_would_begin(trainer, patience, ends):
+    settings = {"stop_patience": patience, "epochs": len(CURVE), "window": "999", "lr": 1e-3}
+    run = trainer((), settings)
+    scripted(run, CURVE)
+    assert run.fit() == ("patience" if ends < len(CURVE) else "epochs")
+    assert run.state.epoch == ends
 
 
 def test_plateau_history():
