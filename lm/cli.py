@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+from torch import Tensor
 
 import rnnorm
 from lm import checkpoint, config, corpora, distributed, report, run, study, tokenizers
+from lm.adaptation import Adaptation, given, of_settings
 from lm.config import Config
 from lm.corpora import Split
 from lm.errors import UserError
 from lm.evaluator import Group, ProtocolName, Score, record
 from lm.run_folder import Which
 from lm.sample import LONGEST
-from lm.trained import load
+from lm.trained import TrainedModel, load
 from lm.trainer import ENDS, DivergedError
 
 _SETTINGS = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -173,6 +175,22 @@ def compose(
     help="Evaluation protocol; repeatable.  [default: the run's]",
 )
 @click.option("--data", help="Corpus to evaluate on, by name or folder.  [default: the run's]")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Divides the logits.  [default: 1]")
+@click.option("--dynamic", is_flag=True, help="Dynamic evaluation: the weights move after each segment is scored.")
+@click.option("--cache", is_flag=True, help="Neural cache over the last tokens.")
+@click.option(
+    "--tune", is_flag=True, help="First choose the temperature and the constants of --dynamic and --cache on valid."
+)
+@click.option(
+    "--tune-tokens", type=click.IntRange(2), default=20000, show_default=True, help="Tokens of valid to tune on."
+)
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set one setting of evaluation, such as eval.cache_window=1000; repeatable.",
+)
 @click.option("--by-frequency", is_flag=True, help="Also show bands by how often the training text holds a word.")
 @click.option("--by-position", is_flag=True, help="Also show bands by position in the line.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
@@ -190,18 +208,33 @@ def evaluate(
     which: Which,
     backend: str | None,
     device: str | None,
+    assignments: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Measure the perplexity of a run's model.
 
-    Repeat --split and --protocol to score every combination.
+    Repeat --split and --protocol to score every combination. With --temperature, --dynamic, --cache or --tune the
+    model adapts to what it has scored; the protocol says how, and such numbers compare only with their own kind.
     """
     trained = load(folder, which=which, backend=backend or "auto", device=device or "auto", say=_say)
+    trained = replace(trained, config=_of_evaluation(trained.config, assignments))
     methods = protocols or (trained.config.eval.protocol,)
+    means, rms = None, None
+    if any(options[name] for name in ("temperature", "dynamic", "cache", "tune")):
+        if {*protocols} - {"exact"}:
+            raise UserError(
+                f"a model that adapts must be scored by the protocol exact; got {', '.join(protocols)}; leave it out"
+            )
+        methods = ("exact",)
+        means, rms = _adapting(trained, **options)
     if (by_frequency or by_position) and "exact" not in methods:
         raise UserError(f"bands must be of the protocol exact; got {', '.join(methods)}; add --protocol exact")
     scores = []
     for split, protocol in itertools.product(splits, methods):
-        score = trained.score_split(split, protocol=protocol, data=data, groups=by_frequency or by_position)
+        if means is None:
+            score = trained.score_split(split, protocol=protocol, data=data, groups=by_frequency or by_position)
+        else:
+            score = trained.score_adapted(split, means, rms=rms, data=data, groups=by_frequency or by_position)
         frequency, position = by_frequency and score.by_frequency, by_position and score.by_position
         scores.append((split, replace(score, by_frequency=frequency or None, by_position=position or None)))
     if as_json:
@@ -209,6 +242,28 @@ def evaluate(
         click.echo(json.dumps(records[0] if len(records) == 1 else records, indent=2))
     else:
         click.echo("\n".join(shown(split, score) for split, score in scores))
+
+
+def _of_evaluation(settings: Config, assignments: Sequence[str]) -> Config:
+    """The settings with assignments of the section eval."""
+    if other := [given for given in assignments if not given.startswith("eval.")]:
+        raise UserError(f"eval --set must be of the section eval; got {other[0]}; the others belong to training")
+    return config.build(config.override(settings.model_dump(), assignments))
+
+
+def _adapting(
+    trained: TrainedModel, temperature: float | None, dynamic: bool, cache: bool, tune: bool, tune_tokens: int
+) -> tuple[Adaptation, list[Tensor] | None]:
+    """What to evaluate with, tuned where asked to, and the gradients' statistics that it needs."""
+    means = of_settings(trained.config.eval, temperature=temperature or 1.0, dynamic=dynamic, cache=cache)
+    rms = None
+    if means.dynamic is not None:
+        _say("reading the training text for the gradients' statistics")
+        rms = trained.gradient_rms(means.dynamic.segment)
+    if tune:
+        means = trained.tune(means, rms=rms, tokens=tune_tokens, temperature=temperature is None, say=_say)
+        _say(f"tuned on valid; the same again: {' '.join(given(means))}")
+    return means, rms
 
 
 def shown(split: str, score: Score) -> str:

@@ -206,6 +206,13 @@ class CheckpointConfig(Section):
 class EvalConfig(Section):
     protocol: Literal["exact", "chunk-mean"] = Field(default="exact", description="evaluation protocol of `eval`")
     chunk: Count = Field(default=1024, description="steps evaluated at once; the exact result does not depend on it")
+    dynamic_lr: Positive = Field(default=5e-5, description="eval --dynamic: learning rate")
+    dynamic_decay: Weight = Field(default=0.002, description="eval --dynamic: pull towards the trained weights")
+    dynamic_eps: Positive = Field(default=2e-5, description="eval --dynamic: added to the root mean square gradient")
+    dynamic_segment: Count = Field(default=5, description="eval --dynamic: tokens scored before each step")
+    cache_weight: Rate = Field(default=0.1, description="eval --cache: weight of the cache")
+    cache_theta: Weight = Field(default=1.0, description="eval --cache: factor of the outputs' products")
+    cache_window: Count = Field(default=500, description="eval --cache: how many tokens it holds")
 
 
 class Config(Section):

@@ -32,9 +32,12 @@ class Softmax(nn.Linear):
         rows = None if mask is None else mask.flatten()
         return linear_cross_entropy(*self._operands(hidden, targets), rows)
 
-    def token_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Returns the nats of each target, [T, N] float64, without gradient."""
-        return token_nll(*self._operands(hidden, targets)).view(targets.shape)
+    def token_nll(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """Returns the nats of each target, [T, N] float64, without gradient; the temperature divides the logits."""
+        rows, weight, bias, wanted = self._operands(hidden, targets)
+        if temperature != 1:
+            rows, bias = rows / temperature, bias / temperature
+        return token_nll(rows, weight, bias, wanted).view(targets.shape)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Returns the log-probabilities [..., V] in float32 or wider."""

@@ -44,6 +44,7 @@ class Score:
             `columns`: as exact, in B columns side by side, which start from the zero state; for speed.
             `chunk-mean`: 10 trimmed columns in chunks of 32, mean of exp(chunk loss) weighted by length;
             per word, a chunk's loss is its nats per token times the whole text's tokens per word.
+            `exact + …`: as exact, by a model that adapts to what it has scored; see `lm.adaptation`.
         ppl: per word (words and ends of lines); for a word tokenizer that is per token.
         ppl_per_token: per piece of the tokenizer.
         nll: nats in all, over `tokens` tokens.
@@ -125,8 +126,18 @@ def evaluate(
         nll, scored = _shared_nll(model, cut, chunk, team).numpy(), _active(cut)
         score = summarize(nll[scored], cut.targets.numpy()[scored], stream, tokenizer, protocol)
         if groups and protocol == "exact" and train_counts is not None:
-            given = (nll[:, 0], stream.ids, tokenizer)
-            score = replace(score, by_frequency=by_frequency(*given, train_counts), by_position=by_position(*given))
+            score = in_bands(score, nll[:, 0], stream, tokenizer, train_counts)
+    return of_text(score, stream, tokenizer, train_counts, data_sha256)
+
+
+def in_bands(score: Score, nll: np.ndarray, stream: Stream, tokenizer: Tokenizer, train_counts: Tensor) -> Score:
+    """Returns the score with its bands, from the nats of each token of the stream in order, [N]."""
+    given = (nll, stream.ids, tokenizer)
+    return replace(score, by_frequency=by_frequency(*given, train_counts), by_position=by_position(*given))
+
+
+def of_text(score: Score, stream: Stream, tokenizer: Tokenizer, train_counts: Tensor | None, data_sha256: str) -> Score:
+    """Returns the score with the unigram model's and what the text and its tokenizer are known by."""
     unigram = None if train_counts is None else unigram_perplexity(train_counts, stream)
     return replace(score, unigram_ppl=unigram, data_sha256=data_sha256, vocabulary_sha256=tokenizer.sha256)
 

@@ -152,9 +152,9 @@ class LanguageModel(nn.Module):
         """Returns the summed nats of `targets` [T, N] under `hidden` [T, N, H], and how many counted."""
         return self.decoder.loss(hidden, targets, mask)
 
-    def token_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Returns the nats of each target, [T, N], without gradient."""
-        return self.decoder.token_nll(hidden, targets)
+    def token_nll(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """Returns the nats of each target, [T, N], without gradient; the temperature divides the logits."""
+        return self.decoder.token_nll(hidden, targets, temperature)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Returns the log-probabilities [..., V] in float32 or wider."""

@@ -26,7 +26,7 @@ _MAY_CHANGE = {
     *("data.source", "data.dir"),  # the text itself is known by its checksum
     *("train.epochs", "train.max_steps", "train.patience", "train.stop_patience", "train.backend"),
     *("train.device", "train.log_every"),
-    *("checkpoint.every_steps", "checkpoint.every_minutes", "eval.protocol", "eval.chunk"),
+    *("checkpoint.every_steps", "checkpoint.every_minutes"),
 }
 _WAYS = "choose another folder with --run, or give --overwrite, which moves this one aside"
 
@@ -183,4 +183,4 @@ def _may_change(name: str, settings: Config) -> bool:
     if name == "train.average_patience":
         return not settings.train.averaging  # nothing uses it then
     ends = name in ("train.epochs", "train.max_steps")
-    return name in _MAY_CHANGE and not (ends and settings.train.schedule == "cosine")
+    return (name in _MAY_CHANGE or name.startswith("eval.")) and not (ends and settings.train.schedule == "cosine")

@@ -9,12 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lm import checkpoint, config, corpora, stream, tokenizers
+from lm import adaptation, checkpoint, config, corpora, stream, tokenizers
 from lm import sample as sampling
+from lm.adaptation import Adaptation
 from lm.config import Config
 from lm.corpora import Split
 from lm.corpora.folder import digest, split_lines
-from lm.evaluator import ProtocolName, Score, evaluate, token_nlls
+from lm.errors import UserError
+from lm.evaluator import ProtocolName, Score, evaluate, in_bands, of_text, summarize, token_nlls
 from lm.machine import require_backend, require_device
 from lm.model import LanguageModel, sketch
 from lm.run_folder import RunFolder, Say, Which
@@ -170,10 +172,85 @@ class TrainedModel:
         Raises:
             UserError: no such corpus; a text too short for the protocol.
         """
-        settings = self.config
-        corpus = corpora.load(settings.data.source if data is None else data, Path(settings.data.dir))
-        how = (protocol or settings.eval.protocol, chunk or settings.eval.chunk)
-        return self._score(corpus.splits[split], *how, corpus.sha256(split), groups)
+        settings = self.config.eval
+        lines, sha256 = self._text(split, data)
+        return self._score(lines, protocol or settings.protocol, chunk or settings.chunk, sha256, groups)
+
+    def score_adapted(
+        self,
+        split: Split,
+        means: Adaptation,
+        *,
+        rms: Sequence[Tensor] | None = None,
+        data: str | None = None,
+        groups: bool = False,
+    ) -> Score:
+        """Returns the exact score of a split under a model that adapts to what it has scored; its protocol says how.
+
+        Arguments:
+            means: temperature, dynamic evaluation, cache.
+            rms: what `gradient_rms` returned; None: computed where it is needed.
+            data, groups: as in `score_split`.
+        """
+        lines, sha256 = self._text(split, data)
+        encoded = stream.encode(lines, self.tokenizer)
+        if means.dynamic is not None and rms is None:
+            rms = self.gradient_rms(means.dynamic.segment)
+        chunk, tokenizer = self.config.eval.chunk, self.tokenizer
+        nats = adaptation.token_nlls(self.model, encoded.ids, tokenizer.eos, means, rms, chunk)
+        score = summarize(nats, encoded.ids, encoded, tokenizer, means.protocol)
+        if groups:
+            score = in_bands(score, nats, encoded, tokenizer, self.train_counts)
+        return of_text(score, encoded, tokenizer, self.train_counts, sha256)
+
+    def gradient_rms(self, segment: int) -> list[Tensor]:
+        """Returns the root mean square gradients over the run's training text, for dynamic evaluation.
+
+        Raises:
+            UserError: the text is not the one that the model was trained on.
+        """
+        lines, sha256 = self._text("train", None)
+        if sha256 != self.data_sha256["train"]:
+            raise UserError(
+                "dynamic evaluation must have the text that the model was trained on; got another train text in "
+                f"{self.config.data.source}; restore it"
+            )
+        ids = stream.encode(lines, self.tokenizer).ids
+        return adaptation.gradient_rms(self.model, ids, self.tokenizer.eos, segment)
+
+    def tune(
+        self,
+        means: Adaptation,
+        *,
+        rms: Sequence[Tensor] | None = None,
+        tokens: int | None = None,
+        temperature: bool = True,
+        say: Say = print,
+    ) -> Adaptation:
+        """Returns the means with the constants that score the run's validation text best; see `adaptation.tune`.
+
+        Arguments:
+            tokens: of the text's beginning, so many; None: all.
+        """
+        ids = stream.encode(self._text("valid", None)[0], self.tokenizer).ids[:tokens]
+        if means.dynamic is not None and rms is None:
+            rms = self.gradient_rms(means.dynamic.segment)
+        return adaptation.tune(
+            self.model,
+            ids,
+            self.tokenizer.eos,
+            means,
+            rms,
+            chunk=self.config.eval.chunk,
+            temperature=temperature,
+            say=say,
+        )
+
+    def _text(self, split: Split, data: str | None) -> tuple[Sequence[str], str]:
+        """The lines of a split of the run's own corpus, or of another, and their checksum."""
+        settings = self.config.data
+        corpus = corpora.load(settings.source if data is None else data, Path(settings.dir))
+        return corpus.splits[split], corpus.sha256(split)
 
     def _score(
         self, lines: Sequence[str], protocol: ProtocolName, chunk: int, sha256: str, groups: bool = False

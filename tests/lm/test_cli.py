@@ -194,6 +194,49 @@ def test_a_run_that_begins_with_another_has_its_settings(call, trained, tmp_path
     assert different == {"init_from", "optimizer", "average_patience"}
 
 
+def test_evaluation_that_adapts_is_tuned_on_valid_and_named(call, trained):
+    options = ("eval", trained, "--split", "test", "--json")
+    means = ("--dynamic", "--cache", "--set", "eval.dynamic_lr=0.002", "--set", "eval.cache_window=9")
+    out, err = call(*options, *means, "--tune", "--tune-tokens", "60")
+    tuned = json.loads(out)
+    for part in ("exact + temperature(", "dynamic(lr ", "segment 5)", "cache(weight "):
+        assert part in tuned["protocol"]
+    (again,) = re.findall("tuned on valid; the same again: (.*)", err)
+    repeated = json.loads(call(*options, *again.split())[0])
+    assert repeated["protocol"] == tuned["protocol"]
+    assert repeated["nll"] == pytest.approx(tuned["nll"], rel=1e-4)
+    plain = json.loads(call(*options)[0])
+    assert plain["protocol"] == "exact"
+    assert plain["nll"] != tuned["nll"]
+    assert plain.keys() == tuned.keys()
+    cooled, _ = call("eval", trained, "--temperature", "2")
+    assert re.match(r"valid perplexity .* \(exact \+ temperature\(2\), ", cooled)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--cache", "--protocol", "chunk-mean"),
+            "a model that adapts must be scored by the protocol exact; got chunk",
+        ),
+        (("--set", "train.lr=1"), "eval --set must be of the section eval; got train.lr=1"),
+        (("--cache", "--set", "eval.cache_window=0"), "eval.cache_window must be greater than or equal to 1; got 0"),
+        (("--temperature", "0"), "0.0 is not in the range x>0"),
+    ],
+)
+def test_adaptation_that_cannot_be(call, trained, options, message):
+    assert message in fault(call, "eval", trained, *options)
+
+
+def test_dynamic_evaluation_needs_the_text_of_training(call, trained, corpus):
+    with (corpus / "train.txt").open("a") as file:
+        file.write("more\n")
+    message = "dynamic evaluation must have the text that the model was trained on; got another train text"
+    _, err = call("eval", trained, "--dynamic", code=2)
+    assert message in err
+
+
 def test_config_prints_a_preset_that_can_be_given_back(call, corpus, tmp_path):
     assert "zaremba-large" in call("config", "--list")[0]
     out, _ = call("config", "--preset", "gru-online", "--set", "train.epochs=1")
@@ -215,7 +258,7 @@ def test_help_names_every_option_and_key(process, call):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "--preset", "papr"), "a preset must be one of default, "),
+        (("train", "--preset", "papr"), "a preset must be one of awd-ptb, awd-wt2, default, "),
         (("train", "--data", "nowhere"), "got 'nowhere'"),
         (("train", "--data", ""), "got ''"),
         (("train", "--set", "train.lrr=1"), "train.lrr must be a known key of [train]"),
@@ -224,7 +267,7 @@ def test_help_names_every_option_and_key(process, call):
         (("train", "--set", "model.norm=batch"), "model.norm must be 'none', 'online', 'layer' or 'rms'"),
         (("train", "--set", "model.guard=no"), "model.guard must be 'scale', 'clamp' or 'none'"),
         (("train", "--set", "model.alpha_fwd=0"), "model.alpha_fwd must be greater than 0"),
-        (("train", "--set", "model.embedding_size=9"), "tied decoder must have model.embedding_size equal"),
+        (("train", "--set", "model.layer_sizes=[9, 9]"), "model.layer_sizes must have a size for each of the layers"),
         (("train", "--set", "train.window=uniform"), "train.window: a window must be"),
         (("train", "--backend", "fast"), "a backend must be one of auto, "),
         (("train", "--device", "cuda:99"), "got 'cuda:99'"),

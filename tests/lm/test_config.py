@@ -155,7 +155,7 @@ def test_a_value_is_put_into_a_table_only(table):
 
 
 def test_an_unknown_preset_names_the_known_ones(tmp_path):
-    with pytest.raises(UserError, match=r"must be one of default, .*zaremba-small.*got 'papr'"):
+    with pytest.raises(UserError, match=r"must be one of awd-ptb, .*default, .*zaremba-small.*got 'papr'"):
         config.preset("papr")
     with pytest.raises(UserError, match="does not exist"):
         config.preset(str(tmp_path / "mine.toml"))
@@ -187,7 +187,7 @@ def test_a_preset_of_ones_own_may_change_another(tmp_path):
 def test_a_base_is_a_preset_by_name(tmp_path, base):
     (tmp_path / "mine.toml").write_text(f"base = {base}\n")
     got = base.replace('"', "'")
-    with pytest.raises(UserError, match="a preset's base must be one of default, .*; got " + re.escape(got)):
+    with pytest.raises(UserError, match="a preset's base must be one of awd-ptb, .*default, .*; got " + re.escape(got)):
         config.preset(str(tmp_path / "mine.toml"))
 
 

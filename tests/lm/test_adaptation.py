@@ -1,0 +1,182 @@
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lm import adaptation, stream
+from lm.adaptation import Adaptation, Cache, Dynamic
+from lm.evaluator import token_nlls
+from lm.model import detach
+
+DYNAMIC, CACHE = Dynamic(lr=0.05, decay=0.1, eps=0.01, segment=5), Cache(weight=0.3, theta=0.7, window=6)
+MEANS = {
+    "temperature": Adaptation(1.3),
+    "dynamic": Adaptation(1.0, DYNAMIC),
+    "cache": Adaptation(1.0, None, CACHE),
+    "all": Adaptation(0.8, DYNAMIC, CACHE),
+}
+
+
+@pytest.fixture
+def net(model):
+    """A model in float64, its statistics moved."""
+    net = model(dropout=0.5, num_layers=2, alpha_fwd=31 / 32).double()
+    net(torch.randint(0, 5, (9, 4)))
+    return net
+
+
+@pytest.fixture
+def rms(net, text, tokenizer):
+    return adaptation.gradient_rms(net, text(40).ids, tokenizer.eos, 5)
+
+
+def nlls(net, ids, tokenizer, means, rms):
+    return adaptation.token_nlls(net, np.asarray(ids), tokenizer.eos, means, rms, chunk=7)
+
+
+@pytest.mark.parametrize("means", MEANS.values(), ids=MEANS)
+def test_later_text_changes_no_earlier_score(net, text, tokenizer, rms, means):
+    one, other = text(6, seed=1).ids[:23], text(9, seed=2).ids[:23]
+    for cut in range(1, 23):
+        mixed = np.concatenate([one[:cut], other[cut:]])
+        ours, theirs = (nlls(net, ids, tokenizer, means, rms)[:cut] for ids in (one, mixed))
+        assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("means", MEANS.values(), ids=MEANS)
+@pytest.mark.parametrize("t", [0, 1, 4, 5, 17])
+def test_the_probabilities_of_all_tokens_at_a_place_sum_to_one(net, text, tokenizer, rms, means, t):
+    """So a token is scored without being seen: whatever stands there, the distribution is the same one."""
+    ids = text(6, seed=1).ids
+    scores = [
+        nlls(net, [*ids[:t], token, *ids[t + 1 : t + 3]], tokenizer, means, rms)[t] for token in range(tokenizer.size)
+    ]
+    assert np.exp(-np.array(scores)).sum() == pytest.approx(1, rel=1e-12)
+
+
+def test_temperature_divides_the_logits(net, text, tokenizer):
+    ids = text(6, seed=1).ids
+    inputs = torch.from_numpy(np.concatenate([[tokenizer.eos], ids[:-1]]))[:, None]
+    found = nlls(net, ids, tokenizer, MEANS["temperature"], None)
+    hidden, _ = net.eval()(inputs)
+    logits = hidden @ net.decoder.weight.T + net.decoder.bias
+    wanted = (logits[:, 0] / 1.3).log_softmax(1)[torch.arange(len(ids)), torch.from_numpy(ids)]
+    np.testing.assert_allclose(found, -wanted.detach().numpy(), rtol=1e-12)
+
+
+def test_dynamic_evaluation_is_its_definition(net, text, tokenizer, rms):
+    """A loop as the paper has it, weight by weight, on a copy."""
+    ids, eos = text(7, seed=1).ids, tokenizer.eos
+    found = nlls(net, ids, tokenizer, MEANS["dynamic"], rms)
+    copied, expected, state = copy.deepcopy(net).eval(), [], None
+    weights = [*copied.parameters()]
+    begun = [weight.detach().clone() for weight in weights]
+    mean = torch.cat([r.flatten() for r in rms]).mean()
+    before = np.concatenate([[eos], ids[:-1]])
+    for start in range(0, len(ids), 5):
+        inputs, targets = (torch.from_numpy(each[start : start + 5])[:, None] for each in (before, ids))
+        hidden, state = copied(inputs, None if state is None else detach(state))
+        nats = -copied.log_probs(hidden).gather(2, targets[..., None]).flatten()
+        expected += nats.tolist()
+        copied.zero_grad()
+        nats.mean().backward()
+        with torch.no_grad():
+            for weight, origin, r in zip(weights, begun, rms, strict=True):
+                pull = torch.minimum(torch.ones(()), 0.1 * r / mean)
+                weight += pull * (origin - weight) - 0.05 * weight.grad / (r + 0.01)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert not np.allclose(found, token_nlls(net, text(7, seed=1), tokenizer))
+
+
+def test_gradient_statistics_are_root_mean_squares_over_segments(net, text, tokenizer):
+    data = text(30)
+    found = adaptation.gradient_rms(net, data.ids, tokenizer.eos, 5)
+    width = min(100, len(data.ids) // 2)
+    cut = stream.columns(data.ids, width, tokenizer.eos)
+    copied, squares, state, count = copy.deepcopy(net).eval(), None, None, 0
+    rows = len(data.ids) // width
+    for start in range(0, rows, 5):
+        stop = min(start + 5, rows)
+        hidden, state = copied(cut.inputs[start:stop], None if state is None else detach(state))
+        copied.zero_grad()
+        wanted = cut.targets[start:stop]
+        (-copied.log_probs(hidden).gather(2, wanted[..., None]).mean()).backward()
+        grads = [weight.grad.square() for weight in copied.parameters()]
+        squares = grads if squares is None else [a + b for a, b in zip(squares, grads, strict=True)]
+        count += 1
+    for ours, theirs in zip(found, squares, strict=True):
+        torch.testing.assert_close(ours, (theirs / count).sqrt(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [1, 6, 1000])
+@pytest.mark.parametrize("rows", [1, 4, 256])
+def test_the_cache_is_its_definition(net, text, tokenizer, monkeypatch, window, rows):
+    monkeypatch.setattr(adaptation, "_ROWS", rows)
+    ids, cache = text(6, seed=1).ids, replace(CACHE, window=window)
+    found = nlls(net, ids, tokenizer, Adaptation(1.0, None, cache), None)
+    inputs = torch.from_numpy(np.concatenate([[tokenizer.eos], ids[:-1]]))[:, None]
+    hidden = net.eval()(inputs)[0][:, 0].detach().numpy()
+    expected = []
+    for t, nats in enumerate(token_nlls(net, text(6, seed=1), tokenizer)):
+        pairs = range(max(0, t - window), t)
+        weights = np.array([math.exp(0.7 * hidden[t] @ hidden[i]) for i in pairs])
+        pointed = sum(w for w, i in zip(weights, pairs, strict=True) if ids[i] == ids[t]) / weights.sum() if t else 0
+        expected.append(-math.log(0.7 * math.exp(-nats) + 0.3 * pointed) if t else nats)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("means", MEANS.values(), ids=MEANS)
+def test_evaluation_leaves_the_model_as_it_was(net, text, tokenizer, rms, means):
+    before, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    net.train()
+    net.output_dropout.eval()
+    modes = [module.training for module in net.modules()]
+    ours, again = (nlls(net, text(5).ids, tokenizer, means, rms) for _ in range(2))
+    assert np.array_equal(ours, again)
+    assert [module.training for module in net.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_means_of_no_strength_are_the_exact_score(net, text, tokenizer, rms):
+    still = Adaptation(1.0, Dynamic(1e-300, 0.0, 1.0, 5), Cache(0.0, 1.0, 9))
+    exact = token_nlls(net, text(5), tokenizer)
+    np.testing.assert_allclose(nlls(net, text(5).ids, tokenizer, still, rms), exact, rtol=1e-12)
+
+
+def test_a_text_of_one_subject_is_scored_better(net, text, tokenizer, rms):
+    ids = np.resize(text(2, seed=1).ids, 200)
+    plain = nlls(net, ids, tokenizer, Adaptation(), rms).mean()
+    cache = replace(CACHE, window=20)
+    for means in (Adaptation(1.0, DYNAMIC), Adaptation(1.0, None, cache), Adaptation(1.0, DYNAMIC, cache)):
+        assert nlls(net, ids, tokenizer, means, rms).mean() < plain - 0.1
+
+
+@pytest.mark.parametrize("temperature", [True, False])
+def test_tuning_is_never_worse_than_where_it_began(net, text, tokenizer, rms, temperature):
+    ids, lines = np.resize(text(3, seed=1).ids, 60), []
+    options = {"temperature": temperature, "say": lines.append}
+    found = adaptation.tune(net, ids, tokenizer.eos, MEANS["all"], rms, **options)
+    assert found.dynamic is not None
+    assert found.cache is not None
+    assert (found.temperature == 0.8) == (not temperature)
+    means = [replace(found, cache=None, dynamic=None), replace(found, cache=None), found]
+    scores = [nlls(net, ids, tokenizer, each, rms).mean() for each in means]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[-1] < nlls(net, ids, tokenizer, replace(MEANS["all"], temperature=found.temperature), rms).mean()
+    best = min(float(line.split()[0]) for line in lines)
+    assert best == pytest.approx(math.exp(scores[-1]), abs=1e-3)
+    assert all(mean.protocol in "\n".join(lines) for mean in means)
+
+
+def test_the_protocol_names_every_constant():
+    text = MEANS["all"].protocol
+    assert text == (
+        "exact + temperature(0.8) + dynamic(lr 0.05, decay 0.1, eps 0.01, segment 5) "
+        "+ cache(weight 0.3, theta 0.7, window 6)"
+    )
+    assert Adaptation().protocol == "exact"
