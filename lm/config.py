@@ -73,6 +73,18 @@ class ModelConfig(Section):
         default=True,
         description="share one weight between the embedding and the decoder, through a projection if sizes differ",
     )
+    decoder: Literal["softmax", "mixture", "adaptive"] = Field(
+        default="softmax",
+        description="mixture: of several softmaxes; adaptive: for vocabularies of 100,000 words and more, untied",
+    )
+    experts: Count = Field(default=10, description="mixture: number of softmaxes")
+    latent_dropout: Rate | None = Field(default=None, description="mixture: dropout of the latents; none: dropout")
+    cutoffs: list[Count] | None = Field(
+        default=None, description="adaptive: first id of each cluster of rarer words; none: V / 100 and V / 10"
+    )
+    sparse_embedding: bool = Field(
+        default=False, description="train only the embeddings of the words of each step; sgd and asgd alone, untied"
+    )
     alpha_fwd: Alpha = Field(default=8191 / 8192, description="online: decay of the running statistics")
     alpha_bwd: Alpha = Field(default=31 / 32, description="online: decay of the control states u and v")
     control_floor: float | None = Field(
@@ -108,6 +120,12 @@ class ModelConfig(Section):
                 f"model.layer_sizes must have a size for each of the layers of model.num_layers; "
                 f"got {len(self.layer_sizes)} for {self.num_layers}; correct one of them"
             )
+        for name, given in (
+            ("decoder=adaptive", self.decoder == "adaptive"),
+            ("sparse_embedding", self.sparse_embedding),
+        ):
+            if given and self.tied:
+                raise UserError(f"model.{name} must have an untied decoder; got a tied one; set model.tied=false")
         if self.zoneout_c is not None and self.cell != "lstm":
             raise UserError(
                 f"model.zoneout_c must be used with the cell lstm; got {self.cell}; set model.zoneout_c=none"
@@ -223,6 +241,18 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Config":
+        train = self.train
+        plain = train.optimizer in ("sgd", "asgd") and not train.momentum and not train.weight_decay
+        if self.model.sparse_embedding and not plain:
+            raise UserError(
+                "model.sparse_embedding must be trained with train.optimizer sgd or asgd without momentum and "
+                f"weight_decay; got {train.optimizer}, {train.momentum:g} and {train.weight_decay:g}; "
+                "set model.sparse_embedding=false"
+            )
+        return self
 
 
 def build(values: Mapping[str, Any]) -> Config:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rnnorm
 from lm.config import ModelConfig
-from lm.decoders import Softmax
+from lm.decoders import AdaptiveSoftmax, Decoder, MixtureOfSoftmaxes, Softmax
 from lm.stream import Window
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
@@ -83,9 +83,9 @@ class LanguageModel(nn.Module):
         width = config.embedding_size or config.hidden_size
         # on `meta`, torch's own initialization would load its decompositions, which takes seconds
         given = torch.empty(vocabulary, width) if torch.get_default_device().type == "meta" else None
-        self.embedding = nn.Embedding(vocabulary, width, _weight=given)
+        self.embedding = nn.Embedding(vocabulary, width, _weight=given, sparse=config.sparse_embedding)
         self.layers = _layers(config, width, backend)
-        self.decoder = Softmax(config.sizes[-1], vocabulary, width if config.tied else None)
+        self.decoder = _decoder(config, width, vocabulary)
         if config.tied:
             self.decoder.weight = self.embedding.weight
         self.word_dropout = config.embedding_dropout
@@ -98,13 +98,15 @@ class LanguageModel(nn.Module):
     def _initialize(self, init_range: float | None, embedding_range: float) -> None:
         # Where the recurrence outweighs the words, a norm amplifies it at every step and gradients grow along the
         # window: online normalization at large rates without clipping needs words as large as the state.
-        for parameter, width in ((self.decoder.weight, 0.1), (self.embedding.weight, embedding_range)):
-            nn.init.uniform_(parameter, -(init_range or width), init_range or width)
-        nn.init.zeros_(self.decoder.bias)
+        if not isinstance(self.decoder, AdaptiveSoftmax):  # which has torch's own
+            nn.init.uniform_(self.decoder.weight, -(init_range or 0.1), init_range or 0.1)
+            nn.init.zeros_(self.decoder.bias)
+        nn.init.uniform_(self.embedding.weight, -(init_range or embedding_range), init_range or embedding_range)
         if init_range is not None:
             # A normalization's scale starts at one and its shift at zero whatever the weights' range.
             own = (p for name, p in self.layers.named_parameters() if "norm" not in name)
-            for parameter in (*own, *(p for p in self.decoder.parameters() if p is not self.decoder.weight)):
+            decoder = (p for name, p in self.decoder.named_parameters() if name != "weight")
+            for parameter in (*own, *decoder):
                 nn.init.uniform_(parameter, -init_range, init_range)
 
     def forward(
@@ -205,6 +207,17 @@ def _mean_square(values: Tensor, mask: Tensor | None) -> Tensor:
     """The mean over the rows [T, N] that count, in the dtype of the running sums."""
     kept = values if mask is None else values[mask]
     return kept.float().square().mean() if kept.dtype != torch.float64 else kept.square().mean()
+
+
+def _decoder(config: ModelConfig, width: int, vocabulary: int) -> Decoder:
+    units = config.sizes[-1]
+    if config.decoder == "mixture":
+        dropout = LockedDropout if config.locked_dropout else nn.Dropout
+        latents = dropout(_first(config.latent_dropout, config.dropout))
+        return MixtureOfSoftmaxes(units, vocabulary, width, config.experts, latents)
+    if config.decoder == "adaptive":
+        return AdaptiveSoftmax(units, vocabulary, config.cutoffs)
+    return Softmax(units, vocabulary, width if config.tied else None)
 
 
 def _layers(config: ModelConfig, width: int, backend: str) -> Layer | Stack:

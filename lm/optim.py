@@ -25,7 +25,10 @@ def build(model: nn.Module, config: TrainConfig) -> Optimizer:
     lr, decay = config.lr, config.weight_decay
     match config.optimizer:
         case "sgd" | "asgd":  # torch's own ASGD would take each step at the rate set for the step before
-            return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay, fused=True)
+            sparse = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse]
+            groups: list[dict[str, Any]] = [{"params": [p for p in parameters if all(p is not q for q in sparse)]}]
+            groups += [{"params": sparse, "fused": False}] if sparse else []  # torch's fused SGD refuses them
+            return SGD(groups, lr=lr, momentum=config.momentum, weight_decay=decay, fused=True)
         case "adam":
             return Adam(parameters, lr=lr, weight_decay=decay, fused=True)
         case "rmsprop":  # as deepmind/lamb calls it: with Adam's correction of the bias

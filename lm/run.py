@@ -77,7 +77,7 @@ def train(settings: Config, path: Path, *, resume: str = "auto", overwrite: bool
     with distributed.joined() as team, Lock() as lock:
 
         def opened() -> tuple[Config, Path | None, dict[str, Any] | None, dict[str, Any] | None, _Text]:
-            _require(settings.train, team)
+            _require(settings, team)
             aside = folder.claim(resume, overwrite, lock)
             saved = None if aside else folder.last(say)
             if not aside:
@@ -124,7 +124,12 @@ def _placed(settings: Config, saved: Mapping[str, Any] | None, team: Team, say: 
     return settings.model_copy(update={"train": settings.train.model_copy(update={"device": device})})
 
 
-def _require(options: TrainConfig, team: Team) -> None:
+def _require(settings: Config, team: Team) -> None:
+    options = settings.train
+    if settings.model.sparse_embedding and team.size > 1:
+        raise UserError(
+            f"model.sparse_embedding must be trained by one process; got {team.size}; set model.sparse_embedding=false"
+        )
     require_backend(options.backend)
     if options.batch_size < team.size * options.accumulate:
         raise UserError(

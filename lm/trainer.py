@@ -366,10 +366,10 @@ class Trainer:
 
     def _clip(self) -> Tensor:
         """Clips the gradient where asked to, and returns its norm before."""
-        parameters = list(self.model.parameters())
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        held = [_with_dense_gradient(p) for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in held if p.grad is not None])
         if self.config.clip is not None:
-            clip_grads_with_norm_(parameters, self.config.clip, norm)
+            clip_grads_with_norm_(held, self.config.clip, norm)
         return norm
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -384,6 +384,17 @@ class Trainer:
         self._read_back()  # in order: the steps before this event first
         for listener in self.listeners:
             listener(event)
+
+
+def _with_dense_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter; of one with a sparse gradient, a tensor whose gradient is the rows that it has."""
+    if parameter.grad is None or not parameter.grad.is_sparse:
+        return parameter
+    parameter.grad = parameter.grad.coalesce()  # a row that the window has twice is there once
+    rows = parameter.grad._values()
+    holder = rows.detach()
+    holder.grad = rows
+    return holder
 
 
 def _next_epoch(config: TrainConfig, done: TrainerState, nats: float) -> TrainerState:

@@ -45,7 +45,7 @@ def model(tokenizer: tokenizers.Tokenizer) -> Callable[..., LanguageModel]:
         seed: int = 0, vocabulary: int | None = None, backend: str = "reference", **settings: Any
     ) -> LanguageModel:
         torch.manual_seed(seed)
-        tables = {"model": {"hidden_size": 12, **settings}}
+        tables = {"model": {"hidden_size": 12, **settings}, "train": {"optimizer": "sgd"}}
         size = vocabulary or tokenizer.size
         return LanguageModel(configuration.build(tables).model, size, backend=backend)
 

@@ -108,6 +108,12 @@ def test_assignments_are_toml_or_bare_text():
             {"model": {"layer_sizes": [20, 10]}},
             "model.layer_sizes must have a size for each of the layers of model.num_layers; got 2 for 1",
         ),
+        ({"model": {"decoder": "adaptive"}}, "model.decoder=adaptive must have an untied decoder; got a tied one"),
+        ({"model": {"sparse_embedding": True}}, "model.sparse_embedding must have an untied decoder; got a tied one"),
+        (
+            {"model": {"sparse_embedding": True, "tied": False}, "train": {"optimizer": "sgd", "momentum": 0.5}},
+            "model.sparse_embedding must be trained with train.optimizer sgd or asgd .*; got sgd, 0.5 and 0;",
+        ),
         ({"model": {"cell": "gru", "cell_norm": True}}, "model.cell_norm must be used with the cell lstm; got gru"),
         ({"model": {"dropout": 1.0}}, "model.dropout must be less than 1; got 1.0"),
     ],

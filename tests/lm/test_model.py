@@ -3,7 +3,7 @@ import torch
 
 import rnnorm
 from lm import config
-from lm.model import LanguageModel, Objective, by_layer, detach, sketch, state_of, state_tensors
+from lm.model import LanguageModel, LockedDropout, Objective, by_layer, detach, sketch, state_of, state_tensors
 from lm.stream import Window
 
 IDS = torch.tensor([[1, 2], [3, 4], [5, 6], [1, 1]])
@@ -135,6 +135,9 @@ def test_a_sketch_is_the_model_without_values(cell, norm):
 
 
 SHAPES = {
+    "mixture": {"decoder": "mixture", "experts": 3, "embedding_size": 5, "latent_dropout": 0.3},
+    "untied mixture": {"decoder": "mixture", "experts": 2, "tied": False, "num_layers": 2},
+    "adaptive": {"decoder": "adaptive", "tied": False, "cutoffs": [4]},
     "sizes": {"num_layers": 3, "layer_sizes": [7, 5, 12]},
     "locked": {"num_layers": 2, "locked_dropout": True, "dropout": 0.5},
     "projected": {"num_layers": 2, "embedding_size": 5},
@@ -208,6 +211,23 @@ def test_a_tied_weight_is_read_through_a_projection(model):
     logits = hidden @ net.decoder.projection.weight.T @ net.embedding.weight.T + net.decoder.bias
     torch.testing.assert_close(net.log_probs(hidden), logits.log_softmax(-1))
     assert model(embedding_size=5, tied=False).decoder.projection is None
+
+
+def test_initial_ranges_of_other_decoders(model):
+    mixed = model(decoder="mixture", init_range=0.03, embedding_size=5)
+    assert mixed.decoder.weight is mixed.embedding.weight
+    adaptive = model(decoder="adaptive", tied=False, init_range=0.03)
+    for net in (mixed, adaptive):
+        assert all(0 < p.abs().max() <= 0.03 for name, p in net.named_parameters() if "norm" not in name)
+    assert model(decoder="mixture", dropout=0.4).decoder.dropout.p == 0.4
+    assert isinstance(model(decoder="mixture", locked_dropout=True).decoder.dropout, LockedDropout)
+
+
+@pytest.mark.parametrize("settings", SHAPES.values(), ids=SHAPES)
+def test_a_sketch_of_any_shape(settings):
+    built = config.build({"model": {"hidden_size": 12, **settings}}).model
+    real, drawn = LanguageModel(built, 20).state_dict(), sketch(built, 20).state_dict()
+    assert {n: (v.shape, v.dtype) for n, v in real.items()} == {n: (v.shape, v.dtype) for n, v in drawn.items()}
 
 
 @pytest.mark.parametrize("padded", [False, True])

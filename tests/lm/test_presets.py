@@ -30,6 +30,7 @@ def small(name):
     return config.build(tables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_hundred_steps_at_a_tenth_of_the_size(name):
     settings = small(name)

@@ -65,6 +65,11 @@ CASES = {
     "asgd": ({"optimizer": "asgd", "average_patience": None, "clip": 0.25}, {"alpha_fwd": 31 / 32}),
     "adam": ({"optimizer": "adam", "lr": 0.01, "schedule": "cosine"}, {"cell": "rnn_relu"}),
     "adamw": ({"optimizer": "adamw", "lr": 0.01, "warmup_steps": 9}, {"norm": "none"}),
+    "mixture": ({}, {"decoder": "mixture", "experts": 3, "locked_dropout": True, "embedding_size": 5}),
+    "adaptive": (
+        {"optimizer": "asgd", "average_patience": None, "clip": 0.5},
+        {"decoder": "adaptive", "sparse_embedding": True, "tied": False},
+    ),
     "rmsprop": ({"optimizer": "rmsprop", "lr": 0.01, "average": True, "average_patience": None}, {"norm": "none"}),
     "plateau": ({"lr": 3.0, "clip": 0.5, "schedule": "plateau", "patience": 9}, {"cell": "rnn_tanh"}),
     "cell norm": ({"window": "awd{9}"}, {"cell_norm": True, "num_layers": 2}),
@@ -147,6 +152,22 @@ def test_parts_of_a_step_equal_the_whole_without_norm(trainer, cell, count):
     torch.testing.assert_close(ours[0], theirs[0], rtol=2e-5, atol=2e-6)
     assert ours[1]["nll"] == pytest.approx(theirs[1]["nll"], rel=1e-6)
     assert ours[1]["step"] == theirs[1]["step"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_sparse_gradient_trains_as_a_dense_one(trainer, accumulate):
+    runs, norms = [], []
+    for sparse in (True, False):
+        events = []
+        settings = {"clip": 0.1, "lr": 1.0, "accumulate": accumulate}
+        run = trainer([events.append], settings, tied=False, sparse_embedding=sparse, norm="none")
+        run.fit()
+        runs.append(everything(run)[0])
+        norms.append([event.grad_norm for event in events if isinstance(event, Stepped)])
+    assert run.model.embedding.weight.grad.is_sparse is False
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-5, atol=1e-6)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert min(norms[0]) > 0.1, "every step was clipped"
 
 
 def test_statistics_see_the_parts_in_order(trainer):
