@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind")
 _STATISTICS_COLUMNS = 100  # that the gradients' mean squares are taken over, as in the authors' program
 _ROWS = 256  # of the cache computed at once
+_LEAST_GAIN = 1e-4  # nats per token for which a constant is moved on
 _WEIGHTS = np.arange(1, 50) / 100  # of the cache that are tried
 
 
@@ -178,7 +179,7 @@ def tune(
     """Returns the adaptation with the constants that score a text best, found one after another.
 
     Temperature, without the other means; `lr` and `decay` of dynamic evaluation; `theta`, `window` and `weight` of the
-    cache, on what dynamic evaluation left. Each is moved by a factor as long as that scores better.
+    cache, on what dynamic evaluation left. Each is moved by a factor as long as that gains 0.0001 nats per token.
 
     Arguments:
         ids: [N], the validation text or a part of it.
@@ -228,7 +229,7 @@ def _moved(kind: Kind, name: str, factor: float, score: Callable[[Kind], float])
             value = getattr(kind, name) * step
             whole = isinstance(getattr(kind, name), int)
             tried = replace(kind, **{name: max(1, round(value)) if whole else value})  # type: ignore[type-var]
-            if not (found := score(tried)) < best:
+            if not (found := score(tried)) < best - _LEAST_GAIN:
                 break
             best, kind = found, tried
         if kind != begun:

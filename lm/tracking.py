@@ -144,7 +144,9 @@ class TensorBoard:
         self.log_every, self.pieces_per_word, self.internals = log_every, pieces_per_word, internals
         self.file = EventFile(folder, void_from=step + 1 if step else 0)
         if step == 0:
-            for summary in hparams(dict(settings), {"valid/ppl": math.nan}):
+            # it holds no lists
+            plain = {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}
+            for summary in hparams(plain, {"valid/ppl": math.nan}):
                 self.file.add(0, summary)
 
     def __call__(self, event: Event) -> None:

@@ -132,6 +132,13 @@ def test_weights_load_with_safetensors_alone(train, tmp_path, tied):
     assert best.keys() == {name for name in last if not name.startswith("training.")} < last.keys()
 
 
+def test_a_run_of_layers_of_their_own_sizes_is_logged_and_loaded(train, tmp_path):
+    shape = ("model.num_layers=2", "model.layer_sizes=[7, 5]", "model.locked_dropout=true", "model.decoder=mixture")
+    outcome = train(*shape, "model.norm=layer", "train.epochs=1")
+    assert load(tmp_path / "run").score_split("valid").nll == pytest.approx(outcome.score.nll)
+    assert train(*shape, "model.norm=layer", "train.epochs=2").step == 2 * outcome.step
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "asgd", "adam"])
 def test_stopped_anywhere_and_resumed_ends_with_the_same_bits(train, tmp_path, optimizer, monkeypatch):
     with_it = (f"train.optimizer={optimizer}", "train.lr=0.05", "train.schedule=plateau", "checkpoint.every_steps=4")
