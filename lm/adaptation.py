@@ -5,7 +5,7 @@ Every token is scored before it is used, so the scores are those of a model that
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -112,16 +112,14 @@ def gradient_rms(model: "LanguageModel", ids: np.ndarray, eos: int, segment: int
     parameters = [*net.parameters()]
     device = parameters[0].device
     squares = [torch.zeros_like(parameter) for parameter in parameters]
-    cut = columns(ids, min(_STATISTICS_COLUMNS, len(ids) // 2), eos)
-    rows, count = len(cut.targets) - (cut.last < cut.targets.size(1)), 0  # the ragged last row is left out
-    for start in range(0, rows, segment):
-        inputs, targets = (each[start : min(start + segment, rows)].to(device) for each in (cut.inputs, cut.targets))
+    width = min(_STATISTICS_COLUMNS, len(ids) // 2)
+    windows = _windows(columns(ids, width, eos), len(ids) // width, segment, device)  # without a ragged last row
+    for count, (inputs, targets) in enumerate(windows, 1):  # noqa: B007
         hidden, state = net(inputs, None if state is None else detach(state))
         loss, tokens = net.loss(hidden, targets)
         for total, gradient in zip(squares, _gradients(loss / tokens, parameters), strict=True):
             if gradient is not None:
                 total.addcmul_(gradient, gradient)
-        count += 1
     return [total.div_(count).sqrt_() for total in squares]
 
 
@@ -256,12 +254,11 @@ def _read_once(
     cut = columns(ids, 1, eos)
     if adaptation.dynamic is not None:
         assert rms is not None
-        return _read_dynamic(model, cut, adaptation.temperature, adaptation.dynamic, rms)
+        return _read_dynamic(model, cut, len(ids), adaptation.temperature, adaptation.dynamic, rms)
     device = next(model.parameters()).device
     nlls, outputs, state = [], [], None
     with evaluating(model):
-        for start in range(0, len(ids), chunk):
-            inputs, targets = (each[start : start + chunk].to(device) for each in (cut.inputs, cut.targets))
+        for inputs, targets in _windows(cut, len(ids), chunk, device):
             hidden, state = model(inputs, state)
             nlls.append(model.token_nll(hidden, targets, adaptation.temperature).cpu())
             outputs.append(hidden.cpu())
@@ -269,7 +266,7 @@ def _read_once(
 
 
 def _read_dynamic(
-    model: "LanguageModel", cut: Columns, temperature: float, dynamic: Dynamic, rms: Sequence[Tensor]
+    model: "LanguageModel", cut: Columns, steps: int, temperature: float, dynamic: Dynamic, rms: Sequence[Tensor]
 ) -> tuple[np.ndarray, Tensor]:
     net: LanguageModel = _copy(model)
     state: State | None = None
@@ -280,8 +277,7 @@ def _read_dynamic(
     pulls = [(dynamic.decay / mean * r).clamp_(max=1) for r in rms]
     rates = [dynamic.lr / (r + dynamic.eps) for r in rms]
     nlls, outputs = [], []
-    for start in range(0, len(cut.targets), dynamic.segment):
-        inputs, targets = (each[start : start + dynamic.segment].to(device) for each in (cut.inputs, cut.targets))
+    for inputs, targets in _windows(cut, steps, dynamic.segment, device):
         hidden, state = net(inputs, None if state is None else detach(state))
         log_probs, wanted = net.log_probs(hidden), targets[..., None]
         gradients = _gradients(-log_probs.gather(2, wanted).mean(), parameters)
@@ -296,6 +292,13 @@ def _read_dynamic(
                 if gradient is not None:
                     weight.addcmul_(gradient, rate, value=-1)
     return torch.cat(nlls).flatten().numpy(), torch.cat(outputs).flatten(0, 1)
+
+
+def _windows(cut: Columns, rows: int, length: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The inputs and targets of the first rows, so many at a time."""
+    for start in range(0, rows, length):
+        window = cut.window(start, min(start + length, rows))
+        yield window.inputs.to(device), window.targets.to(device)
 
 
 def _copy(model: "LanguageModel") -> "LanguageModel":

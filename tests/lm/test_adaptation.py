@@ -100,10 +100,10 @@ def test_gradient_statistics_are_root_mean_squares_over_segments(net, text, toke
     rows = len(data.ids) // width
     for start in range(0, rows, 5):
         stop = min(start + 5, rows)
-        hidden, state = copied(cut.inputs[start:stop], None if state is None else detach(state))
+        window = cut.window(start, stop)
+        hidden, state = copied(window.inputs, None if state is None else detach(state))
         copied.zero_grad()
-        wanted = cut.targets[start:stop]
-        (-copied.log_probs(hidden).gather(2, wanted[..., None]).mean()).backward()
+        (-copied.log_probs(hidden).gather(2, window.targets[..., None]).mean()).backward()
         grads = [weight.grad.square() for weight in copied.parameters()]
         squares = grads if squares is None else [a + b for a, b in zip(squares, grads, strict=True)]
         count += 1
