@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rnnorm.ops import channels
 from rnnorm.ops.call import CallSpec, Operands, Results
 from rnnorm.ops.errors import Failure
 
@@ -34,6 +35,8 @@ class Triton:
     differentiable = False
     wide_weights = False
     losses: tuple[torch.dtype, ...] = ()
+    online_norm = staticmethod(channels.online_norm)
+    online_norm_backward = staticmethod(channels.online_norm_backward)
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
         if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
