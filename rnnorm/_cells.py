@@ -25,6 +25,13 @@ def _lstm(x_part, h_part, h, c, normalize, normalize_cell):
     return o.sigmoid() * c.tanh(), c
 
 
+def _lstm_capped(x_part, h_part, h, c, normalize, normalize_cell):
+    i, f, g, o = normalize(x_part + h_part, 0).chunk(4, 1)
+    f = f.sigmoid()
+    c = normalize_cell(f * c + torch.minimum(i.sigmoid(), 1 - f) * g.tanh())
+    return o.sigmoid() * c.tanh(), c
+
+
 def _gru(x_part, h_part, h, c, normalize, normalize_cell):
     H = h.size(1)
     r, z = normalize(x_part[:, : 2 * H] + h_part[:, : 2 * H], 0).sigmoid().chunk(2, 1)
@@ -75,6 +82,8 @@ class Cell:
     step: Step
     # The last gates, if another gate multiplies their recurrent part `R h + b'` before it is added to the input part.
     apart: tuple[str, ...] = ()
+    # The step with the option `cap_input_gate`, if the cell has it.
+    capped: Step | None = None
 
     @property
     def together(self) -> tuple[tuple[int, int], ...]:
@@ -88,7 +97,7 @@ def _gates(**nonlinearities: str) -> tuple[Gate, ...]:
 
 
 CELLS: dict[str, Cell] = {
-    "lstm": Cell(_gates(i="sigmoid", f="sigmoid", g="tanh", o="sigmoid"), ("h", "c"), _lstm),
+    "lstm": Cell(_gates(i="sigmoid", f="sigmoid", g="tanh", o="sigmoid"), ("h", "c"), _lstm, capped=_lstm_capped),
     "gru": Cell(_gates(r="sigmoid", z="sigmoid", n="tanh"), ("h",), _gru, apart=("n",)),
     "rnn_tanh": Cell(_gates(h="tanh"), ("h",), _rnn_tanh),
     "rnn_relu": Cell(_gates(h="relu"), ("h",), _rnn_relu),

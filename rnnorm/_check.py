@@ -30,6 +30,12 @@ def sizes(
     return int(input_size), int(hidden_size), int(num_layers), probability("dropout", dropout), int(proj_size)
 
 
+def count(name: str, value: Any) -> int:
+    if not is_number(value, numbers.Integral) or value < 0:
+        raise ValueError(f"{name} must be an int of at least 0; got {value!r}")
+    return int(value)
+
+
 def probability(name: str, value: Any) -> float:
     if not is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be a probability in [0, 1]; got {value!r}")

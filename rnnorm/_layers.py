@@ -267,6 +267,7 @@ class Recurrent(RecurrentModule):
 
         Raises `ValueError` if the norm is not "none".
         """
+        self._refuse_special("to_torch")
         if self.norm.kind != "none":
             raise ValueError(
                 f"norm must be 'none' for to_torch: torch.nn.{self._torch_layer.__name__} has no norms; got {self.norm}"
@@ -280,6 +281,7 @@ class Recurrent(RecurrentModule):
         any T and N. Call it with the input [T, N, I] and the initial states [L*D, N, *]; it returns the output and the
         last states as one flat tuple. `make_loop` makes the module that runs the loop.
         """
+        self._refuse_special("to_plain")
         with in_evaluation(self):
             return _plain.Plain(self, make_loop)
 
@@ -324,14 +326,20 @@ class LSTM(Recurrent):
         zoneout: probability that a unit of a state keeps its old value in a step, in training mode; in evaluation mode
             the new state is the expectation. One value for all states, or a pair for h and c (default 0).
         norm_init: initial scale of the norms' affine map (default 1).
+        mogrifier_rounds: LSTM only; rounds in which x and h gate each other before each step, alternately
+            `x = 2 sigmoid(Q h + b) x` and `h = 2 sigmoid(R x + b) h`, each with weights of its own (default 0).
+        mogrifier_rank: rank of those weights, 0 for full rank (default 0).
+        cap_input_gate: LSTM only; True for `c' = f*c + min(i, 1 - f)*g` (default False).
 
     Parameters besides torch's: `norm_scale_l{k}`, `norm_shift_l{k}` [4H]. Buffers, for online normalization:
     `norm_mean_l{k}`, `norm_var_l{k}`, `norm_u_l{k}`, `norm_v_l{k}` [4H], at least float32. With `cell_norm`, the same
-    as `cell_norm_*` [H]. The suffix of a reverse direction is `_l{k}_reverse`.
+    as `cell_norm_*` [H]. With a Mogrifier, `weight_mogrify_l{k}`: down [rank, from] (if of low rank), up [to, rank] and
+    bias [to] of each round, flat, one after another. The suffix of a reverse direction is `_l{k}_reverse`.
     `torch.fx` records a call as one node, as it does for torch's layers. `quantize_dynamic` for `torch.nn.LSTM` skips
     this layer, which is not an instance of it: without a norm, quantize `to_torch()`.
     Raises `ValueError` or `TypeError` for invalid arguments; warns as torch does of dropout with one layer.
-    Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), section 4.
+    Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), section 4; Mogrifier: Melis et al., ICLR 2020 (arXiv
+    1909.01792).
     """
 
     _torch_layer = nn.LSTM

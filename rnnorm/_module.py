@@ -86,6 +86,9 @@ class Options(TypedDict, total=False):
     recurrent_dropout: float
     zoneout: float | tuple[float, float]
     norm_init: float
+    mogrifier_rounds: int
+    mogrifier_rank: int
+    cap_input_gate: bool
 
 
 _DEFAULTS: Options = {
@@ -96,6 +99,9 @@ _DEFAULTS: Options = {
     "recurrent_dropout": 0.0,
     "zoneout": 0.0,
     "norm_init": 1.0,
+    "mogrifier_rounds": 0,
+    "mogrifier_rank": 0,
+    "cap_input_gate": False,
 }
 
 
@@ -117,6 +123,9 @@ class RecurrentModule(RunningStatsModule):
     recurrent_dropout: float
     zoneout: float | tuple[float, float]
     norm_init: float
+    mogrifier_rounds: int
+    mogrifier_rank: int
+    cap_input_gate: bool
     draws_masks: bool  # False: dropout inside the recurrence acts as in evaluation mode, also in training
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -142,6 +151,14 @@ class RecurrentModule(RunningStatsModule):
         self.zoneout = _check.zoneout(found["zoneout"], states)
         self.draws_masks = True
         self.norm_init = _check.norm_init(found["norm_init"], self.norm.affine)
+        self.mogrifier_rounds = _check.count("mogrifier_rounds", found["mogrifier_rounds"])
+        self.mogrifier_rank = _check.count("mogrifier_rank", found["mogrifier_rank"])
+        self.cap_input_gate = bool(found["cap_input_gate"])
+        if CELLS[self.cell].capped is None and (self.mogrifier_rounds or self.cap_input_gate):
+            raise TypeError(
+                f"mogrifier_rounds and cap_input_gate must be 0 and False for a {type(self).__name__}; "
+                f"got {self.mogrifier_rounds} and {self.cap_input_gate}; leave them out, or use an LSTM"
+            )
 
     def _register(self, suffix: str, input_size: int, device: Any, dtype: Any) -> None:
         """Create the parameters and running statistics of one layer and direction, uninitialized."""
@@ -156,6 +173,8 @@ class RecurrentModule(RunningStatsModule):
             shapes |= {"norm_scale": (C,), "norm_shift": (C,)}
             if self.cell_norm:
                 shapes |= {"cell_norm_scale": (self.hidden_size,), "cell_norm_shift": (self.hidden_size,)}
+        if self.mogrifier_rounds:
+            shapes["weight_mogrify"] = (sum(map(math.prod, self._mogrifier_shapes(input_size))),)
         for name, size in shapes.items():
             self.register_parameter(name + suffix, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
         if self.norm.kind == "online":
@@ -164,6 +183,10 @@ class RecurrentModule(RunningStatsModule):
                 for statistic in STATISTICS:
                     buffer = torch.empty(channels, device=device, dtype=wide)
                     self.register_buffer(f"{prefix}_{statistic}{suffix}", buffer)
+
+    def _mogrifier_shapes(self, input_size: int) -> list[tuple[int, ...]]:
+        out = self.proj_size or self.hidden_size
+        return ops.mogrifier_shapes(input_size, out, self.mogrifier_rounds, self.mogrifier_rank)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return _torchscript.scriptable(self)
@@ -213,9 +236,27 @@ class RecurrentModule(RunningStatsModule):
                 nn.init.constant_(parameter, self.norm_init)
             elif "norm_shift" in name:
                 nn.init.zeros_(parameter)
+            elif name.startswith("weight_mogrify"):
+                self._reset_mogrifier(name, parameter)
             else:
                 nn.init.uniform_(parameter, -bound, bound)
         self.reset_running_stats()
+
+    @torch.no_grad()
+    def _reset_mogrifier(self, name: str, parameter: Tensor) -> None:
+        shapes = self._mogrifier_shapes(getattr(self, name.replace("mogrify", "ih")).size(1))
+        for part, shape in zip(parameter.split([math.prod(shape) for shape in shapes]), shapes, strict=True):
+            if len(shape) == 1:
+                part.zero_()
+            else:
+                part.uniform_(-1.0 / math.sqrt(self.hidden_size), 1.0 / math.sqrt(self.hidden_size))
+
+    def _refuse_special(self, what: str) -> None:
+        if self._spec().special:
+            raise ValueError(
+                f"mogrifier_rounds must be 0 and cap_input_gate False for {what}; got {self.mogrifier_rounds} and "
+                f"{self.cap_input_gate}"
+            )
 
     def _spec(self, reverse: bool = False) -> ops.CallSpec:
         return ops.CallSpec(
@@ -227,6 +268,9 @@ class RecurrentModule(RunningStatsModule):
             training=self.training,
             reverse=reverse,
             wanted=self.backend,
+            rounds=self.mogrifier_rounds,
+            rank=self.mogrifier_rank,
+            cap=self.cap_input_gate,
         )
 
     def _first_states(

@@ -25,6 +25,9 @@ class _Options(NamedTuple):
     constants: list[float]
     cell_norm: bool
     wanted: str
+    rounds: int
+    rank: int
+    cap: bool
 
 
 def _suited(name: str, value: Tensor, weight: Tensor) -> Tensor:
@@ -116,13 +119,13 @@ class _Scriptable(nn.Module):
         y, last_h, last_c, mean, var, cell_mean, cell_var = torch.ops.rnnorm.sequence(
             *(x, h, c, w["weight_ih"], weight_hh, w.get("bias_ih"), w.get("bias_hh"), w.get("weight_hr")),
             *(w.get("norm_scale"), w.get("norm_shift"), w.get("cell_norm_scale"), w.get("cell_norm_shift")),
-            *(lengths, reset, recurrent_mask, zoneout_h, zoneout_c),
+            *(w.get("weight_mogrify"), lengths, reset, recurrent_mask, zoneout_h, zoneout_c),
             *(buffers.get("norm_mean" + suffix), buffers.get("norm_var" + suffix)),
             *(buffers.get("norm_u" + suffix), buffers.get("norm_v" + suffix)),
             *(buffers.get("cell_norm_mean" + suffix), buffers.get("cell_norm_var" + suffix)),
             *(buffers.get("cell_norm_u" + suffix), buffers.get("cell_norm_v" + suffix)),
             *(o.cell, o.norm, o.guard, o.constants, o.cell_norm),
-            *(self.training, reverse, o.wanted),
+            *(self.training, reverse, o.wanted, o.rounds, o.rank, o.cap),
         )
         if self.training and o.norm == "online":
             buffers["norm_mean" + suffix].copy_(mean.detach())

@@ -3,7 +3,7 @@
 import torch
 
 from rnnorm.ops import sequence
-from rnnorm.ops.call import DIFFERENTIABLE, HELD, CallSpec, Operands, Results, statistics_dtype
+from rnnorm.ops.call import DIFFERENTIABLE, HELD, CallSpec, Operands, Results, mogrifier_shapes, statistics_dtype
 from rnnorm.ops.library import refuse_recomputation, refuse_transforms
 from rnnorm.ops.linear_cross_entropy import linear_cross_entropy
 from rnnorm.ops.online_norm import run_online_norm
@@ -22,6 +22,7 @@ __all__ = [
     "by_name",
     "choose",
     "linear_cross_entropy",
+    "mogrifier_shapes",
     "names",
     "normalizer",
     "refuse_transforms",

@@ -3,6 +3,7 @@
 The field order is the argument order of the operators `rnnorm::sequence`, `sequence_saving` and `sequence_backward`.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Operands(NamedTuple):
     norm_shift: Tensor | None  # [C]
     cell_norm_scale: Tensor | None  # [H]
     cell_norm_shift: Tensor | None  # [H]
+    weight_mogrify: Tensor | None  # flat, as `mogrifier_rounds` reads it
     # The following fields are not differentiated.
     lengths: Tensor | None  # [N] int64 on the CPU, each in 1..T; None: all T
     reset: Tensor | None  # [T, N] bool, true if the state before the step is zero
@@ -70,6 +72,9 @@ class CallSpec(NamedTuple):
     training: bool  # online: update the statistics, and run the control process in the backward pass
     reverse: bool
     wanted: str  # the backend: `"auto"` or a name
+    rounds: int = 0  # of a Mogrifier
+    rank: int = 0  # of a round's weight; 0: full
+    cap: bool = False  # of an LSTM: i = min(i, 1 - f)
 
     @property
     def declared(self) -> Cell:
@@ -80,6 +85,11 @@ class CallSpec(NamedTuple):
     def gates(self) -> int:
         """G, the number of gates."""
         return len(self.declared.gates)
+
+    @property
+    def special(self) -> bool:
+        """True for what a backend must say that it can run: `runs_special`."""
+        return self.rounds > 0 or self.cap
 
     @property
     def controlled(self) -> bool:
@@ -97,6 +107,35 @@ class Results(NamedTuple):
     norm_var: Tensor
     cell_norm_mean: Tensor  # [H]
     cell_norm_var: Tensor
+
+
+class Round(NamedTuple):
+    """One round of a Mogrifier: `to = 2 sigmoid(up (down from) + bias) * to`, of x by h if even, else of h by x."""
+
+    down: Tensor | None  # [rank, from]; None: full rank
+    up: Tensor  # [to, rank] or [to, from]
+    bias: Tensor  # [to]
+
+
+def mogrifier_shapes(inputs: int, state: int, rounds: int, rank: int) -> list[tuple[int, ...]]:
+    """The shapes of `down` (of low rank only), `up` and `bias` of each round, one round after another."""
+    shapes: list[tuple[int, ...]] = []
+    for number in range(rounds):
+        to, of = (inputs, state) if number % 2 == 0 else (state, inputs)
+        shapes += [(rank, of), (to, rank), (to,)] if rank else [(to, of), (to,)]
+    return shapes
+
+
+def mogrifier_rounds(operands: Operands, spec: CallSpec) -> list[Round]:
+    """The rounds, as views of `weight_mogrify`."""
+    if operands.weight_mogrify is None:
+        return []
+    shapes = mogrifier_shapes(operands.x.size(2), operands.h.size(1), spec.rounds, spec.rank)
+    parts = operands.weight_mogrify.split([math.prod(shape) for shape in shapes])
+    views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    if not spec.rank:
+        return [Round(None, *views[k : k + 2]) for k in range(0, len(views), 2)]
+    return [Round(*views[k : k + 3]) for k in range(0, len(views), 3)]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,10 +8,19 @@ from torch import Tensor
 
 from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, Results, statistics_dtype
 
+# The operands in C++: all but the last differentiable one, as the registry gives calls with a Mogrifier to others.
+_APART = DIFFERENTIABLE.index("weight_mogrify")
+OPERANDS = Operands._fields[:_APART] + Operands._fields[_APART + 1 :]
+
 # False: all products by BLAS, as on processors without the micro-kernel; for tests.
 use_micro_kernel = True
 # Threads of a call; 0: the kernel chooses, up to torch.get_num_threads().
 threads = 0
+
+
+def in_cpp(operands: Operands) -> tuple[Tensor | None, ...]:
+    """The values of `OPERANDS`."""
+    return operands[:_APART] + operands[_APART + 1 :]
 
 
 def widths(operands: Operands, spec: CallSpec) -> dict[str, int]:
@@ -36,6 +45,7 @@ def widths(operands: Operands, spec: CallSpec) -> dict[str, int]:
 class Native:
     name = "cpu"
     differentiable = False
+    runs_special = False
     wide_weights = True
 
     @property
@@ -61,7 +71,7 @@ class Native:
 
     def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
         found = torch.ops.rnnorm_cpu.forward(
-            operands,
+            in_cpp(operands),
             *(spec.cell, spec.norm, spec.guard, spec.constants),
             *(spec.cell_norm, spec.training, spec.reverse, save, use_micro_kernel, threads),
         )
@@ -78,15 +88,15 @@ class Native:
     ) -> list[Tensor | None]:
         found = torch.ops.rnnorm_cpu.backward(
             grads,
-            operands,
+            in_cpp(operands),
             saved,
             *(spec.cell, spec.norm, spec.guard, spec.constants),
             *(spec.cell_norm, spec.training, spec.reverse, use_micro_kernel, threads, need_input, need_weights),
         )
         return [
             grad if operand is not None and (grad.numel() or not operand.numel()) else None
-            for grad, operand in zip(found, operands[: len(DIFFERENTIABLE)], strict=True)
-        ]
+            for grad, operand in zip(found, operands[:_APART], strict=True)
+        ] + [None]
 
     def online_norm(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.rnnorm_cpu.online_norm(*args, threads)

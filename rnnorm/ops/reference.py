@@ -14,7 +14,7 @@ from torch import Tensor
 from rnnorm._cells import CELLS
 from rnnorm.norms import Constants
 from rnnorm.ops import library
-from rnnorm.ops.call import CallSpec, Operands, Results, statistics_dtype
+from rnnorm.ops.call import CallSpec, Operands, Results, Round, mogrifier_rounds, statistics_dtype
 
 
 class OnlineStep(torch.autograd.Function):
@@ -105,6 +105,18 @@ def _statistics(operands: Operands, prefix: str) -> tuple[Tensor, Tensor, Tensor
     return None if mean is None else (mean.clone(), var.clone(), u, v)
 
 
+def _mogrified(x: Tensor, h: Tensor, rounds: list[Round]) -> tuple[Tensor, Tensor]:
+    """x [n, I] and h [n, P] after they have gated each other. Source: Melis et al., ICLR 2020 (arXiv 1909.01792)."""
+    for number, (down, up, bias) in enumerate(rounds):
+        of = (h if number % 2 == 0 else x).to(up.dtype)
+        gate = 2 * F.linear(of if down is None else F.linear(of, down), up, bias).to(x.dtype).sigmoid()
+        if number % 2 == 0:
+            x = gate * x
+        else:
+            h = gate * h
+    return x, h
+
+
 def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = lambda _: None) -> Results:
     """Run a whole sequence step by step, online normalization sample by sample.
 
@@ -118,7 +130,9 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
     normalize_gates = normalizer(spec, H, o.norm_scale, o.norm_shift, gate_stats)
     cell = normalizer(spec, H, o.cell_norm_scale, o.cell_norm_shift, cell_stats)
     normalize_cell: Callable[[Tensor], Tensor] = (lambda c: cell(c, 0)) if spec.cell_norm else (lambda c: c)
-    step = CELLS[spec.cell].step
+    cell_of_spec = CELLS[spec.cell]
+    step = (cell_of_spec.capped if spec.cap else None) or cell_of_spec.step
+    rounds = mogrifier_rounds(o, spec)
 
     def normalize(pre: Tensor, first: int) -> Tensor:
         normalized = normalize_gates(pre, first)
@@ -135,7 +149,10 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
             begins = o.reset[t, rows, None]
             old_h, old_c = old_h.masked_fill(begins, 0), None if old_c is None else old_c.masked_fill(begins, 0)
         entering = old_h if o.recurrent_mask is None else old_h * o.recurrent_mask[rows]
-        x_part = F.linear(o.x[t, rows], o.weight_ih, o.bias_ih).to(wide)
+        x_t = o.x[t, rows]
+        if rounds:
+            x_t, entering = _mogrified(x_t.to(wide), entering, rounds)
+        x_part = F.linear(x_t.to(dtype), o.weight_ih, o.bias_ih).to(wide)
         h_part = F.linear(entering.to(dtype), o.weight_hh, o.bias_hh).to(wide)
         new_h, new_c = step(x_part, h_part, old_h, old_c, normalize, normalize_cell)
         if o.weight_hr is not None:
@@ -169,6 +186,7 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
 class Reference:
     name = "reference"
     differentiable = True
+    runs_special = True
     wide_weights = True
     losses = ()
 

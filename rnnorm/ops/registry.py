@@ -31,6 +31,7 @@ class Backend(Protocol):
     name: str
     differentiable: bool
     wide_weights: bool  # rounds weights that are wider than x itself, and returns their gradients unrounded
+    runs_special: bool  # a Mogrifier and a capped input gate
 
     @property
     def losses(self) -> tuple[torch.dtype, ...]:
@@ -83,6 +84,8 @@ def _warn_once(name: str, reason: str) -> None:
 def _why_not(
     backend: Backend, device: torch.device, dtype: torch.dtype, spec: CallSpec | None, units: int | None
 ) -> str | None:
+    if spec is not None and spec.special and not backend.runs_special:
+        return "it does not run mogrifier_rounds and cap_input_gate"
     reason = backend.why_not(device, dtype, spec)
     if reason is None and spec is not None and units is not None and isinstance(backend, Triton):
         return backend.fault(device, dtype, spec, units)

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from rnnorm.norms import Constants
 from rnnorm.ops import channels, chunked
-from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, Results, results_like, statistics_dtype
+from rnnorm.ops.call import (
+    DIFFERENTIABLE,
+    CallSpec,
+    Operands,
+    Results,
+    mogrifier_rounds,
+    results_like,
+    statistics_dtype,
+)
 from rnnorm.ops.running_stats import backward_weights, controlled, forward_weights, scanned, statistics
 
 
@@ -66,6 +74,20 @@ class Steps(NamedTuple):
     save: bool  # keep the trace of every step, not only of the last
 
 
+class Mogrifier(NamedTuple):
+    """The rounds in which x and h gate each other, and the input part, which is then computed in the loop."""
+
+    samples: Tensor  # [S, I]
+    weight: Tensor  # [G*H, I], of the input
+    bias: Tensor  # [G*H], both biases
+    down: list[Tensor]  # of each round [rank, from]; without an element: full rank
+    up: list[Tensor]  # [to, rank] or [to, from]
+    biases: list[Tensor]  # [to]
+    gates: list[Tensor]  # [S, to], kept
+    grads: list[Tensor]  # [S, to], written by the backward pass: gradients of what the sigmoids are applied to
+    grad: Tensor  # [S, I], the same: of the samples
+
+
 class Recurrence(NamedTuple):
     """The weights of the recurrent part, in the dtype of the products, and the nonlinearity of an RNN."""
 
@@ -73,6 +95,8 @@ class Recurrence(NamedTuple):
     bias: Tensor  # [G*H], used by cells with a separate recurrent part; otherwise the input part includes it
     projection: Tensor | None  # [P, H]
     relu: bool
+    cap: bool  # LSTM: i = min(i, 1 - f)
+    mogrifier: Mogrifier | None
 
 
 def _affine(y: Tensor, norm: Norm) -> Tensor:
@@ -225,6 +249,56 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left.to(right.dtype), right).to(left.dtype)
 
 
+def _modulation(of: Tensor, m: Mogrifier, r: int) -> Tensor:
+    """What round r applies the sigmoid to, [n, to]."""
+    if len(m.down) > 0:
+        of = _product(of, m.down[r].t())
+    return _plus_product(m.biases[r].unsqueeze(0), of, m.up[r].t())
+
+
+def _modulation_backward(grad: Tensor, m: Mogrifier, r: int) -> Tensor:
+    of = _product(grad, m.up[r])
+    return _product(of, m.down[r]) if len(m.down) > 0 else of
+
+
+def _mogrified(x: Tensor, h: Tensor, m: Mogrifier, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """x [n, I] and h [n, P] after all rounds; keeps the gates."""
+    for r in range(len(m.up)):
+        gate = m.gates[r][first:last]
+        torch.sigmoid(_modulation(h if r % 2 == 0 else x, m, r), out=gate).mul_(2.0)
+        if r % 2 == 0:
+            x = x * gate
+        else:
+            h = h * gate
+    return x, h
+
+
+def _mogrified_backward(
+    dx: Tensor, dh: Tensor, x: Tensor, h: Tensor, m: Mogrifier, start: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and h before the rounds from those after; `x`, `h` are the values before."""
+    values = _values(x, h, m, start, stop)
+    for j in range(len(m.up)):
+        r = len(m.up) - 1 - j
+        gate = m.gates[r][start:stop]
+        d = dx if r % 2 == 0 else dh
+        dz = d * values[r] * torch.addcmul(gate, gate, gate, value=-0.5)
+        m.grads[r][start:stop].copy_(dz)
+        if r % 2 == 0:
+            dx, dh = dx * gate, dh + _modulation_backward(dz, m, r)
+        else:
+            dx, dh = dx + _modulation_backward(dz, m, r), dh * gate
+    return dx, dh
+
+
+def _values(x: Tensor, h: Tensor, m: Mogrifier, start: int, stop: int) -> list[Tensor]:
+    """x, h, then what each round makes of x and h in turn: round r makes value r + 2 of value r, gated by r + 1."""
+    values = [x, h]
+    for r in range(len(m.up)):
+        values.append(values[r] * m.gates[r][start:stop])
+    return values
+
+
 def _span(steps: Steps, k: int) -> tuple[int, int, int, int]:
     """Rows of step k: start and stop among the samples, then in the trace."""
     start, stop = steps.start[k], steps.stop[k]
@@ -252,10 +326,16 @@ def _lstm(
         if steps.save:
             trace.h[start:stop].copy_(h_k)
             trace.c[start:stop].copy_(c_k)
-        entering = _entering(h_k, steps, k, masks.recurrent)
-        q = _normalize(_plus_product(trace.gates[start:stop], entering, weight), norms[0], kepts[0], first)
+        x_part, entering = trace.gates[start:stop], _entering(h_k, steps, k, masks.recurrent)
+        m = recurrence.mogrifier
+        if m is not None:
+            x_k, entering = _mogrified(m.samples[start:stop], entering, m, first, last)
+            x_part = _plus_product(m.bias.unsqueeze(0), x_k, m.weight.t())
+        q = _normalize(_plus_product(x_part, entering, weight), norms[0], kepts[0], first)
         i, f, g, o = torch.sigmoid(q, out=trace.gates[start:stop]).chunk(4, 1)
         torch.tanh(q[:, 2 * H : 3 * H], out=g)
+        if recurrence.cap:
+            i = torch.minimum(i, 1.0 - f)
         c_new = _normalize(torch.addcmul(f * c_k, i, g), norms[1], kepts[1], first)
         tanh_c = torch.tanh(c_new, out=trace.extra[first:last])
         if projection is None:
@@ -358,10 +438,22 @@ def _lstm_backward(
         dc = _normalize_backward(dc, norms[1], kepts[1], start)
         slope = torch.addcmul(a, a, a, value=-1.0)
         torch.addcmul(one, g, g, value=-1.0, out=slope[:, 2 * H : 3 * H])
-        dq = torch.cat((dc * g, dc * trace.c[start:stop], dc * i, dh * tanh_c), 1).mul_(slope)
+        di, df = dc * g, dc * trace.c[start:stop]
+        if recurrence.cap:
+            capped = i > 1.0 - f
+            df = torch.where(capped, df - di, df)
+            di = di.masked_fill(capped, 0.0)
+            i = torch.minimum(i, 1.0 - f)
+        dq = torch.cat((di, df, dc * i, dh * tanh_c), 1).mul_(slope)
         d_pre = _normalize_backward(dq, norms[0], kepts[0], start)
         parts[0][start:stop].copy_(d_pre)
-        dh = _entering(_product(d_pre, recurrence.weight), steps, k, masks.recurrent)
+        dh = _product(d_pre, recurrence.weight)
+        m = recurrence.mogrifier
+        if m is not None:
+            x_k, entering = m.samples[start:stop], _entering(trace.h[start:stop], steps, k, masks.recurrent)
+            dx, dh = _mogrified_backward(_product(d_pre, m.weight), dh, x_k, entering, m, start, stop)
+            m.grad[start:stop].copy_(dx)
+        dh = _entering(dh, steps, k, masks.recurrent)
         grad_c = _scatter(grad_c, steps, k, _to_old(dc * f, dc_out, masks.zoneout_c, masks, start, stop))
         grad_h = _scatter(grad_h, steps, k, _to_old(dh, dh_out, masks.zoneout_h, masks, start, stop))
     return [grad_h, grad_c]
@@ -557,13 +649,49 @@ def _slabs(o: Operands, spec: CallSpec, save: bool) -> list[Tensor]:
 
     has_c, apart = "c" in spec.declared.states, bool(spec.declared.apart)
     trace = [slab(C, S), slab(P), slab(H if has_c else 0), slab(H if has_c or apart else 0)]
-    return [*trace, *kept(G, spec.norm != "none"), *kept(1, spec.cell_norm)]
+    gates = [slab(P if number % 2 else o.x.size(2)) for number in range(spec.rounds)]
+    return [*trace, *kept(G, spec.norm != "none"), *kept(1, spec.cell_norm), *gates]
 
 
-def _recurrence(o: Operands, spec: CallSpec) -> Recurrence:
+def _mogrifier(o: Operands, spec: CallSpec, samples: Tensor, gates: list[Tensor], backward: bool) -> Mogrifier | None:
+    """The rounds over the samples, with the gates that are kept; memory for the gradients in the backward pass."""
+    if not spec.rounds:
+        return None
+    wide, rounds = statistics_dtype(o.x.dtype), mogrifier_rounds(o, spec)
+    bias = samples.new_zeros(o.weight_ih.size(0), dtype=wide)
+    for own in (o.bias_ih, o.bias_hh):
+        bias = bias if own is None else bias + own
+    return Mogrifier(
+        samples.to(wide),
+        o.weight_ih,
+        bias,
+        [each.down for each in rounds if each.down is not None],
+        [each.up for each in rounds],
+        [each.bias.to(wide) for each in rounds],
+        gates,
+        [torch.empty_like(gate) for gate in gates] if backward else [],
+        torch.empty_like(samples, dtype=wide) if backward else samples.new_empty(0, dtype=wide),
+    )
+
+
+def _mogrifier_grads(m: Mogrifier, values: list[Tensor], S: int) -> Tensor:
+    """The gradient of the rounds' weights, flat as they are."""
+    found: list[Tensor] = []
+    for r, (up, dz) in enumerate(zip(m.up, m.grads, strict=True)):
+        of, dz = values[r + 1].to(up.dtype), dz[:S]
+        if m.down:
+            narrow = dz.to(up.dtype) @ up
+            found.append(narrow.t() @ of)
+            of = of @ m.down[r].t()
+        found += [dz.to(up.dtype).t() @ of, dz.sum(0)]
+    return torch.cat([grad.flatten().to(m.bias.dtype) for grad in found])
+
+
+def _recurrence(o: Operands, spec: CallSpec, mogrifier: Mogrifier | None) -> Recurrence:
     C, wide = o.weight_hh.size(0), statistics_dtype(o.x.dtype)
     bias = o.x.new_zeros(C, dtype=wide) if o.bias_hh is None else o.bias_hh.to(wide)
-    return Recurrence(o.weight_hh, bias, o.weight_hr, spec.declared.gates[0].nonlinearity == "relu")
+    relu = spec.declared.gates[0].nonlinearity == "relu"
+    return Recurrence(o.weight_hh, bias, o.weight_hr, relu, spec.cap, mogrifier)
 
 
 def _input_part(samples: Tensor, o: Operands, spec: CallSpec, out: Tensor) -> None:
@@ -588,6 +716,7 @@ def _padded(rows: Tensor, real: Tensor | None, T: int, N: int) -> Tensor:
 class Scripted:
     name = "scripted"
     differentiable = False
+    runs_special = True
     wide_weights = False
     losses = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     linear_cross_entropy = staticmethod(chunked.linear_cross_entropy)
@@ -609,14 +738,16 @@ class Scripted:
         norms = _norms(o, spec, backward=False)
         samples = _real_rows(o.x, real)
         S = samples.size(0)
-        _input_part(samples, o, spec, out=saved[0][:S])
+        mogrifier = _mogrifier(o, spec, samples, saved[10:], backward=False)
+        if mogrifier is None:
+            _input_part(samples, o, spec, out=saved[0][:S])
         in_place = real is None and results.y.dtype == wide
         y = results.y.view(S, o.h.size(1)) if in_place else saved[0].new_empty(S, o.h.size(1))
         last = _compiled(_LOOPS[spec.cell][0])(
             [state.to(wide) for state in (o.h, o.c) if state is not None],
-            _recurrence(o, spec),
+            _recurrence(o, spec, mogrifier),
             _by_part(spec, norms, _narrow_norm),
-            _by_part(spec, (Kept(*saved[4:7]), Kept(*saved[7:])), _narrow_kept),
+            _by_part(spec, (Kept(*saved[4:7]), Kept(*saved[7:10])), _narrow_kept),
             Trace(*saved[:4]),
             steps,
             _masks(o, real),
@@ -657,13 +788,15 @@ class Scripted:
         trace = Trace(*saved[:4])
         input_part = trace.gates.new_empty(S, C)
         recurrent_part = trace.gates.new_empty(S, C) if spec.declared.apart else input_part
+        samples = _real_rows(o.x, real)
+        mogrifier = _mogrifier(o, spec, samples, list(saved[10:]), backward=True)
         hidden_part = trace.gates.new_empty((S, P) if o.weight_hr is not None else (0,))
         first = _compiled(_LOOPS[spec.cell][1])(
             grad_y,
             [widened(grad, like) for grad, like in zip(grads[1:], (o.h, o.c), strict=True) if like is not None],
-            _recurrence(o, spec),
+            _recurrence(o, spec, mogrifier),
             _by_part(spec, norms, _narrow_norm),
-            _by_part(spec, (Kept(*saved[4:7]), Kept(*saved[7:])), _narrow_kept),
+            _by_part(spec, (Kept(*saved[4:7]), Kept(*saved[7:10])), _narrow_kept),
             trace,
             steps,
             _masks(o, real),
@@ -679,12 +812,18 @@ class Scripted:
             if need_weights:
                 found[f"{prefix}_scale"], found[f"{prefix}_shift"] = norm.grad_weight, norm.grad_bias
         if need_input:
-            found["x"] = _padded(torch.mm(input_part.to(dtype), o.weight_ih), real, T, N)
+            grad_x = torch.mm(input_part.to(dtype), o.weight_ih) if mogrifier is None else mogrifier.grad.to(dtype)
+            found["x"] = _padded(grad_x, real, T, N)
         if need_weights:
-            found["weight_ih"] = torch.mm(input_part.to(dtype).t(), _real_rows(o.x, real))
             entered = trace.h[:S]
             if o.recurrent_mask is not None:
                 entered = entered * _real_rows(o.recurrent_mask.expand(T, N, P), real)
+            if mogrifier is not None:
+                values = _values(mogrifier.samples, entered, mogrifier, 0, S)
+                found["weight_mogrify"] = _mogrifier_grads(mogrifier, values, S)
+                last = len(values) - 1
+                samples, entered = values[last - last % 2], values[last - 1 + last % 2]
+            found["weight_ih"] = torch.mm(input_part.to(dtype).t(), samples.to(dtype))
             found["weight_hh"] = torch.mm(recurrent_part.to(dtype).t(), entered.to(dtype))
             found["bias_ih"], found["bias_hh"] = input_part.sum(0), recurrent_part.sum(0)
             if o.weight_hr is not None:

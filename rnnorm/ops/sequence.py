@@ -17,7 +17,7 @@ from rnnorm.ops import library
 from rnnorm.ops.call import DIFFERENTIABLE, MOVED_IN_BACKWARD, SAVED, CallSpec, Operands, Results, results_like
 from rnnorm.ops.registry import Backend, by_name, choose
 
-_SCALARS = {str: "str", bool: "bool", Constants: "float[]"}
+_SCALARS = {str: "str", bool: "bool", int: "int", Constants: "float[]"}
 _STATISTICS = [name for name in Results._fields if name.endswith(("_mean", "_var"))]
 _REQUIRED = ("x", "h", "weight_ih", "weight_hh")
 

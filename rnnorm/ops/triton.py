@@ -33,6 +33,7 @@ def interpreted() -> bool:
 class Triton:
     name = "triton"
     differentiable = False
+    runs_special = False
     wide_weights = False
     losses: tuple[torch.dtype, ...] = ()
     online_norm = staticmethod(channels.online_norm)

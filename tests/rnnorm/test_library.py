@@ -93,7 +93,7 @@ def test_operators_arguments_are_the_fields_of_the_call() -> None:
     assert [a.name for a in schema.arguments][6:] == forward
     moved = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     assert moved == {"norm_u", "norm_v", "cell_norm_u", "cell_norm_v"}
-    assert Operands._fields[:12] == DIFFERENTIABLE
+    assert Operands._fields[:13] == DIFFERENTIABLE
 
 
 class _Model(nn.Module):

@@ -13,7 +13,6 @@ import rnnorm
 from rnnorm import norms
 from rnnorm._cells import CELLS
 from rnnorm.ops import build, native
-from rnnorm.ops.call import Operands
 
 pytestmark = pytest.mark.skipif(build.load() is not None, reason=f"the C++ backend cannot run here: {build.load()}")
 
@@ -184,7 +183,7 @@ def test_names_are_those_of_the_python_side():
     layer = rnnorm.LSTM(2, 3)
     operands = layer._operands(layer._own("_l0"), torch.zeros(1, 1, 2), *torch.zeros(2, 1, 3), None)
     assert torch.ops.rnnorm_cpu.names() == {
-        "operands": list(Operands._fields),
+        "operands": list(native.OPERANDS),
         "kept": [*native.widths(operands, layer._spec()), "partition"],
         "constants": list(norms.Constants._fields),
         "cells": list(CELLS),
@@ -293,7 +292,7 @@ class Raw:
         operands, spec = FUZZED[case]()
         with torch.no_grad():
             results, self.saved = native.Native().forward(operands, spec, True)
-        self.operands = list(operands)
+        self.operands = list(native.in_cpp(operands))
         self.grads = [torch.ones_like(t) if t.numel() else None for t in results[:3]]
         self.names = {"cell": spec.cell, "norm": spec.norm, "guard": spec.guard}
         self.constants = list(spec.constants)
@@ -328,7 +327,7 @@ def _refused(call, *labels: object, **changed) -> None:
 def test_wrong_operands_are_refused(case):
     raw = Raw(case)
     for call in (raw.forward, raw.backward):
-        for k, (name, operand) in enumerate(zip(Operands._fields, raw.operands, strict=True)):
+        for k, (name, operand) in enumerate(zip(native.OPERANDS, raw.operands, strict=True)):
             if operand is None:
                 continue
             wrong = _replaced(raw.operands, k)
