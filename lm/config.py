@@ -69,6 +69,12 @@ class ModelConfig(Section):
     )
     zoneout: Rate = Field(default=0.0, description="probability that a unit keeps its previous state at a step")
     zoneout_c: Rate | None = Field(default=None, description="lstm: zoneout of c; none: zoneout")
+    mogrifier_rounds: Annotated[int, Field(ge=0, le=100)] = Field(
+        default=0, description="lstm: rounds in which input and state gate each other before each step"
+    )
+    mogrifier_rank: Whole = Field(default=0, description="lstm: rank of the weights of these rounds; 0: full")
+    cap_input_gate: bool = Field(default=False, description="lstm: cap the input gate at one minus the forget gate")
+    sum_layers: bool = Field(default=False, description="the output is the sum of the outputs of all layers")
     tied: bool = Field(
         default=True,
         description="share one weight between the embedding and the decoder, through a projection if sizes differ",
@@ -129,6 +135,15 @@ class ModelConfig(Section):
         if self.zoneout_c is not None and self.cell != "lstm":
             raise UserError(
                 f"model.zoneout_c must be used with the cell lstm; got {self.cell}; set model.zoneout_c=none"
+            )
+        if self.cell != "lstm" and (self.mogrifier_rounds or self.cap_input_gate):
+            raise UserError(
+                f"model.mogrifier_rounds and model.cap_input_gate must be used with the cell lstm; got {self.cell}; "
+                "set them to 0 and false"
+            )
+        if self.sum_layers and len({*self.sizes}) > 1:
+            raise UserError(
+                f"model.sum_layers must be used with layers of one size; got {self.sizes}; set model.sum_layers=false"
             )
         if self.cell_norm and self.cell != "lstm":
             raise UserError(

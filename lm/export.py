@@ -179,6 +179,13 @@ def export(trained: TrainedModel, to: str, path: Path) -> float | None:
         raise UserError(
             f"an export must be written to a new file; got {path}, which exists; choose another, or move it away"
         )
+    shape = trained.config.model
+    if shape.mogrifier_rounds or shape.cap_input_gate or shape.sum_layers:
+        raise UserError(
+            "a model to export must have model.mogrifier_rounds=0, model.cap_input_gate=false and "
+            f"model.sum_layers=false; got {shape.mogrifier_rounds}, {shape.cap_input_gate} and {shape.sum_layers}; "
+            "use it through lm.load"
+        )
     model = trained.model.cpu().float()
     tokenizer = json.dumps(trained.tokenizer.state())
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -40,19 +40,20 @@ class Stack(nn.ModuleList):
         layers: of one recurrent layer each.
         dropout: rate between layers.
         locked: one mask for all steps.
+        summed: the output is the sum of all layers' outputs, not the last one's.
 
     The state is one flat tuple, `h` or `h, c` of the first layer, then of the second, …, [1, N, H] each.
     """
 
-    def __init__(self, layers: Iterable[Layer], dropout: float, locked: bool) -> None:
+    def __init__(self, layers: Iterable[Layer], dropout: float, locked: bool, summed: bool) -> None:
         super().__init__(layers)
-        self.dropout, self.locked = dropout, locked
+        self.dropout, self.locked, self.summed = dropout, locked, summed
 
     def forward(
         self, x: Tensor, state: State | None = None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
         given = state_tensors(state)
-        each, after = len(given) // len(self), []
+        each, after, outputs = len(given) // len(self), [], []
         for number, layer in enumerate(self):
             if number and self.locked:
                 x = locked_dropout(x, self.dropout, self.training)
@@ -60,7 +61,8 @@ class Stack(nn.ModuleList):
                 x = F.dropout(x, self.dropout, self.training)
             x, last = layer(x, state_of(given[number * each :][:each]), lengths=lengths)
             after += state_tensors(last)
-        return x, state_of(after)
+            outputs.append(x)
+        return torch.stack(outputs).sum(0) if self.summed else x, state_of(after)
 
 
 def by_layer(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -222,11 +224,11 @@ def _decoder(config: ModelConfig, width: int, vocabulary: int) -> Decoder:
 
 def _layers(config: ModelConfig, width: int, backend: str) -> Layer | Stack:
     sizes = config.sizes
-    if len({*sizes}) == 1 and not (config.locked_dropout and len(sizes) > 1):
+    if len({*sizes}) == 1 and (len(sizes) == 1 or not (config.locked_dropout or config.sum_layers)):
         return _layer(config, width, sizes[0], len(sizes), backend)
     inputs = [width, *sizes[:-1]]
     each = (_layer(config, before, units, 1, backend) for before, units in zip(inputs, sizes, strict=True))
-    return Stack(each, config.dropout, config.locked_dropout)
+    return Stack(each, config.dropout, config.locked_dropout, config.sum_layers)
 
 
 def _layer(config: ModelConfig, inputs: int, units: int, count: int, backend: str) -> Layer:
@@ -245,6 +247,10 @@ def _layer(config: ModelConfig, inputs: int, units: int, count: int, backend: st
     }
     if config.zoneout_c is not None:
         options["zoneout"] = (config.zoneout, config.zoneout_c)
+    if config.mogrifier_rounds:
+        options |= {"mogrifier_rounds": config.mogrifier_rounds, "mogrifier_rank": config.mogrifier_rank}
+    if config.cap_input_gate:
+        options["cap_input_gate"] = True
     if config.cell == "lstm":
         return rnnorm.LSTM(inputs, units, count, dropout=between, **options)
     if config.cell == "gru":

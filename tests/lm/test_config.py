@@ -108,6 +108,14 @@ def test_assignments_are_toml_or_bare_text():
             {"model": {"layer_sizes": [20, 10]}},
             "model.layer_sizes must have a size for each of the layers of model.num_layers; got 2 for 1",
         ),
+        (
+            {"model": {"cell": "gru", "mogrifier_rounds": 2}},
+            "model.mogrifier_rounds and .* with the cell lstm; got gru",
+        ),
+        (
+            {"model": {"num_layers": 2, "layer_sizes": [9, 8], "sum_layers": True}},
+            r"model.sum_layers must be used with layers of one size; got \[9, 8\]",
+        ),
         ({"model": {"decoder": "adaptive"}}, "model.decoder=adaptive must have an untied decoder; got a tied one"),
         ({"model": {"sparse_embedding": True}}, "model.sparse_embedding must have an untied decoder; got a tied one"),
         (

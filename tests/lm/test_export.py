@@ -84,6 +84,13 @@ def test_a_file_that_is_wrong_gets_no_name(trained, tmp_path, monkeypatch, fault
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("settings", [{"mogrifier_rounds": 2}, {"cap_input_gate": True}, {"sum_layers": True}])
+def test_models_without_a_plain_form_are_refused(trained, tmp_path, settings):
+    with pytest.raises(UserError, match=r"a model to export must have model.mogrifier_rounds=0, .*; got "):
+        export.export(trained(**settings), "torchscript", tmp_path / "file")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_file_is_not_written_over(trained, tmp_path):
     (tmp_path / "file").write_text("years of work")
     with pytest.raises(UserError, match=r"written to a new file; got .*file, which exists; choose another"):

@@ -135,6 +135,8 @@ def test_a_sketch_is_the_model_without_values(cell, norm):
 
 
 SHAPES = {
+    "mogrifier": {"mogrifier_rounds": 3, "mogrifier_rank": 2, "cap_input_gate": True, "num_layers": 2},
+    "summed": {"sum_layers": True, "num_layers": 3, "mogrifier_rounds": 2, "embedding_size": 5},
     "mixture": {"decoder": "mixture", "experts": 3, "embedding_size": 5, "latent_dropout": 0.3},
     "untied mixture": {"decoder": "mixture", "experts": 2, "tied": False, "num_layers": 2},
     "adaptive": {"decoder": "adaptive", "tied": False, "cutoffs": [4]},
@@ -145,8 +147,9 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("cell", "shape"), [*(("lstm", shape) for shape in SHAPES), *(("gru", shape) for shape in ("sizes", "locked"))]
+)
 def test_layers_of_any_sizes_train_and_carry_their_states(model, cell, shape):
     net = model(cell=cell, **SHAPES[shape])
     hidden, state = net(IDS)
@@ -201,6 +204,17 @@ def test_a_locked_mask_is_one_for_all_steps_and_another_for_each_column(model):
     net.eval()
     raw, dropped, _ = net.outputs(ids)
     assert torch.equal(raw, dropped)
+
+
+def test_summed_layers_add_up(model):
+    net = model(num_layers=3, sum_layers=True).eval()
+    seen = []
+    for layer in net.recurrent:
+        layer.register_forward_hook(lambda _, inputs, result: seen.append((inputs[0], result[0])))
+    hidden, _ = net(IDS)
+    assert torch.equal(seen[1][0], seen[0][1]), "a layer reads the one before it alone"
+    torch.testing.assert_close(hidden, sum(output for _, output in seen))
+    assert model(sum_layers=True).layers.num_layers == 1
 
 
 def test_a_tied_weight_is_read_through_a_projection(model):

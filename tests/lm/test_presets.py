@@ -20,13 +20,15 @@ TEXT, VALID = (stream.encode(lines, TOKENIZER) for lines in (LINES, LINES[:20]))
 
 
 def small(name):
-    """The preset's settings, every size a tenth, and a quarter of its columns."""
+    """The preset's settings, every size a tenth, and a quarter of its columns and of a window of fixed length."""
     settings = config.build(config.preset(name))
     tables = settings.model_dump()
     tables["model"] |= {key: round(size / 10) for key, size in settings.model if key.endswith("_size") and size}
     if settings.model.layer_sizes:
         tables["model"]["layer_sizes"] = [round(size / 10) for size in settings.model.layer_sizes]
     tables["train"] |= {"max_steps": 100, "batch_size": settings.train.batch_size // 4}
+    if settings.train.window.isdigit():
+        tables["train"]["window"] = str(int(settings.train.window) // 4)
     return config.build(tables)
 
 

@@ -65,6 +65,7 @@ CASES = {
     "asgd": ({"optimizer": "asgd", "average_patience": None, "clip": 0.25}, {"alpha_fwd": 31 / 32}),
     "adam": ({"optimizer": "adam", "lr": 0.01, "schedule": "cosine"}, {"cell": "rnn_relu"}),
     "adamw": ({"optimizer": "adamw", "lr": 0.01, "warmup_steps": 9}, {"norm": "none"}),
+    "mogrifier": ({"optimizer": "rmsprop", "lr": 0.01}, {"mogrifier_rounds": 2, "sum_layers": True, "num_layers": 2}),
     "mixture": ({}, {"decoder": "mixture", "experts": 3, "locked_dropout": True, "embedding_size": 5}),
     "adaptive": (
         {"optimizer": "asgd", "average_patience": None, "clip": 0.5},
