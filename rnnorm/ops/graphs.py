@@ -8,7 +8,9 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import torch
 
 Launch = Callable[[], object]
 Held = TypeVar("Held")
@@ -87,3 +89,30 @@ class Cache(Generic[Held]):
     def clear(self) -> None:
         with self._lock:
             self._held.clear()
+
+
+def record(launches: Sequence[Launch]) -> Launch:
+    """The replay of a CUDA graph of these launches, recorded on a stream beside the current one.
+
+    A launch may have a method `warm`, for what must not happen first while a graph is recorded.
+    """
+    current = torch.cuda.current_stream()
+    stream = _SIDES.get((current.device, current.cuda_stream), lambda: torch.cuda.Stream(current.device))
+    stream.wait_stream(current)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for launch in launches:
+            getattr(launch, "warm", lambda: None)()
+        # In another mode, calls of other threads could break the recording, or be broken by it.
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for launch in launches:
+                launch()
+        finally:
+            graph.capture_end()
+    current.wait_stream(stream)
+    return graph.replay
+
+
+# A stream for each stream of the user: products keep a workspace for each stream, which graphs of two must not share.
+_SIDES: Cache[Any] = Cache(BOUND)

@@ -26,7 +26,7 @@ _TYPES = {
     **{torch.float64: tl.float64, torch.float32: tl.float32},
     **{torch.bfloat16: tl.bfloat16, torch.float16: tl.float16},
 }
-STATISTICS = ("mean", "var", "u", "v")
+STATISTICS = ("mean", "var", "u", "v")  # of an online norm
 CELLS = 256  # of a program of a kernel that takes whole rows, if a row has fewer
 CHANNELS = 32  # of a program of a stream: one warp
 UNROLL = 8  # samples that a stream loads at once
@@ -75,6 +75,9 @@ class Product:
 
     def __call__(self) -> None:
         torch.mm(self.left, self.right, out=self.out)
+
+    def warm(self) -> None:
+        torch.mm(self.left, self.right)
 
 
 def _kind(spec: CallSpec, on: bool) -> str:
@@ -141,6 +144,8 @@ class _Loop:
     `weight` [C, P] and `projection` [P, H] are copied at every call: another call may have other weights.
     """
 
+    moved: tuple[str, str]  # the statistics that the pass updates
+
     def __init__(self, plan: Plan, record: Any = None) -> None:
         self.plan = plan
         self.lock = threading.Lock()
@@ -164,9 +169,9 @@ class _Loop:
         yield "mask", wide, (p.N, p.P), p.mask
         norms = (("", C, p.code.kind, p.affine), ("cell_", p.H, p.code.cell_kind, p.cell_affine))
         for prefix, width, kind, affine in norms:
-            for name in ("scale", "shift", "grad_scale", "grad_shift"):
+            for name in ("scale", "shift"):
                 yield f"{prefix}{name}", wide, (width,), affine and kind != "none"
-            for name in STATISTICS:
+            for name in self.moved:
                 yield f"{prefix}{name}", wide, (width,), kind == "streamed" or (kind == "frozen" and name == "mean")
             yield f"{prefix}rstd", wide, (width,), kind == "frozen"
 
@@ -205,7 +210,7 @@ class _Loop:
         return self._launch(kernel, triton.cdiv(self.plan.N, rows), k, sizes | own)
 
     def columns(self, kernel: Any, k: int, low: int, high: int, **own: Any) -> Launch:
-        """A launch of a stream over the gates low..high; `low` is None for the cell state's."""
+        """A launch of a stream over the channels of the gates low..high."""
         p = self.plan
         unroll = min(UNROLL, triton.next_power_of_2(max(p.N, 1)))
         sizes = {"low": low * p.H, "high": high * p.H, "N": p.N, "UNROLL": unroll, "BLOCK": CHANNELS, "num_warps": 1}
@@ -227,6 +232,8 @@ def _parts(streamed: bool) -> list[Any]:
 
 
 class Forward(_Loop):
+    moved = "mean", "var"
+
     def buffers(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], bool]]:
         p = self.plan
         yield from super().buffers()
@@ -264,9 +271,14 @@ class Forward(_Loop):
 
 
 class Backward(_Loop):
+    moved = "u", "v"
+
     def buffers(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], bool]]:
         p = self.plan
         yield from super().buffers()
+        for prefix, width, affine in (("", p.G * p.H, p.affine), ("cell_", p.H, p.cell_affine)):
+            for name in ("grad_scale", "grad_shift"):
+                yield f"{prefix}{name}", self.wide, (width,), affine
         yield "direct", self.wide, (p.N, p.P), True
         yield "grad_c", self.wide, (p.N, p.H), p.cell == "lstm"
         yield "d_hidden", self.wide, (p.N, p.H), (p.code.kind if p.cell == "gru" else p.code.cell_kind) == "streamed"
@@ -325,7 +337,7 @@ def slabs(o: Operands, spec: CallSpec, save: bool) -> list[Tensor]:
 def _recorder(device: torch.device) -> Any:
     """What records graphs on a device, None where there are none."""
     wanted = os.environ.get("RNNORM_CUDA_GRAPHS", "1") != "0"
-    return _record if wanted and device.type == "cuda" else None
+    return graphs.record if wanted and device.type == "cuda" else None
 
 
 def capturing(device: torch.device) -> bool:
@@ -339,28 +351,6 @@ UNCAPTURABLE = (
 )
 
 
-def _record(launches: Sequence[graphs.Launch]) -> graphs.Launch:
-    """The replay of a CUDA graph of these launches, recorded on a stream beside the current one."""
-    current = torch.cuda.current_stream()
-    stream = _SIDES.get((current.device, current.cuda_stream), lambda: torch.cuda.Stream(current.device))
-    stream.wait_stream(current)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        for launch in launches:
-            if isinstance(launch, Product):
-                torch.mm(launch.left, launch.right)  # the library of products allocates on its first use of a stream
-        # Other threads may call what a capture in another mode would forbid them.
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            for launch in launches:
-                launch()
-        finally:
-            graph.capture_end()
-    current.wait_stream(stream)
-    return graph.replay
-
-
-_SIDES: graphs.Cache[Any] = graphs.Cache(graphs.BOUND)
 _LOOPS: graphs.Cache[_Loop] = graphs.Cache(graphs.BOUND)
 _SEEN: graphs.Cache[bool] = graphs.Cache(1024)
 
@@ -382,10 +372,15 @@ def _loop(kind: type[_Loop], plan: Plan) -> _Loop:
     return _LOOPS.get((*key, stream), lambda: kind(plan, record))
 
 
-def _norm_buffers(o: Operands, prefix: str) -> dict[str, Tensor | None]:
-    """The operands of a norm by the names of the loop's buffers."""
-    names = ("scale", "shift", *STATISTICS)
-    return {f"{prefix}{name}": getattr(o, f"{prefix}norm_{name}") for name in names}
+def _norm_operands(o: Operands, moved: tuple[str, str]) -> dict[str, Any]:
+    """The operands of both norms by the names of a loop's buffers."""
+    names = [f"{prefix}{name}" for prefix in ("", "cell_") for name in ("scale", "shift", *moved)]
+    return {name: getattr(o, f"cell_norm_{name[5:]}" if name.startswith("cell_") else f"norm_{name}") for name in names}
+
+
+def _dense(o: Operands) -> Operands:
+    """The operands, without lengths that say nothing."""
+    return o._replace(lengths=None) if o.lengths is not None and bool((o.lengths == o.x.size(0)).all()) else o
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -418,6 +413,7 @@ def _input_part(o: Operands, spec: CallSpec, out: Tensor) -> None:
 
 
 def forward(o: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
+    o = _dense(o)
     T, H = o.x.size(0), o.weight_ih.size(0) // spec.gates
     made, results = slabs(o, spec, save), results_like(o, spec)
     _input_part(o, spec, made[0].flatten(0, 1))
@@ -427,7 +423,7 @@ def forward(o: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tens
         slots[kernels.NORM.value], slots[kernels.CELL.value] = made[kernels.GATES.value], made[kernels.EXTRA.value]
     loop = _loop(Forward, plan(o, spec, False, save, grad_y=False))
     f: dict[str, Any] = loop.fixed
-    values: dict[str, Any] = _norm_buffers(o, "") | _norm_buffers(o, "cell_")
+    values = _norm_operands(o, ("mean", "var"))
     for prefix, slot in (("", kernels.NORM.value + 1), ("cell_", kernels.CELL.value + 1)):
         if f[f"{prefix}rstd"] is not None:
             values[f"{prefix}rstd"] = (values[f"{prefix}var"] + spec.constants.eps).rsqrt()
@@ -484,6 +480,7 @@ def backward(
     need_input: bool,
     need_weights: bool,
 ) -> list[Tensor | None]:
+    o, dtype = _dense(o), o.x.dtype
     T = o.x.size(0)
     made_for = plan(o, spec, True, True, grad_y=grads[0] is not None)
     loop = _loop(Backward, made_for)
@@ -492,7 +489,7 @@ def backward(
     slots: dict[int, Tensor | None] = {kernels.GRAD_Y.value: _contiguous(grads[0]), **_shared(o)}
     slots.update(enumerate(saved))
     slots.update(enumerate(gradients, kernels.D_PRE.value))
-    values = _norm_buffers(o, "") | _norm_buffers(o, "cell_")
+    values = _norm_operands(o, ("u", "v"))
     for prefix, slot in (("", kernels.NORM.value + 1), ("cell_", kernels.CELL.value + 1)):
         if f[f"{prefix}rstd"] is not None:
             values[f"{prefix}rstd"] = saved[slot].flatten()
@@ -516,11 +513,11 @@ def backward(
                 found[f"{prefix}norm_scale"], found[f"{prefix}norm_shift"] = (
                     pair if streamed else ((d * saved[slot]).sum((0, 1)), d.sum((0, 1)))
                 )
+    narrow = gradients.pre.flatten(0, 1).to(dtype) if need_input or need_weights else gradients.pre
     if need_input:
-        narrow = gradients.pre.flatten(0, 1).to(o.x.dtype)
         found["x"] = torch.mm(narrow, o.weight_ih).view(o.x.shape)
     if need_weights:
-        found |= _weight_gradients(o, spec, saved, gradients)
+        found |= _weight_gradients(o, spec, saved, gradients, narrow)
     return [
         None if grad is None or operand is None else grad.to(operand.dtype)
         for grad, operand in zip((found.get(name) for name in DIFFERENTIABLE), o, strict=False)
@@ -528,9 +525,12 @@ def backward(
 
 
 def _weight_gradients(
-    o: Operands, spec: CallSpec, saved: Sequence[Tensor], gradients: _Gradients
+    o: Operands, spec: CallSpec, saved: Sequence[Tensor], gradients: _Gradients, narrow: Tensor
 ) -> dict[str, Tensor | None]:
-    """Gradients of weights and biases: sums over all samples. Padded rows are zero, but for those of x."""
+    """Gradients of weights and biases: sums over all samples. Padded rows are zero, but for those of x.
+
+    `narrow` [T*N, C]: the gradient of the input part in the dtype of products.
+    """
     dtype = o.x.dtype
     found: dict[str, Tensor | None] = {}
     pre, apart = gradients.pre.flatten(0, 1), gradients.apart
@@ -539,7 +539,7 @@ def _weight_gradients(
         steps = torch.arange(len(x), device=x.device)[:, None]
         x = x.masked_fill((steps >= o.lengths.to(x.device, non_blocking=True)).unsqueeze(2), 0.0)
     entered = (old_h if o.recurrent_mask is None else old_h * o.recurrent_mask).flatten(0, 1).to(dtype)
-    narrow = pre.to(dtype).t()
+    narrow = narrow.t()
     found["weight_ih"] = torch.mm(narrow, x.flatten(0, 1))
     total = pre.sum(0)
     found["bias_ih"] = found["bias_hh"] = total

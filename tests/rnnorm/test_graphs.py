@@ -1,10 +1,12 @@
 """The graphs of a loop: which there are, when they are recorded and replayed, and how many are kept."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from rnnorm.ops import graphs
 
@@ -103,3 +105,68 @@ def test_threads_share_what_the_cache_makes() -> None:
     for thread in threads:
         thread.join()
     assert len(set(map(id, found))) == 1
+
+
+class _Stream:
+    device, cuda_stream = "cuda:0", 7
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: "_Stream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens to streams and graphs, in order, on a device that is not here."""
+    found: list[str] = []
+
+    class Graph:
+        def capture_begin(self, capture_error_mode: str) -> None:
+            found.append(f"begin {capture_error_mode}")
+
+        def capture_end(self) -> None:
+            found.append("end")
+
+        def replay(self) -> None:
+            found.append("replay")
+
+    @contextmanager
+    def inside(stream: _Stream) -> Iterator[None]:
+        found.append(f"on {stream.name}")
+        yield
+        found.append(f"off {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: _Stream("current", found))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream("side", found))
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(graphs, "_SIDES", graphs.Cache(2))
+    return found
+
+
+def test_recording(log: list[str]) -> None:
+    class Product:
+        def warm(self) -> None:
+            log.append("warm")
+
+        def __call__(self) -> None:
+            log.append("product")
+
+    replay = graphs.record([Product(), lambda: log.append("kernel")])
+    assert log == [
+        *("side waits for current", "on side", "warm", "begin thread_local", "product", "kernel", "end"),
+        *("off side", "current waits for side"),
+    ]
+    replay()
+    assert log[-1] == "replay"
+
+
+def test_a_recording_that_fails_is_ended(log: list[str]) -> None:
+    def refused() -> None:
+        raise RuntimeError("operation not permitted")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphs.record([refused])
+    assert log[-1] == "end"
