@@ -200,7 +200,11 @@ class TrainConfig(Section):
         default=None,
         description="stop once a validation is worse than the best of more than this many epochs before; none: never",
     )
-    autocast: Literal["none", "bfloat16"] = Field(default="none", description="dtype of matrix products under autocast")
+    precision: Literal["float32", "bfloat16", "auto"] = Field(
+        default="float32",
+        description="dtype of matrix products; sums and all else stay in float32; auto: bfloat16 where the device has "
+        "instructions for it",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1, description="random seed")
     backend: str = Field(default="auto", description="backend for the recurrent layers (`python -m rnnorm` lists them)")
     device: str = Field(default="auto", description="cpu, cuda, cuda:0, or auto: cuda where there is one, else cpu")
@@ -208,6 +212,14 @@ class TrainConfig(Section):
         default=20, description="columns that the validation text is read in after each epoch"
     )
     log_every: Count = Field(default=10, description="steps between logged steps")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "autocast" in values:  # as runs of version 0.1 have it
+            values = {**values, "precision": {"none": "float32"}.get(values["autocast"], values["autocast"])}
+            del values["autocast"]
+        return values
 
     @field_validator("window", mode="before")
     @classmethod

@@ -31,6 +31,13 @@ def resolve_device(name: str, before: str | None = None) -> str:
     return "cuda" if there else "cpu"
 
 
+def resolve_precision(name: str, device: str) -> str:
+    """Returns the dtype of products that `auto` stands for on a device: bfloat16 where it has instructions for it."""
+    if name != "auto":
+        return name
+    return "float32" if rnnorm.why_not_bfloat16(device) else "bfloat16"
+
+
 def require_device(name: str) -> torch.device:
     """Returns the device of this name, or of what `auto` stands for; raises UserError where it cannot be used."""
     try:

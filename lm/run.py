@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import rnnorm
 from lm import checkpoint, config, corpora, distributed, stream, tokenizers
 from lm.checkpoint import Checkpoints
 from lm.config import Config, TrainConfig
@@ -22,7 +23,7 @@ from lm.evaluator import Score, evaluate
 from lm.events import Scored
 from lm.internals import Internals
 from lm.lock import Lock
-from lm.machine import require_backend, require_device, require_memory, resolve_device
+from lm.machine import require_backend, require_device, require_memory, resolve_device, resolve_precision
 from lm.model import LanguageModel
 from lm.progress import ProgressBar
 from lm.run_folder import RunFolder, Say
@@ -121,7 +122,12 @@ def _placed(settings: Config, saved: Mapping[str, Any] | None, team: Team, say: 
     require_device(team.place(device))
     if before is not None and before.partition(":")[0] != device.partition(":")[0]:
         say(f"the run was on {before} and is now on {device}: its bits will differ from a run on {before} alone")
-    return settings.model_copy(update={"train": settings.train.model_copy(update={"device": device})})
+    precision = resolve_precision(settings.train.precision, device)
+    slow = rnnorm.why_not_bfloat16(device) if precision == "bfloat16" else None
+    if slow is not None:
+        say(f"products in bfloat16 are slower here than in float32: {slow}")
+    placed = settings.train.model_copy(update={"device": device, "precision": precision})
+    return settings.model_copy(update={"train": placed})
 
 
 def _require(settings: Config, team: Team) -> None:

@@ -19,6 +19,7 @@ from lm.config import TrainConfig
 from lm.distributed import Team
 from lm.evaluator import Score
 from lm.events import Diverged, EndedEarly, EpochEnded, Event, Interrupted, Listener, Started, Stepped, Validated
+from lm.machine import resolve_precision
 from lm.model import LanguageModel, Objective, State, columns_of, detach, state_of, state_tensors
 from lm.stream import Columns, parts
 
@@ -373,7 +374,7 @@ class Trainer:
         return norm
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.autocast == "none":
+        if resolve_precision(self.config.precision, str(self.device)) == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 

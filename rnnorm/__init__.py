@@ -7,7 +7,7 @@ from rnnorm._layers import GRU, LSTM, RNN
 from rnnorm._module import Options
 from rnnorm._online_norm import OnlineNorm
 from rnnorm._single_step import GRUCell, LSTMCell, RNNCell
-from rnnorm.ops import BackendUnavailable, backends
+from rnnorm.ops import BackendUnavailable, backends, why_not_bfloat16
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "functional",
     "gates",
     "norms",
+    "why_not_bfloat16",
 ]

@@ -9,7 +9,7 @@ from rnnorm.ops.linear_cross_entropy import linear_cross_entropy
 from rnnorm.ops.online_norm import run_online_norm
 from rnnorm.ops.reference import normalizer
 from rnnorm.ops.reference import run as watched
-from rnnorm.ops.registry import BackendUnavailable, backends, by_name, choose, names
+from rnnorm.ops.registry import BackendUnavailable, backends, by_name, choose, names, why_not_bfloat16
 
 __all__ = [
     "DIFFERENTIABLE",
@@ -30,6 +30,7 @@ __all__ = [
     "run_online_norm",
     "statistics_dtype",
     "watched",
+    "why_not_bfloat16",
 ]
 
 

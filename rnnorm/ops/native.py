@@ -42,6 +42,16 @@ def widths(operands: Operands, spec: CallSpec) -> dict[str, int]:
     }
 
 
+def why_not_bfloat16() -> str | None:
+    """Why products in bfloat16 run in float32 here, None if they do not."""
+    from rnnorm.ops import build
+
+    reason = build.load()
+    if reason is None and "bfloat16" not in torch.ops.rnnorm_cpu.micro_kernels():
+        return "the processor, or torch's oneDNN, has no instructions for products in bfloat16 (AVX512-BF16)"
+    return reason
+
+
 class Native:
     name = "cpu"
     differentiable = False
@@ -50,7 +60,7 @@ class Native:
 
     @property
     def losses(self) -> tuple[torch.dtype, ...]:
-        half = "bfloat16" in torch.ops.rnnorm_cpu.micro_kernels() and use_micro_kernel
+        half = use_micro_kernel and why_not_bfloat16() is None
         return (torch.float32, torch.float64, *([torch.bfloat16] if half else []))
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rnnorm.ops import native
 from rnnorm.ops.call import CallSpec, Operands, Results
 from rnnorm.ops.errors import Failure
 from rnnorm.ops.native import Native
@@ -118,6 +119,19 @@ def choose_loss(device: torch.device, dtype: torch.dtype) -> Any:
         if backend.why_not(device, dtype, None) is None and dtype in backend.losses:
             return backend
     raise ValueError(f"hidden must have a floating-point dtype; got {dtype}; convert it with .to(dtype)")
+
+
+def why_not_bfloat16(device: str | torch.device = "cpu") -> str | None:
+    """None if `device` has instructions for products in bfloat16, else the reason why not.
+
+    The layers use them for bfloat16 input and under autocast.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return native.why_not_bfloat16()
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "the GPU is older than compute capability 8.0"
+    return None
 
 
 def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:

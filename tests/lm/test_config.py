@@ -48,7 +48,7 @@ def test_the_papers_recipe(name, expected):
         "train.clip": "none",
         "train.schedule": "constant",
         "train.momentum": 0.0,
-        "train.autocast": "none",
+        "train.precision": "float32",
     }
     assert {key: found[key] for key in shared | expected} == shared | expected
 
@@ -248,3 +248,8 @@ def test_paths_are_text():
 def test_paths_hold_no_nul():
     with pytest.raises(UserError, match="must not hold the character NUL"):
         config.absolute(config.build({"data": {"source": "a\0b"}}).data)
+
+
+@pytest.mark.parametrize(("old", "new"), [("none", "float32"), ("bfloat16", "bfloat16")])
+def test_a_run_that_names_its_precision_as_version_0_1_does_still_loads(old, new):
+    assert config.TrainConfig(autocast=old).precision == new

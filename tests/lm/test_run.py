@@ -825,3 +825,18 @@ def test_a_run_in_a_thread_needs_no_signals(train):
     thread.start()
     thread.join()
     assert reasons == ["max_steps"]
+
+
+def test_auto_precision_is_resolved_once_and_kept(train, tmp_path, monkeypatch):
+    for reason, expected in (("no instructions", "float32"), (None, "bfloat16")):
+        monkeypatch.setattr("rnnorm.why_not_bfloat16", lambda device, reason=reason: reason)
+        train("train.precision=auto", "train.max_steps=1", folder=expected)
+        written = config.build(config.read_toml(tmp_path / expected / "config.toml", ""))
+        assert written.train.precision == expected
+
+
+def test_bfloat16_without_instructions_is_told_to_be_slower(train, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("rnnorm.why_not_bfloat16", lambda device: "no instructions")
+    train("train.precision=bfloat16", "train.max_steps=1", say=said.append)
+    assert any("slower here than in float32: no instructions" in line for line in said)

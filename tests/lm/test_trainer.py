@@ -74,7 +74,7 @@ CASES = {
     "rmsprop": ({"optimizer": "rmsprop", "lr": 0.01, "average": True, "average_patience": None}, {"norm": "none"}),
     "plateau": ({"lr": 3.0, "clip": 0.5, "schedule": "plateau", "patience": 9}, {"cell": "rnn_tanh"}),
     "cell norm": ({"window": "awd{9}"}, {"cell_norm": True, "num_layers": 2}),
-    "bfloat16": ({"autocast": "bfloat16"}, {}),
+    "bfloat16": ({"precision": "bfloat16"}, {}),
     "parts": ({"accumulate": 2}, {"num_layers": 2}),
     "sizes": (
         {"ar": 2.0, "tar": 1.0},
@@ -655,7 +655,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(on_cuda, optimizer):
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_on_a_gpu_equals_one_on_the_cpu(trainer, on_cuda, case):
     settings, model_settings = CASES[case]
-    settings = {**settings, "max_steps": 6, "log_every": 4, "autocast": "none"}
+    settings = {**settings, "max_steps": 6, "log_every": 4, "precision": "float32"}
     there, here = [], []
     on_cuda([there.append], settings, **model_settings).fit()
     trainer([here.append], settings, **model_settings).fit()
