@@ -94,17 +94,17 @@ class Cache(Generic[Held]):
 def record(launches: Sequence[Launch]) -> Launch:
     """The replay of a CUDA graph of these launches, recorded on a stream beside the current one.
 
-    A launch may have a method `warm`, for what must not happen first while a graph is recorded.
+    A launch may have a method `warm`, for what this thread must not do first while a graph is recorded.
     """
+    for launch in launches:
+        getattr(launch, "warm", lambda: None)()
     current = torch.cuda.current_stream()
-    stream = _SIDES.get((current.device, current.cuda_stream), lambda: torch.cuda.Stream(current.device))
+    stream, pool = _SIDES.get((current.device, current.cuda_stream), lambda: _side(current.device))
     stream.wait_stream(current)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        for launch in launches:
-            getattr(launch, "warm", lambda: None)()
         # In another mode, calls of other threads could break the recording, or be broken by it.
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             for launch in launches:
                 launch()
@@ -114,5 +114,11 @@ def record(launches: Sequence[Launch]) -> Launch:
     return graph.replay
 
 
-# A stream for each stream of the user: products keep a workspace for each stream, which graphs of two must not share.
-_SIDES: Cache[Any] = Cache(BOUND)
+def _side(device: torch.device) -> tuple[Any, Any]:
+    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+
+# For each stream of the user, the one that records, and the pool of its graphs. The only memory that a recording takes
+# is the workspace that torch keeps for the products of a stream. Graphs of two of the user's streams must not share it,
+# and it must stay with the graphs when torch drops it, as it does while torch.compile records: so their pool holds it.
+_SIDES: Cache[tuple[Any, Any]] = Cache(BOUND)

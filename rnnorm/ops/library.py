@@ -22,7 +22,12 @@ _PLAIN = (Tensor, nn.Parameter, type(None))
 
 
 def operator(
-    name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], recorded: Any = None
+    name: str,
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    recorded: Any = None,
+    tags: Sequence[torch.Tag] = (),
 ) -> Callable[..., Any]:
     """Register `rnnorm::<name>` and return it.
 
@@ -30,8 +35,9 @@ def operator(
         kernel: computes the results, on any device.
         fake: returns empty results of the right shapes and dtypes.
         recorded: called instead for autograd's dispatch key; if None, gradients stop at the operator.
+        tags: what torch.compile must know of it.
     """
-    _LIBRARY.define(f"{name}{schema}")
+    _LIBRARY.define(f"{name}{schema}", tags=tags)
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rnnorm::{name}", fake, lib=_LIBRARY)
     if recorded is not None:

@@ -33,6 +33,8 @@ def _operands_schema(mutable: Sequence[str] = ()) -> str:
 
 
 _SPEC_SCHEMA = ", ".join(f"{_SCALARS[kind]} {name}" for name, kind in CallSpec.__annotations__.items())
+# torch.compile must not put the operators into CUDA graphs of its own: the Triton backend keeps buffers between calls.
+_TAGS = [torch.Tag.cudagraph_unsafe]
 _RESULTS_SCHEMA = ", ".join(["Tensor"] * len(Results._fields))
 
 
@@ -91,7 +93,7 @@ def _recorded(*args: Any) -> Any:
 
 
 sequence = library.operator(
-    "sequence", f"({_operands_schema()}, {_SPEC_SCHEMA}) -> ({_RESULTS_SCHEMA})", _plain, _plain_fake, _recorded
+    "sequence", f"({_operands_schema()}, {_SPEC_SCHEMA}) -> ({_RESULTS_SCHEMA})", _plain, _plain_fake, _recorded, _TAGS
 )
 
 
@@ -111,6 +113,7 @@ sequence_saving = library.operator(
     f"({_operands_schema()}, {_SPEC_SCHEMA}) -> ({_RESULTS_SCHEMA}, Tensor[])",
     _saving,
     _saving_fake,
+    tags=_TAGS,
 )
 
 
@@ -177,6 +180,7 @@ sequence_backward = library.operator(
     f"{_operands_schema(MOVED_IN_BACKWARD)}, {_SPEC_SCHEMA}) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
     _backward_kernel,
     _backward_fake,
+    tags=_TAGS,
 )
 
 

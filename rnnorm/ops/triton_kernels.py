@@ -23,7 +23,10 @@ import triton.language as tl
 
 
 class Code(NamedTuple):
-    """What decides the code of the kernels of a call."""
+    """What decides the code of the kernels of a call.
+
+    Triton 3.6 passes a field from one function to another only as `tl.constexpr(field)`, unless it is a dtype or None.
+    """
 
     kind: str  # of the gates' norm: none, layer, rms, frozen (online, evaluation) or streamed (online, training)
     cell_kind: str  # of the cell state's norm
@@ -375,16 +378,16 @@ def lstm(
     if PART != LAST:
         xs = ()
         for g in tl.static_range(4):  # all loads before the stores
-            xs += (_pre(table, part, s, n, g * H + h, C, ok, carries, K.kind, K),)
+            xs += (_pre(table, part, s, n, g * H + h, C, ok, carries, tl.constexpr(K.kind), K),)
         normed = ()
         for g in tl.static_range(4):
-            normed += (_normalized(xs[g], g, h, ok, H, scale, shift, mean, rstd, K.kind, K),)
+            normed += (_normalized(xs[g], g, h, ok, H, scale, shift, mean, rstd, tl.constexpr(K.kind), K),)
         acts = (_sigmoid(normed[0][3]), _sigmoid(normed[1][3]), _tanh(normed[2][3]), _sigmoid(normed[3][3]))
         o = acts[3]
         c = tl.where(ok, acts[1] * c_old + acts[0] * acts[2], 0.0)
         for g in tl.static_range(4):
             y, r, guard, _ = normed[g]
-            _keep(table, s, g, 4, h, H, y, r, guard, inside, cells, NORM, K.kind, K)
+            _keep(table, s, g, 4, h, H, y, r, guard, inside, cells, NORM, tl.constexpr(K.kind), K)
             if K.save or (PART == FIRST and g == 3):
                 tl.store(gates + s * C + g * H + h, acts[g], mask=cells)
     if PART == FIRST:
@@ -393,8 +396,10 @@ def lstm(
         if PART == LAST:
             c = tl.load(_at(table, CELL, K.wide) + s * H + h, mask=ok, other=0.0)
             o = tl.load(gates + s * C + 3 * H + h, mask=ok, other=0.0)
-        y, r, guard, c = _normalized(c, 0, h, ok, H, cell_scale, cell_shift, cell_mean, cell_rstd, K.cell_kind, K)
-        _keep(table, s, 0, 1, h, H, y, r, guard, inside, cells, CELL, K.cell_kind, K)
+        y, r, guard, c = _normalized(
+            c, 0, h, ok, H, cell_scale, cell_shift, cell_mean, cell_rstd, tl.constexpr(K.cell_kind), K
+        )
+        _keep(table, s, 0, 1, h, H, y, r, guard, inside, cells, CELL, tl.constexpr(K.cell_kind), K)
         t = _tanh(c)
         if K.save:
             tl.store(extra + s * H + h, t, mask=cells)
@@ -433,18 +438,18 @@ def gru(
     gates, at = _at(table, GATES, K.wide) + s * C + h, 2 * H + h
     old = tl.load(h_state + n * H + h, mask=ok & carries, other=0.0)
     if PART != LAST:
-        x_r = _pre(table, part, s, n, h, C, ok, carries, K.kind, K)
-        x_z = _pre(table, part, s, n, H + h, C, ok, carries, K.kind, K)
+        x_r = _pre(table, part, s, n, h, C, ok, carries, tl.constexpr(K.kind), K)
+        x_z = _pre(table, part, s, n, H + h, C, ok, carries, tl.constexpr(K.kind), K)
         x = tl.load(gates + 2 * H, mask=ok, other=0.0)
         apart = tl.load(part + n * C + at, mask=ok & carries, other=0.0).to(K.wide)
         if bias is not None:
             apart += tl.load(bias + h, mask=ok, other=0.0)
-        y_r, r_r, guard_r, r = _normalized(x_r, 0, h, ok, H, scale, shift, mean, rstd, K.kind, K)
-        y_z, r_z, guard_z, z = _normalized(x_z, 1, h, ok, H, scale, shift, mean, rstd, K.kind, K)
+        y_r, r_r, guard_r, r = _normalized(x_r, 0, h, ok, H, scale, shift, mean, rstd, tl.constexpr(K.kind), K)
+        y_z, r_z, guard_z, z = _normalized(x_z, 1, h, ok, H, scale, shift, mean, rstd, tl.constexpr(K.kind), K)
         r, z = _sigmoid(r), _sigmoid(z)
         x = tl.where(ok, x + r * apart, 0.0)
-        _keep(table, s, 0, 3, h, H, y_r, r_r, guard_r, inside, cells, NORM, K.kind, K)
-        _keep(table, s, 1, 3, h, H, y_z, r_z, guard_z, inside, cells, NORM, K.kind, K)
+        _keep(table, s, 0, 3, h, H, y_r, r_r, guard_r, inside, cells, NORM, tl.constexpr(K.kind), K)
+        _keep(table, s, 1, 3, h, H, y_z, r_z, guard_z, inside, cells, NORM, tl.constexpr(K.kind), K)
         if K.save:
             tl.store(_at(table, EXTRA, K.wide) + s * H + h, apart, mask=cells)
             tl.store(gates, r, mask=cells)
@@ -456,8 +461,8 @@ def gru(
         if PART == LAST:
             x = tl.load(_at(table, NORM, K.wide) + s * C + at, mask=ok, other=0.0)
             z = tl.load(gates + H, mask=ok, other=0.0)
-        y, r, guard, q = _normalized(x, 2, h, ok, H, scale, shift, mean, rstd, K.kind, K)
-        _keep(table, s, 2, 3, h, H, y, r, guard, inside, cells, NORM, K.kind, K)
+        y, r, guard, q = _normalized(x, 2, h, ok, H, scale, shift, mean, rstd, tl.constexpr(K.kind), K)
+        _keep(table, s, 2, 3, h, H, y, r, guard, inside, cells, NORM, tl.constexpr(K.kind), K)
         new = _tanh(q)
         if K.save:
             tl.store(gates + 2 * H, new, mask=cells)
@@ -473,9 +478,9 @@ def rnn(
     h = tl.arange(0, BLOCK)[None, :]
     cells, ok = inside & (h < H), active & (h < H)
     old = tl.load(h_state + n * H + h, mask=ok & carries, other=0.0)
-    x = _pre(table, part, s, n, h, H, ok, carries, K.kind, K)
-    y, r, guard, q = _normalized(x, 0, h, ok, H, scale, shift, mean, rstd, K.kind, K)
-    _keep(table, s, 0, 1, h, H, y, r, guard, inside, cells, NORM, K.kind, K)
+    x = _pre(table, part, s, n, h, H, ok, carries, tl.constexpr(K.kind), K)
+    y, r, guard, q = _normalized(x, 0, h, ok, H, scale, shift, mean, rstd, tl.constexpr(K.kind), K)
+    _keep(table, s, 0, 1, h, H, y, r, guard, inside, cells, NORM, tl.constexpr(K.kind), K)
     if K.relu:
         q = tl.where(q < 0, 0.0, q)
     else:
@@ -540,7 +545,7 @@ def lstm_backward(
             _pass(direct, later, through, n, h, H, cells, active, carries)
         dc = dc_new + dh * o * (1.0 - t * t)
         dc, dz = _denormalized(
-            dc, table, s, 0, 1, h, inside, ok, H, cell_scale, cell_shift, cell_rstd, CELL, K.cell_kind, K
+            dc, table, s, 0, 1, h, inside, ok, H, cell_scale, cell_shift, cell_rstd, CELL, tl.constexpr(K.cell_kind), K
         )
         if PART == FIRST or (K.cell_kind != "none" and cell_scale is not None):
             tl.store(_at(table, D_CELL, K.wide) + at, dz, mask=cells)
@@ -556,10 +561,14 @@ def lstm_backward(
         )  # fmt: skip
         ds = ()
         for g in tl.static_range(4):
-            ds += (_denormalized(dqs[g], table, s, g, 4, h, inside, ok, H, scale, shift, rstd, NORM, K.kind, K),)
+            ds += (
+                _denormalized(
+                    dqs[g], table, s, g, 4, h, inside, ok, H, scale, shift, rstd, NORM, tl.constexpr(K.kind), K
+                ),
+            )
         for g in tl.static_range(4):
             d, dz = ds[g]
-            _write(d, dz, table, operand, s, n, g * H + h, C, cells, carries, scale, K.kind, K)
+            _write(d, dz, table, operand, s, n, g * H + h, C, cells, carries, scale, tl.constexpr(K.kind), K)
         tl.store(grad_c + n * H + h, tl.where(carries, dc * f + dc_old, 0.0), mask=ok)
 
 
@@ -583,8 +592,8 @@ def gru_backward(
         dh, through = _split(out, table, at, ok, K.stay_h, STAY_H, K)
         _pass(direct, later, through + dh * z, n, h, H, cells, active, carries)
         dn = dh * (1.0 - z) * (1.0 - new * new)
-        dn, dz = _denormalized(dn, table, s, 2, 3, h, inside, ok, H, scale, shift, rstd, NORM, K.kind, K)
-        _write(dn, dz, table, None, s, n, 2 * H + h, C, cells, carries, scale, K.kind, K)
+        dn, dz = _denormalized(dn, table, s, 2, 3, h, inside, ok, H, scale, shift, rstd, NORM, tl.constexpr(K.kind), K)
+        _write(dn, dz, table, None, s, n, 2 * H + h, C, cells, carries, scale, tl.constexpr(K.kind), K)
         if PART == FIRST:
             tl.store(d_hidden + n * H + h, dh, mask=cells)
     if PART != FIRST:
@@ -592,14 +601,28 @@ def gru_backward(
         apart = tl.load(_at(table, EXTRA, K.wide) + at, mask=ok, other=0.0)
         old = tl.load(_at(table, OLD_H, K.wide) + at, mask=ok, other=0.0)
         dr, dz_r = _denormalized(
-            dn * apart * r * (1.0 - r), table, s, 0, 3, h, inside, ok, H, scale, shift, rstd, NORM, K.kind, K
+            dn * apart * r * (1.0 - r),
+            table,
+            s,
+            0,
+            3,
+            h,
+            inside,
+            ok,
+            H,
+            scale,
+            shift,
+            rstd,
+            NORM,
+            tl.constexpr(K.kind),
+            K,
         )
         dz, dz_z = _denormalized(
             dh * (old - new) * z * (1.0 - z), table, s, 1, 3, h, inside, ok, H, scale, shift, rstd,
-            NORM, K.kind, K,
+            NORM, tl.constexpr(K.kind), K,
         )  # fmt: skip
-        _write(dr, dz_r, table, operand, s, n, h, C, cells, carries, scale, K.kind, K)
-        _write(dz, dz_z, table, operand, s, n, H + h, C, cells, carries, scale, K.kind, K)
+        _write(dr, dz_r, table, operand, s, n, h, C, cells, carries, scale, tl.constexpr(K.kind), K)
+        _write(dz, dz_z, table, operand, s, n, H + h, C, cells, carries, scale, tl.constexpr(K.kind), K)
         tl.store(_at(table, D_APART, K.wide) + at, dn * r, mask=cells)
         tl.store(operand + n * C + 2 * H + h, tl.where(carries, dn * r, 0.0).to(K.narrow), mask=cells)
 
@@ -620,5 +643,5 @@ def rnn_backward(
         d = tl.where(a > 0, d, 0.0)
     else:
         d = d * (1.0 - a * a)
-    d, dz = _denormalized(d, table, s, 0, 1, h, inside, ok, H, scale, shift, rstd, NORM, K.kind, K)
-    _write(d, dz, table, operand, s, n, h, H, cells, carries, scale, K.kind, K)
+    d, dz = _denormalized(d, table, s, 0, 1, h, inside, ok, H, scale, shift, rstd, NORM, tl.constexpr(K.kind), K)
+    _write(d, dz, table, operand, s, n, h, H, cells, carries, scale, tl.constexpr(K.kind), K)

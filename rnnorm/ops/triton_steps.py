@@ -77,6 +77,7 @@ class Product:
         torch.mm(self.left, self.right, out=self.out)
 
     def warm(self) -> None:
+        """Let a thread open the library of products."""
         torch.mm(self.left, self.right)
 
 

@@ -161,11 +161,12 @@ def test_streams_do_not_share_a_loop() -> None:
         assert all(map(_same, found, expected))
 
 
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize(("kind", "norm"), KINDS)
-def test_compiled(kind: str, norm: str) -> None:
+def test_compiled(kind: str, norm: str, mode: str | None) -> None:
     layer, x = _layer(kind, norm), torch.randn(9, 5, 24, device="cuda")
     eager = _layer(kind, norm)
-    compiled = torch.compile(layer, fullgraph=True)
+    compiled = torch.compile(layer, fullgraph=True, mode=mode)
     for _ in range(3):
         layer.zero_grad()
         y, _ = compiled(x)

@@ -123,8 +123,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
 
     class Graph:
-        def capture_begin(self, capture_error_mode: str) -> None:
-            found.append(f"begin {capture_error_mode}")
+        def capture_begin(self, pool: str, capture_error_mode: str) -> None:
+            found.append(f"begin {capture_error_mode} in {pool}")
 
         def capture_end(self) -> None:
             found.append("end")
@@ -142,6 +142,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream("side", found))
     monkeypatch.setattr(torch.cuda, "stream", inside)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
     monkeypatch.setattr(graphs, "_SIDES", graphs.Cache(2))
     return found
 
@@ -156,7 +157,7 @@ def test_recording(log: list[str]) -> None:
 
     replay = graphs.record([Product(), lambda: log.append("kernel")])
     assert log == [
-        *("side waits for current", "on side", "warm", "begin thread_local", "product", "kernel", "end"),
+        *("warm", "side waits for current", "on side", "begin thread_local in the pool", "product", "kernel", "end"),
         *("off side", "current waits for side"),
     ]
     replay()

@@ -330,3 +330,9 @@ def test_operators_are_what_a_subclass_sees() -> None:
 def test_shapes_without_memory() -> None:
     y, h = rnnorm.GRU(3, 4, device="meta")(torch.zeros(5, 2, 3, device="meta"))
     assert (y.device.type, y.shape, h.shape) == ("meta", (5, 2, 4), (1, 2, 4))
+
+
+@pytest.mark.parametrize("name", ["sequence", "sequence_saving", "sequence_backward"])
+def test_torch_compile_keeps_the_operators_out_of_its_cuda_graphs(name: str) -> None:
+    """There the buffers that the Triton backend keeps between calls would lie in memory that is used again."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.rnnorm, name).default.tags
