@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import cases
@@ -405,7 +407,8 @@ def test_errors_say_what_was_expected_and_got():
 
 
 @pytest.mark.parametrize("M", [0, 3])
-def test_linear_cross_entropy_refuses_what_it_cannot_read(M):
+@pytest.mark.parametrize("half", [False, True])
+def test_linear_cross_entropy_refuses_what_it_cannot_read(M, half):
     given = {
         "hidden": torch.randn(M, 4),
         "weight": torch.randn(7, 4),
@@ -415,7 +418,7 @@ def test_linear_cross_entropy_refuses_what_it_cannot_read(M):
     }
 
     def call(**changed):
-        return torch.ops.rnnorm_cpu.linear_cross_entropy(*{**given, **changed}.values(), True, True, True, True, 0)
+        return torch.ops.rnnorm_cpu.linear_cross_entropy(*{**given, **changed}.values(), True, True, True, True, half, 0)
 
     assert all(found.isfinite().all() for found in call())
     for name, tensor in given.items():
@@ -521,3 +524,29 @@ def test_blocks_go_from_call_to_call():
     found = places()
     assert len(found) == 4  # h, c, y, rstd
     assert places() == found
+
+
+_CORES = """
+import os, sys, torch, rnnorm
+from rnnorm.ops import build, native
+build.load()
+torch.set_num_threads(2)
+cores = sorted(os.sched_getaffinity(0))
+os.sched_setaffinity(0, cores[: int(sys.argv[1])])
+layer = rnnorm.LSTM(200, 200, norm="none", backend="cpu")
+x, h, c = torch.zeros(2, 20, 200), torch.zeros(20, 200), torch.zeros(20, 200)
+operands = layer._operands(layer._own("_l0"), x, h, c, None)
+with torch.no_grad():
+    print(native.Native().forward(operands, layer._spec(), True)[1][-1].item())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not bind processes to cores")
+@pytest.mark.parametrize("cores", [1, 2])
+def test_no_more_threads_than_cores_that_the_process_may_use(cores):
+    if len(os.sched_getaffinity(0)) < cores:
+        pytest.skip("there are fewer cores here")
+    found = subprocess.run(
+        [sys.executable, "-c", _CORES, str(cores)], capture_output=True, text=True, check=True, env=os.environ
+    )
+    assert int(found.stdout) == cores

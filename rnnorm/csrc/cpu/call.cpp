@@ -1,6 +1,5 @@
 #include "call.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -9,6 +8,7 @@
 #include <cstring>
 
 #include "check.h"
+#include "cores.h"
 #include "gemm.h"
 #include "pool.h"
 
@@ -202,7 +202,7 @@ int Call::threads() const {
   if (options.threads > 0) return static_cast<int>(std::min(options.threads, H));
   // Below four rows, loading the weights from the cache dominates: it takes as long as computing four rows.
   const int64_t useful = std::min(H / 16, 1 + std::max<int64_t>(N, 4) * P * C / worthwhile);
-  return static_cast<int>(std::clamp<int64_t>(useful, 1, at::get_num_threads()));
+  return static_cast<int>(std::clamp<int64_t>(useful, 1, available_threads()));
 }
 
 Tensor Call::empty(at::IntArrayRef shape) const { return at::empty(shape, dtype); }

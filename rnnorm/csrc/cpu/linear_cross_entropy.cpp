@@ -1,6 +1,5 @@
 #include "linear_cross_entropy.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cores.h"
 #include "gemm.h"
 #include "math.h"
 #include "pool.h"
@@ -365,7 +365,7 @@ template <typename T, typename S>
 void solve(const Problem<T>& problem) {
   const int64_t M = problem.rows.size();
   constexpr int64_t worthwhile = 2'000'000;  // multiplications of one product per additional thread
-  const int64_t useful = std::min(1 + M * problem.V * problem.E / worthwhile, int64_t{at::get_num_threads()});
+  const int64_t useful = std::min(1 + M * problem.V * problem.E / worthwhile, int64_t{available_threads()});
   const int most = static_cast<int>(std::min(problem.threads > 0 ? problem.threads : useful, (problem.V + 63) / 64));
   const int64_t width = block_rows(problem, most);
   Board<T> boards[2];

@@ -1,6 +1,5 @@
 #include "online_norm.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cores.h"
 #include "norm.h"
 #include "team.h"
 
@@ -269,7 +269,7 @@ class Run {
 
 template <Pass pass, Guard guard, typename X, typename T>
 void solve(const Problem<X, T>& p, int64_t threads) {
-  const int64_t useful = std::min(1 + p.N * p.C * p.D / worthwhile, int64_t{at::get_num_threads()}), units = p.units();
+  const int64_t useful = std::min(1 + p.N * p.C * p.D / worthwhile, int64_t{available_threads()}), units = p.units();
   const int most = static_cast<int>(std::min(threads > 0 ? threads : useful, units));
   constexpr bool scaled = guard == Guard::scale;
   constexpr bool back = pass == Pass::backward;

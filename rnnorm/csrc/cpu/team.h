@@ -1,4 +1,4 @@
-// The threads of one call, which run the whole time loop and synchronize by a spinning barrier.
+// The threads of one call, which run the whole time loop and synchronize by a barrier.
 #pragma once
 
 #include <omp.h>
@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <exception>
 #include <stdexcept>
-#include <thread>
 #include <vector>
 
 namespace rnnorm {
@@ -22,7 +21,8 @@ inline Range part_of(int64_t count, int id, int threads) {
   return {count * id / threads, count * (id + 1) / threads};
 }
 
-// Spins, since a step takes microseconds: a system call would take longer than the wait.
+// The barrier spins briefly, since a step takes microseconds and a system call would take longer than the wait; then it sleeps,
+// so that another thread can have the core.
 class Team {
  public:
   int size() const { return size_; }
@@ -31,18 +31,15 @@ class Team {
     const int generation = generation_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
-      generation_.store(generation + 1, std::memory_order_release);
+      pass(generation + 1);
       return;
     }
     for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
       if (failed_.load(std::memory_order_relaxed)) throw std::runtime_error("rnnorm: another thread failed");
-      if (spins < 20000) {
+      if (spins >= most_spins) generation_.wait(generation, std::memory_order_acquire);
 #if defined(__x86_64__)
-        __builtin_ia32_pause();
+      else __builtin_ia32_pause();
 #endif
-      } else {
-        std::this_thread::yield();
-      }
     }
   }
 
@@ -60,12 +57,20 @@ class Team {
       } catch (...) {
         bool expected = false;
         if (team.failed_.compare_exchange_strong(expected, true)) failure = std::current_exception();
+        team.pass(team.generation_.load() + 1);  // so that those who wait see it
       }
     }
     if (failure) std::rethrow_exception(failure);
   }
 
  private:
+  static constexpr int most_spins = 2000;  // tens of microseconds
+
+  void pass(int generation) {
+    generation_.store(generation, std::memory_order_release);
+    generation_.notify_all();
+  }
+
   int size_ = 1;
   std::atomic<int> arrived_{0}, generation_{0};
   std::atomic<bool> failed_{false};
