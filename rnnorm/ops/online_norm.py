@@ -39,7 +39,7 @@ def _forward(
     wanted: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     library.refuse_recomputation()
-    backend = choose(wanted, x.device, x.dtype, None)
+    backend = choose(wanted, x.device, x.dtype, None, x.size(1))
     return backend.online_norm(x, *_widened(weight, bias, mean), mean, var, guard, constants)
 
 
@@ -61,7 +61,7 @@ def _backward(
     wanted: str,
     need_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend = choose(wanted, x.device, x.dtype, None)
+    backend = choose(wanted, x.device, x.dtype, None, x.size(1))
     tensors = grad.to(x.dtype), x, *_widened(weight, bias, mean), mean, var, u, v
     return backend.online_norm_backward(*tensors, guard, constants, need_input)
 

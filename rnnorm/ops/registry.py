@@ -88,7 +88,7 @@ def _why_not(
     if spec is not None and spec.special and not backend.runs_special:
         return "it does not run mogrifier_rounds and cap_input_gate"
     reason = backend.why_not(device, dtype, spec)
-    if reason is None and spec is not None and units is not None and isinstance(backend, Triton):
+    if reason is None and units is not None and isinstance(backend, Triton):
         return backend.fault(device, dtype, spec, units)
     return reason
 
@@ -96,7 +96,7 @@ def _why_not(
 def choose(
     wanted: str, device: torch.device, dtype: torch.dtype, spec: CallSpec | None, units: int | None = None
 ) -> Backend:
-    """The backend of that name, or for `"auto"` the first that can run the call. `units`: H of a call about to run."""
+    """The backend of that name, or for `"auto"` the first that can run the call. `units`: H or C of one to run."""
     if wanted == "auto":
         for backend in BACKENDS:
             reason = _why_not(backend, device, dtype, spec, units)

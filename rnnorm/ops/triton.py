@@ -6,6 +6,7 @@ With TRITON_INTERPRET=1 in the environment Triton's interpreter runs the kernels
 import functools
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +47,11 @@ class Triton:
             return f"it supports floating-point dtypes only; got {dtype}"
         return _missing()
 
-    def fault(self, device: torch.device, dtype: torch.dtype, spec: CallSpec, units: int) -> Failure | None:
-        """Why the kernels of such a call cannot be trusted on this device: they are compared with another backend."""
+    def fault(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None, units: int) -> Failure | None:
+        """Why the kernels of such a call cannot be trusted on this device: they are compared with another backend.
+
+        Without a spec it is a call of `online_norm`.
+        """
         if device.type != "cuda":
             return None
         from rnnorm.ops import triton_check
@@ -78,3 +82,15 @@ class Triton:
 
         with torch.cuda.device_of(operands.x):
             return triton_steps.backward(grads, operands, saved, spec, need_input, need_weights)
+
+    def online_norm(self, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from rnnorm.ops import triton_online_norm
+
+        with torch.cuda.device_of(x):
+            return triton_online_norm.online_norm(x, *rest)
+
+    def online_norm_backward(self, grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from rnnorm.ops import triton_online_norm
+
+        with torch.cuda.device_of(grad):
+            return triton_online_norm.online_norm_backward(grad, *rest)

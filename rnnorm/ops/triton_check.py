@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnnorm import norms
 from rnnorm.ops import triton_steps
 from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, statistics_dtype
 from rnnorm.ops.errors import Failure
 from rnnorm.ops.scripted import Scripted
+from rnnorm.ops.triton import Triton
 
 T, N, I = 3, 3, 2  # noqa: E741
 # Of the largest value of each tensor. Products may be of a lower precision than their dtype.
@@ -23,15 +25,22 @@ _REASONS: dict[tuple[Any, ...], Failure | None] = {}
 _LOCK = threading.Lock()
 
 
-def reason(device: torch.device, dtype: torch.dtype, spec: CallSpec, H: int) -> Failure | None:
-    """Why kernels of this kind cannot be trusted on the device, None if they compute what they should."""
-    kind = device, dtype, spec.cell, spec.norm, spec.guard, spec.cell_norm, spec.training, triton_steps.block_of(H)
+def reason(device: torch.device, dtype: torch.dtype, spec: CallSpec | None, H: int) -> Failure | None:
+    """Why kernels of this kind cannot be trusted on the device, None if they compute what they should.
+
+    Without a spec, those of `OnlineNorm`.
+    """
+    kind: tuple[Any, ...] = device, dtype
+    if spec is not None:
+        kind += spec.cell, spec.norm, spec.guard, spec.cell_norm, spec.training, triton_steps.block_of(H)
     if kind not in _REASONS:
         if triton_steps.capturing(device):
             raise RuntimeError(triton_steps.UNCAPTURABLE)
         with _LOCK:
             if kind not in _REASONS:
-                _REASONS[kind] = _apart(lambda: compare(device, dtype, spec, H))
+                _REASONS[kind] = _apart(
+                    lambda: compare_online_norm(device, dtype) if spec is None else compare(device, dtype, spec, H)
+                )
     return _REASONS[kind]
 
 
@@ -51,17 +60,62 @@ def compare(device: torch.device, dtype: torch.dtype, spec: CallSpec, H: int) ->
         with torch.no_grad(), torch.cuda.device_of(own.x):
             found = _named(own, spec, *_run(triton_steps, own, spec))
             expected = _named(other, spec, *_run(Scripted(), other, spec))
-            for (name, value), (_, wanted) in zip(found, expected, strict=True):
-                error = (value.double() - wanted.double()).abs()
-                if value.numel() and not bool(error.max() <= _BOUNDS[dtype] * wanted.double().abs().max()):
-                    worst = int(error.nan_to_num(float("inf")).argmax())
-                    return Failure(
-                        f"its kernels do not compute {name} of a {spec.cell} with norm {spec.norm!r} on {device}: it "
-                        f"must be {wanted.flatten()[worst].item():.6g}; got {value.flatten()[worst].item():.6g}"
-                    )
+            return _difference(found, expected, _BOUNDS[dtype], f"a {spec.cell} with norm {spec.norm!r} on {device}")
+    except Exception as fault:  # a compiler or a driver may raise anything
+        return Failure(f"its check of itself on {device} failed with {type(fault).__name__}: {fault}")
+
+
+def compare_online_norm(device: torch.device, dtype: torch.dtype) -> Failure | None:
+    """As `compare`, for calls of `OnlineNorm` with each guard and order in memory."""
+    try:
+        for guard in norms.GUARDS:
+            for D, channels_last in ((1, False), (I, False), (I, True)):
+                found, expected = (
+                    _online_norm(row, device, dtype, guard, D, channels_last) for row in (Triton(), Scripted())
+                )
+                if fault := _difference(
+                    found, expected, _BOUNDS[dtype], f"OnlineNorm with guard {guard!r} on {device}"
+                ):
+                    return fault
     except Exception as fault:  # a compiler or a driver may raise anything
         return Failure(f"its check of itself on {device} failed with {type(fault).__name__}: {fault}")
     return None
+
+
+def _difference(
+    found: list[tuple[str, Tensor]], expected: list[tuple[str, Tensor]], bound: float, what: str
+) -> Failure | None:
+    for (name, value), (_, wanted) in zip(found, expected, strict=True):
+        error = (value.double() - wanted.double()).abs()
+        if value.numel() and not bool(error.max() <= bound * wanted.double().abs().max()):
+            worst = int(error.nan_to_num(float("inf")).argmax())
+            return Failure(
+                f"its kernels do not compute {name} of {what}: it must be {wanted.flatten()[worst].item():.6g}; "
+                f"got {value.flatten()[worst].item():.6g}"
+            )
+    return None
+
+
+def _online_norm(
+    row: Any, device: torch.device, dtype: torch.dtype, guard: str, D: int, channels_last: bool
+) -> list[tuple[str, Tensor]]:
+    generator, wide = torch.Generator(device).manual_seed(0), statistics_dtype(dtype)
+
+    def draw(*shape: int, dtype: torch.dtype = wide) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    x, grad = (draw(N, T, D, dtype=dtype) for _ in range(2))
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    statistics = draw(T), draw(T).abs()
+    u, v = draw(T), draw(T)
+    options = guard, [*norms.Online(0.9, 0.8).constants]
+    with torch.no_grad():
+        affine = draw(T), draw(T)
+        y, mean, var = row.online_norm(x, *affine, *statistics, *options)
+        dx, *of_affine = row.online_norm_backward(grad, x, *affine, *statistics, u, v, *options, True)
+    names = "y", "mean", "var", "the gradient of x", "the gradient of weight", "the gradient of bias", "u", "v"
+    return list(zip(names, (y, mean, var, dx, *of_affine, u, v), strict=True))
 
 
 def _operands(device: torch.device, dtype: torch.dtype, spec: CallSpec, H: int) -> Operands:

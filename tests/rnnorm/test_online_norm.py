@@ -145,17 +145,18 @@ def _run(
     spread: float = 1.0,
     windows: int = 2,
     frozen: tuple[str, ...] = (),
+    device: str = "cpu",
     **options: Any,
 ) -> dict[str, Tensor]:
     """Outputs, gradients and statistics of some calls, by name; `frozen` need no gradient."""
     generator = torch.Generator().manual_seed(len(shape) + shape[0])
 
     def draw(*size: int) -> Tensor:
-        drawn = spread * torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+        drawn = (spread * torch.randn(size, generator=generator, dtype=torch.float64)).to(device, dtype)
         return drawn if layout is None else layout(drawn)
 
     options = {"alpha_fwd": 0.97, "alpha_bwd": 0.9, **options}
-    norm = rnnorm.OnlineNorm(shape[1], backend=backend, dtype=dtype, **options)
+    norm = rnnorm.OnlineNorm(shape[1], backend=backend, dtype=dtype, device=device, **options)
     found: dict[str, Tensor] = {}
     if norm.affine:
         with torch.no_grad():
@@ -166,7 +167,7 @@ def _run(
     for window in range(windows):
         norm.zero_grad()
         # Channels of different means, which the first samples see as far from the statistics.
-        x = (draw(*shape) + torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2))).to(dtype)
+        x = (draw(*shape) + torch.arange(shape[1], device=device).view(-1, *[1] * (len(shape) - 2))).to(dtype)
         x = (x if layout is None else layout(x)).requires_grad_("x" not in frozen)
         y = norm(x)
         if y.requires_grad:
@@ -174,7 +175,7 @@ def _run(
         found |= {f"y{window}": y.detach(), f"grad_x{window}": x.grad}
         found |= {f"grad_{name}{window}": p.grad for name, p in norm.named_parameters()}
         found |= {f"{name}{window}": value.clone() for name, value in norm.named_buffers()}
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value.cpu() for name, value in found.items() if value is not None}
 
 
 def _assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -399,6 +400,17 @@ def test_a_broken_backend_is_found(monkeypatch: pytest.MonkeyPatch, backend: str
     monkeypatch.setattr(registry, "BACKENDS", [broken if row.name == backend else row for row in registry.BACKENDS])
     with pytest.raises(AssertionError, match="off by"):
         _assert_close(_run((6, 4, 3), backend, **options), expected, 1e-11)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_equals_the_definition_on_a_gpu(shape: tuple[int, ...], options: str, cuda: torch.device) -> None:
+    expected = _run(shape, "reference", **OPTIONS[options])
+    for layout in (None, _channels_last):
+        same = {"layout": layout, "device": "cuda", **OPTIONS[options]}
+        _assert_close(_run(shape, "triton", **same), expected, 1e-11)
+        _assert_close(_run(shape, "triton", torch.float32, **same), expected, 2e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 
 import cases
 import pytest
+import test_online_norm as channels
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rnnorm
 import rnnorm.ops
 from rnnorm import norms
-from rnnorm.ops import CallSpec, Operands, graphs, registry, triton_check, triton_steps
+from rnnorm.ops import CallSpec, Operands, graphs, registry, triton_check, triton_online_norm, triton_steps
 from rnnorm.ops.triton import Triton
 
 TOLERANCE = cases.CHOSEN_TOLERANCE
@@ -397,3 +398,92 @@ def _counted(function: Callable[..., Any], calls: list[str]) -> Callable[..., An
         return function(*arguments)
 
     return counted
+
+
+@pytest.mark.parametrize("layout", [None, channels._channels_last])
+@pytest.mark.parametrize("options", channels.OPTIONS)
+@pytest.mark.parametrize("shape", [(9, 3), (3, 2, 7)], ids=str)
+def test_online_norm_equals_the_definition(shape: tuple[int, ...], options: str, layout: Any) -> None:
+    if layout is not None and len(shape) == 2:
+        pytest.skip("one order in memory")
+    expected = channels._run(shape, "reference", **channels.OPTIONS[options])
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-4)):
+        found = channels._run(shape, "triton", dtype, layout=layout, **channels.OPTIONS[options])
+        channels._assert_close(found, expected, tolerance)
+
+
+@pytest.mark.parametrize("shape", [(2, 70), (1, 1), (1, 1, 1), (2, 1, 1030)], ids=str)
+def test_online_norm_of_other_sizes(shape: tuple[int, ...]) -> None:
+    """More channels than a program's, more values than a tile's, and one."""
+    for layout in (None, channels._channels_last):
+        found, expected = (channels._run(shape, name, guard="scale", layout=layout) for name in ("triton", "reference"))
+        channels._assert_close(found, expected, 1e-11)
+    layout, shape = channels._channels_last, (2, 40, 2)
+    found, expected = (channels._run(shape, name, guard="clamp", layout=layout) for name in ("triton", "reference"))
+    channels._assert_close(found, expected, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_online_norm_in_narrow_dtypes(dtype: torch.dtype) -> None:
+    channels.test_narrow_dtypes_round_inputs_and_outputs_alone("triton", (3, 5, 3), "scale", dtype)
+
+
+@pytest.mark.parametrize("frozen", [("x",), ("weight", "bias")], ids=str)
+def test_online_norm_of_what_needs_no_gradient(frozen: tuple[str, ...]) -> None:
+    channels.test_what_needs_no_gradient("triton", frozen)
+
+
+# (sound text, broken text, guard)
+_FAULTS_OF_ONLINE_NORM = {
+    "mean before its sample": ("tl.store(before + at, mu", "tl.store(before + at, own", "none"),
+    "variance without a": ("(K.alpha * (1.0 - K.alpha)) * d * d", "(1.0 - K.alpha) * d * d", "none"),
+    "own variance": ("moved += (1.0 - K.alpha) * wide", "moved += 0.0 * wide", "none"),
+    "clamped above alone": ("tl.where(z < -limit, -limit, z)", "z", "clamp"),
+    "clamp not differentiated": ("given, tl.zeros_like(z)", "given, given", "clamp"),
+    "pull": ("factor * given - pull * z", "factor * given", "scale"),
+    "v moved too early": ("factor = -(K.rest * vs) * r * r", "factor = -(K.rest * (vs + gd_mean)) * r * r", "none"),
+    "u without its decay": (
+        "us + scale * r * g_mean + factor * d + moved",
+        "us + scale * r * g_mean + factor * d",
+        "none",
+    ),
+    "y squared": ("(r * r * dd)", "(r * dd)", "none"),
+    "gradient of the weight": ("sum_weight += r * gd_mean * D", "sum_weight += gd_mean * D", "none"),
+    "channels last": ("d * C + c if", "d * C + C - 1 - c if", "none"),
+}
+
+
+@pytest.mark.parametrize("fault", _FAULTS_OF_ONLINE_NORM)
+def test_a_fault_in_the_kernels_of_online_norm_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    sound, broken, guard = _FAULTS_OF_ONLINE_NORM[fault]
+    text = Path(triton_online_norm.__file__).read_text()
+    assert sound in text
+    changed = tmp_path / "changed.py"
+    changed.write_text(text.replace(sound, broken))
+    spec = importlib.util.spec_from_file_location("changed", changed)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    options = {"guard": guard, "spread": 5.0, "layout": channels._channels_last}
+    expected = channels._run((4, 3, 2), "reference", **options)
+    channels._assert_close(channels._run((4, 3, 2), "triton", **options), expected, 1e-11)
+    monkeypatch.setattr(rnnorm.ops, "triton_online_norm", module)
+    monkeypatch.setitem(sys.modules, "rnnorm.ops.triton_online_norm", module)
+    with pytest.raises(AssertionError, match="off by"):
+        channels._assert_close(channels._run((4, 3, 2), "triton", **options), expected, 1e-11)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_fault_in_online_norm_on_a_device_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert triton_check.compare_online_norm(torch.device("cpu"), torch.float32) is None
+    normalize = triton_online_norm.online_norm
+    broken = lambda *args: (lambda y, *rest: (y + 1, *rest))(*normalize(*args))  # noqa: E731
+    monkeypatch.setattr(triton_online_norm, "online_norm", broken)
+    triton_check._REASONS.clear()
+    norm, x = rnnorm.OnlineNorm(3, guard="none"), torch.randn(4, 3)
+    with pytest.warns(RuntimeWarning, match="'triton': its kernels do not compute y of OnlineNorm with guard 'none'"):
+        y = norm(x)
+    torch.testing.assert_close(y[0], x[0] / (1 + 1e-5) ** 0.5)
+    with pytest.raises(rnnorm.BackendUnavailable, match="it must be"):
+        rnnorm.OnlineNorm(3, backend="triton")(x)
