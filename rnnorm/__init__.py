@@ -2,6 +2,7 @@
 
 from rnnorm import distributed, functional, norms
 from rnnorm._cells import CELLS
+from rnnorm._convert import convert_batchnorm
 from rnnorm._gates import gates
 from rnnorm._layers import GRU, LSTM, RNN
 from rnnorm._module import Options
@@ -22,6 +23,7 @@ __all__ = [
     "Options",
     "RNNCell",
     "backends",
+    "convert_batchnorm",
     "distributed",
     "functional",
     "gates",

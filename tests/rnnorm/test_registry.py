@@ -67,7 +67,7 @@ def test_command_line_lists_them() -> None:
 def test_public_names() -> None:
     assert set(rnnorm.__all__) == {
         *("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "OnlineNorm", "norms", "backends"),
-        *("BackendUnavailable", "distributed", "functional", "gates", "CELLS", "Options"),
+        *("BackendUnavailable", "distributed", "functional", "gates", "CELLS", "Options", "convert_batchnorm"),
     }
     assert all(hasattr(rnnorm, name) for name in rnnorm.__all__)
 
