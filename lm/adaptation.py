@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lm.config import EvalConfig
-from lm.evaluator import evaluating
+from lm.evaluator import evaluating, perplexity
 from lm.model import detach
 from lm.stream import Columns, columns
 
@@ -141,7 +141,7 @@ def token_nlls(
     cache = adaptation.cache
     if cache is None:
         return nll
-    return _mixed(nll, cached(hidden, torch.from_numpy(ids), cache.theta, cache.window), cache.weight)
+    return _mixed(nll, cached(hidden, torch.from_numpy(ids.astype(np.int64)), cache.theta, cache.window), cache.weight)
 
 
 def cached(hidden: Tensor, targets: Tensor, theta: float, window: int) -> np.ndarray:
@@ -187,7 +187,7 @@ def tune(
     @functools.cache
     def mean(tried: Adaptation) -> float:
         value = float(token_nlls(model, ids, eos, tried, rms, chunk).mean())
-        say(f"{np.exp(value):10.3f}  {tried.protocol}")
+        say(f"{perplexity(value, 1):10.3f}  {tried.protocol}")
         return value
 
     found = Adaptation(adaptation.temperature)
@@ -201,7 +201,7 @@ def tune(
     if adaptation.cache is None:
         return found
     nll, hidden = _read_once(model, ids, eos, found, rms, chunk)
-    targets = torch.from_numpy(ids)
+    targets = torch.from_numpy(ids.astype(np.int64))
 
     @functools.cache
     def weighed(tried: Cache) -> tuple[float, Cache]:
@@ -209,7 +209,7 @@ def tune(
         scores = [float(_mixed(nll, pointed, weight).mean()) for weight in _WEIGHTS]
         least = int(np.argmin(scores))
         best = replace(tried, weight=float(_WEIGHTS[least]))
-        say(f"{np.exp(scores[least]):10.3f}  {replace(found, cache=best).protocol}")
+        say(f"{perplexity(scores[least], 1):10.3f}  {replace(found, cache=best).protocol}")
         return scores[least], best
 
     kept = replace(adaptation.cache, weight=0.0)

@@ -156,6 +156,7 @@ def test_a_text_of_one_subject_is_scored_better(net, text, tokenizer, rms):
         assert nlls(net, ids, tokenizer, means, rms).mean() < plain - 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [True, False])
 def test_tuning_is_never_worse_than_where_it_began(net, text, tokenizer, rms, temperature):
     ids, lines = np.resize(text(3, seed=1).ids, 60), []
