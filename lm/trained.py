@@ -191,6 +191,13 @@ class TrainedModel:
             means: temperature, dynamic evaluation, cache.
             rms: what `gradient_rms` returned; None: computed where it is needed.
             data, groups: as in `score_split`.
+
+        Raises:
+            UserError: see `score_split` and `gradient_rms`.
+
+        Example:
+            >>> cache = Cache(weight=0.1, theta=0.3, window=500)
+            >>> model.score_adapted("test", Adaptation(cache=cache)).ppl
         """
         lines, sha256 = self._text(split, data)
         encoded = stream.encode(lines, self.tokenizer)
@@ -208,6 +215,9 @@ class TrainedModel:
 
         Raises:
             UserError: the text is not the one that the model was trained on.
+
+        Example:
+            >>> rms = model.gradient_rms(segment=5)
         """
         lines, sha256 = self._text("train", None)
         if sha256 != self.data_sha256["train"]:
@@ -231,6 +241,10 @@ class TrainedModel:
 
         Arguments:
             tokens: of the text's beginning, so many; None: all.
+
+        Example:
+            >>> means = model.tune(Adaptation(cache=Cache(weight=0.1, theta=0.3, window=500)), tokens=20000)
+            >>> model.score_adapted("test", means).ppl
         """
         ids = stream.encode(self._text("valid", None)[0], self.tokenizer).ids[:tokens]
         if means.dynamic is not None and rms is None:
