@@ -83,6 +83,21 @@ def test_without_gradients_the_loss_is_the_same(case):
     torch.testing.assert_close(plain, net.loss(hidden, TARGETS)[0].detach(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_losses_and_gradients_are_near(kind):
+    torch.manual_seed(0)
+    net, hidden = KINDS[kind][0](), torch.randn(T, N, H, requires_grad=True)
+    found = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss, _ = net.loss(hidden.bfloat16() if autocast else hidden, TARGETS, MASKS["some"])
+            nats = net.token_nll(hidden.bfloat16() if autocast else hidden, TARGETS)
+        found.append([loss.detach(), nats, *torch.autograd.grad(loss, [hidden, *net.parameters()])])
+    assert found[1][0].dtype == found[1][1].dtype == torch.float64
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(one.detach().abs().max()))
+
+
 def test_the_loss_is_of_torchs_module():
     net = AdaptiveSoftmax(H, V, [5, 20])
     hidden = torch.randn(T, N, H)
