@@ -90,7 +90,7 @@ def estimate_statistics(model: LanguageModel, data: Columns, window: str) -> Non
     norms = {layer: norm for layer in model.modules() if isinstance(norm := getattr(layer, "norm", None), Online)}
     if not norms:
         return
-    steps, width = data.targets.shape
+    steps, width = data.steps, data.width
     rate = 1 - max(norm.alpha_fwd for norm in norms.values())
     rows = min(steps, math.ceil(_HORIZONS / rate / width)) if rate else steps
     data = data.to(next(model.parameters()).device)

@@ -124,7 +124,7 @@ def evaluate(
     else:
         cut = columns(stream.ids, 1 if protocol == "exact" else batch_size, tokenizer.eos)
         nll, scored = _shared_nll(model, cut, chunk, team).numpy(), _active(cut)
-        score = summarize(nll[scored], cut.targets.numpy()[scored], stream, tokenizer, protocol)
+        score = summarize(nll[scored], cut.gather(0, cut.steps)[1].numpy()[scored], stream, tokenizer, protocol)
         if groups and protocol == "exact" and train_counts is not None:
             score = in_bands(score, nll[:, 0], stream, tokenizer, train_counts)
     return of_text(score, stream, tokenizer, train_counts, data_sha256)
@@ -219,7 +219,7 @@ def _nll(model: "LanguageModel", cut: Columns, chunk: int) -> Tensor:
     cut = cut.to(next(model.parameters()).device)
     parts, state = [], None
     with evaluating(model):
-        for start, stop in plan(chunk, len(cut.targets), seed=0, epoch=0):
+        for start, stop in plan(chunk, cut.steps, seed=0, epoch=0):
             window = cut.window(start, stop)
             hidden, state = model(window.inputs, state, window.lengths)
             parts.append(model.token_nll(hidden, window.targets))
@@ -228,14 +228,14 @@ def _nll(model: "LanguageModel", cut: Columns, chunk: int) -> Tensor:
 
 def _shared_nll(model: "LanguageModel", cut: Columns, chunk: int, team: Team) -> Tensor:
     """`_nll` of the whole columns on each of the processes, which run a share each."""
-    steps, width = cut.targets.shape
+    steps, width = cut.steps, cut.width
     first, stop = team.share(width)
     own = _nll(model, cut.part(first, stop), chunk) if first < stop else torch.zeros(steps, 0, dtype=torch.float64)
     return team.join(own, 1, width)
 
 
 def _active(cut: Columns) -> np.ndarray:
-    active = np.ones(cut.targets.shape, dtype=bool)
+    active = np.ones((cut.steps, cut.width), dtype=bool)
     active[-1, cut.last :] = False
     return active
 
@@ -273,8 +273,8 @@ def _trimmed(ids: np.ndarray) -> Columns:
             f"a text for chunk-mean must hold at least {2 * _CHUNK_MEAN_COLUMNS} tokens; got {len(ids)}; "
             "use the protocol exact"
         )
-    table = torch.from_numpy(ids[: rows * _CHUNK_MEAN_COLUMNS].reshape(_CHUNK_MEAN_COLUMNS, rows).T.copy())
-    return Columns(table[:-1], table[1:], _CHUNK_MEAN_COLUMNS)
+    starts = np.arange(_CHUNK_MEAN_COLUMNS) * rows + 1
+    return Columns(ids, starts, rows - 1, _CHUNK_MEAN_COLUMNS, eos=0)
 
 
 def _chunk_mean(nll: Tensor, pieces_per_word: float) -> Score:

@@ -15,15 +15,23 @@ def read_text(path: Path, what: str) -> str:
         UserError: the file is missing, unreadable, or not UTF-8 (says at which byte); `what` is its role.
     """
     try:
-        return path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise UserError(
-            f"{what} must be a file; got {path}, which does not exist; put it there or name another"
-        ) from None
+        with reading(path, what):
+            return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as fault:
         raise UserError(
             f"{what} must be UTF-8 text; got {path} with byte 0x{fault.object[fault.start]:02x} at byte offset "
             f"{fault.start}; convert the file to UTF-8"
+        ) from None
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Inside, what the system raises on a file that is read is a UserError that names it; `what` is its role."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(
+            f"{what} must be a file; got {path}, which does not exist; put it there or name another"
         ) from None
     except OSError as fault:
         raise UserError(f"{what} must be readable; got {path}: {fault.strerror}; check the path") from None

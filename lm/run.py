@@ -21,7 +21,7 @@ from lm.distributed import Team
 from lm.errors import UserError
 from lm.evaluator import Score, evaluate
 from lm.events import Scored
-from lm.internals import Internals
+from lm.internals import STEPS, Internals
 from lm.lock import Lock
 from lm.machine import require_backend, require_device, require_memory, resolve_device, resolve_precision
 from lm.model import LanguageModel
@@ -242,7 +242,7 @@ def _run(trainer: Trainer, settings: Config, folder: RunFolder, text: _Text) -> 
     step, options = trainer.state.step, settings.train
     shared = (step, options.log_every)
     columns = stream.columns(text.valid.ids, _valid_width(settings, text), text.tokenizer.eos)
-    internals = Internals(trainer.model, columns.inputs)
+    internals = Internals(trainer.model, columns.gather(0, min(STEPS, columns.steps))[0])
     json_lines = JsonLines(folder.metrics, *shared, text.pieces_per_word, internals)
     tensorboard = TensorBoard(
         folder.tensorboard,

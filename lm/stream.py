@@ -6,16 +6,16 @@ and masked, never cut.
 
 import itertools
 import re
-from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lm.errors import UserError
-from lm.tokenizers import Tokenizer, words
+from lm.text import Text
+from lm.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,15 @@ class Stream:
     bytes: int
 
 
-def encode(lines: Iterable[str], tokenizer: Tokenizer) -> Stream:
-    """Returns the stream of a text. Every tokenizer sees a line as its words with one space between them."""
-    ids = array("q")
-    word_count = line_count = byte_count = 0
-    for line in lines:
-        found = words(line)
-        text = " ".join(found)
-        ids.extend(tokenizer.encode(text))
-        ids.append(tokenizer.eos)
-        word_count += len(found)
-        line_count += 1
-        byte_count += len(text.encode()) + 1
-    stream = np.array(ids, dtype=np.int64)
-    unknown = 0 if tokenizer.unk is None else int((stream == tokenizer.unk).sum())
-    return Stream(stream, word_count, line_count, unknown, byte_count)
+def encode(text: Text | Iterable[str], tokenizer: Tokenizer) -> Stream:
+    """Returns the stream of a text, or of its lines. Every tokenizer sees a line as its words with one space between
+    them."""
+    text = Text.of(text)
+    facts = text.facts
+    parts = [np.zeros(0, np.int64), *tokenizer.encode_text(text)]
+    ids = np.concatenate(parts)
+    unknown = 0 if tokenizer.unk is None else int((ids == tokenizer.unk).sum())
+    return Stream(ids, facts.words, int((ids == tokenizer.eos).sum()), unknown, facts.plain_bytes)
 
 
 @dataclass(frozen=True)
@@ -72,46 +66,73 @@ class Window:
 
 @dataclass(frozen=True)
 class Columns:
-    """A stream as B columns read side by side; the first N % B of them hold one token more than the others.
+    """A stream as B columns read side by side, T rows; windows are gathered from the stream as they are needed.
 
     Attributes:
-        inputs: [T, B] int64, the token before each target.
-        targets: [T, B] int64.
+        ids: [N] integers, the stream.
+        starts: [B], where in the stream each column begins.
+        steps: T.
         last: columns active in the last row; B when all are, 0 only in a part of wider columns.
+        eos: the input of the first token of the stream.
+        device: where windows are.
     """
 
-    inputs: Tensor
-    targets: Tensor
+    ids: np.ndarray
+    starts: np.ndarray
+    steps: int
     last: int
+    eos: int
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+
+    @property
+    def width(self) -> int:
+        """B."""
+        return len(self.starts)
+
+    def gather(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Returns the inputs (the token before each target) and targets of rows start … stop - 1, each [t, B] int64;
+        padding holds 0."""
+        position = self.starts + np.arange(start, stop)[:, None]
+        padded = np.zeros(position.shape, dtype=bool)
+        if stop == self.steps:
+            padded[-1:, self.last :] = True
+        position[padded] = 0
+        targets = self.ids[position].astype(np.int64)
+        inputs = self.ids[position - 1].astype(np.int64)
+        inputs[position == 0] = self.eos
+        inputs[padded] = targets[padded] = 0
+        first, second = torch.from_numpy(inputs), torch.from_numpy(targets)
+        # from memory that is not pinned, this waits for no work on the device
+        return first.to(self.device, non_blocking=True), second.to(self.device, non_blocking=True)
 
     def window(self, start: int, stop: int) -> Window:
         """Returns rows start … stop - 1. A last window of one ragged row is refused: a length would be 0."""
-        steps, width = self.targets.shape
+        steps, width = self.steps, self.width
         if not 0 <= start < stop <= steps:
             raise ValueError(f"a window must lie within 0 … {steps}; got {start} … {stop}")
-        inputs, targets = self.inputs[start:stop], self.targets[start:stop]
-        if stop < steps or self.last == width:
-            return Window(inputs, targets, None, None)
-        if stop - start == 1:
+        ragged = stop == steps and self.last < width
+        if ragged and stop - start == 1:
             raise ValueError("a window over the ragged last row must have two rows or more; join it to the one before")
+        inputs, targets = self.gather(start, stop)
+        if not ragged:
+            return Window(inputs, targets, None, None)
         lengths = torch.full((width,), stop - start)
         lengths[self.last :] -= 1
         mask = torch.arange(stop - start)[:, None] < lengths
         return Window(inputs, targets, lengths, mask.to(targets.device))
 
     def to(self, device: torch.device) -> "Columns":
-        """Returns the columns on a device."""
-        return Columns(self.inputs.to(device), self.targets.to(device), self.last)
+        """Returns the columns with windows on a device."""
+        return replace(self, device=device)
 
     def active(self, start: int, stop: int) -> int:
         """Returns how many targets of the window count."""
-        steps, width = self.targets.shape
-        return (stop - start) * width - (width - self.last if stop == steps else 0)
+        return (stop - start) * self.width - (self.width - self.last if stop == self.steps else 0)
 
     def part(self, first: int, stop: int) -> "Columns":
         """Returns the columns first … stop - 1."""
         last = min(max(self.last - first, 0), stop - first)
-        return Columns(self.inputs[:, first:stop].contiguous(), self.targets[:, first:stop].contiguous(), last)
+        return replace(self, starts=self.starts[first:stop], last=last)
 
 
 def parts(width: int, count: int) -> list[tuple[int, int]]:
@@ -135,14 +156,7 @@ def columns(ids: np.ndarray, batch_size: int, eos: int) -> Columns:
         )
     long, last = divmod(len(ids), batch_size)
     column = np.arange(batch_size)
-    starts = column * long + np.minimum(column, last)
-    rows = long + (last > 0)
-    position = starts + np.arange(rows)[:, None]
-    inside = np.arange(rows)[:, None] < long + (column < last)
-    position = np.where(inside, position, 0)
-    before = np.concatenate([np.array([eos], dtype=np.int64), ids[:-1]])
-    inputs, targets = (torch.from_numpy(np.where(inside, stream[position], 0)) for stream in (before, ids))
-    return Columns(inputs, targets, last or batch_size)
+    return Columns(ids, column * long + np.minimum(column, last), long + (last > 0), last or batch_size, eos)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ and into one sha256.
 import base64
 import hashlib
 import io
+import itertools
 import json
 import re
 from collections import Counter
@@ -16,21 +17,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from lm.errors import UserError
 from lm.files import read_text, write_whole
+from lm.text import BOM, Text, words
 
 UNK = "<unk>"
 EOS = "<eos>"
 KINDS = ("word", "char", "bpe", "unigram")
 EOS_PIECE = 1  # its id in every sentencepiece model of ours
 DEFAULT_PIECES = 8000  # size of a sentencepiece vocabulary when none is asked for
-
-_WORD = re.compile(r"[^ \t\n\r\x0b\x0c]+")  # str.split would also cut at no-break spaces and other Unicode blanks
-
-
-def words(line: str) -> list[str]:
-    """Returns the words of a line: what stands between runs of ASCII white space."""
-    return _WORD.findall(line)
+_LINE_END = b"\xff"  # stands for it among words; no UTF-8 text holds this byte
 
 
 class Tokenizer(Protocol):
@@ -48,6 +46,9 @@ class Tokenizer(Protocol):
     def sha256(self) -> str: ...
     def encode(self, line: str) -> list[int]:
         """Returns the ids of one line, without its end of line."""
+
+    def encode_text(self, text: Text) -> Iterator[np.ndarray]:
+        """Yields the ids of a text, ends of lines among them, block by block."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids; the end-of-line id becomes a line feed."""
@@ -69,8 +70,17 @@ class _Base:
     def state(self) -> dict[str, Any]:
         raise NotImplementedError
 
+    def encode(self, line: str) -> list[int]:
+        raise NotImplementedError
+
     def _decode_line(self, ids: list[int]) -> str:
         raise NotImplementedError
+
+    def encode_text(self, text: Text) -> Iterator[np.ndarray]:
+        lines = iter(text)
+        while some := [*itertools.islice(lines, 10_000)]:
+            found = [[*self.encode(" ".join(words(line))), self.eos] for line in some]
+            yield np.fromiter(itertools.chain.from_iterable(found), np.int64)
 
     @cached_property
     def sha256(self) -> str:
@@ -85,6 +95,15 @@ class _Base:
             else:
                 lines[-1].append(token)
         return "\n".join(self._decode_line(line) for line in lines)
+
+
+class _Known(dict[bytes, int]):
+    """The ids of words; of one that is not there, `unk`."""
+
+    unk: int
+
+    def __missing__(self, word: bytes) -> int:
+        return self.unk
 
 
 @dataclass(frozen=True)
@@ -114,12 +133,30 @@ class Lookup(_Base):
     def unk(self) -> int:
         return self._ids[UNK]
 
+    @cached_property
+    def _known(self) -> _Known:
+        known = _Known({piece.encode(): i for piece, i in self._ids.items()})
+        known[_LINE_END] = known.pop(EOS.encode())
+        known.unk = self.unk
+        return known
+
     def encode(self, line: str) -> list[int]:
-        ids, unk = self._ids, self.unk
-        found = [ids.get(piece, unk) for piece in _split(self.kind, line)]
-        if self.eos in found:
-            raise _reserved(line)
-        return found
+        if self.kind == "word":
+            return self._encode_words(line.encode()).tolist()
+        return [self._ids.get(character, self.unk) for character in line]
+
+    def encode_text(self, text: Text) -> Iterator[np.ndarray]:
+        if self.kind != "word":
+            yield from super().encode_text(text)
+            return
+        for block in plain_blocks(text):
+            yield self._encode_words(block.replace(b"\n", b" %b " % _LINE_END))
+
+    def _encode_words(self, block: bytes) -> np.ndarray:
+        found = block.split()  # of bytes, at ASCII white space
+        if EOS.encode() in block and EOS.encode() in found:
+            raise _reserved(block)
+        return np.fromiter(map(self._known.__getitem__, found), np.int64, len(found))
 
     def piece(self, token: int) -> str:
         return self.pieces[token]
@@ -131,39 +168,45 @@ class Lookup(_Base):
         return {"kind": self.kind, "pieces": list(self.pieces)}
 
 
-def _split(kind: str, line: str) -> list[str]:
-    return words(line) if kind == "word" else list(line)
+def plain_blocks(text: Text) -> Iterator[bytes]:
+    """Yields the blocks of a text without a BOM at its start, its last line ended."""
+    last = b""
+    for number, block in enumerate(text.blocks()):
+        yield block.removeprefix(BOM) if number == 0 else block
+        last = block
+    if last and not last.endswith(b"\n"):
+        yield b"\n"
 
 
-def _reserved(line: str) -> UserError:
+def _reserved(text: bytes) -> UserError:
+    begin = max(0, text.find(EOS.encode()) - 30)
     return UserError(
-        f"text must not hold the word {EOS}, which marks the end of a line; got {line[:60]!r}; "
+        f"text must not hold the word {EOS}, which marks the end of a line; "
+        f"got {text[begin : begin + 60].decode(errors='replace')!r}; "
         "replace the word, or use a char, bpe or unigram tokenizer"
     )
 
 
-def _train_lookup(kind: str, lines: Iterable[str], size: int | None) -> Lookup:
+def _train_lookup(kind: str, text: Text, size: int | None) -> Lookup:
     counts: Counter[str] = Counter()
-    total = 0
-    for line in lines:
-        counts.update(found := _split(kind, " ".join(words(line))))
-        if EOS in found:
-            raise _reserved(line)
-        total += 1
+    for line in text:
+        counts.update(words(line) if kind == "word" else " ".join(words(line)))
+    if EOS in counts:
+        raise _reserved(EOS.encode())
     unknown = counts.pop(UNK, 0)
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     kept = len(ranked) if size is None else size - 2
     unknown += sum(count for _, count in ranked[kept:])
-    table = [*ranked[:kept], (UNK, unknown), (EOS, total)]
+    table = [*ranked[:kept], (UNK, unknown), (EOS, text.facts.lines)]
     return Lookup(kind, tuple(piece for piece, _ in sorted(table, key=lambda item: (-item[1], item[0]))))
 
 
-def train(kind: str, lines: Iterable[str], size: int | None = None) -> Tokenizer:
+def train(kind: str, text: Iterable[str] | Text, size: int | None = None) -> Tokenizer:
     """Builds a tokenizer from the training lines alone.
 
     Args:
         kind: "word", "char", "bpe" or "unigram".
-        lines: the training text; runs of white space count as one space.
+        text: the training text, or its lines; runs of white space count as one space.
         size: V, all pieces counted. None: every word or character of the text; for bpe and unigram 8,000, or
             as many as the text gives.
 
@@ -178,8 +221,8 @@ def train(kind: str, lines: Iterable[str], size: int | None = None) -> Tokenizer
             f"a vocabulary must have at least 3 pieces ({UNK}, {EOS} and one more); got {size}; ask for more"
         )
     if kind in ("word", "char"):
-        return _train_lookup(kind, lines, size)
-    return _train_pieces(kind, lines, size)
+        return _train_lookup(kind, Text.of(text), size)
+    return _train_pieces(kind, Text.of(text), size)
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:

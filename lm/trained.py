@@ -14,12 +14,12 @@ from lm import sample as sampling
 from lm.adaptation import Adaptation
 from lm.config import Config
 from lm.corpora import Split
-from lm.corpora.folder import digest, split_lines
 from lm.errors import UserError
 from lm.evaluator import ProtocolName, Score, evaluate, in_bands, of_text, summarize, token_nlls
 from lm.machine import require_backend, require_device
 from lm.model import LanguageModel, sketch
 from lm.run_folder import RunFolder, Say, Which
+from lm.text import Text
 from lm.tokenizers import Tokenizer
 from lm.trainer import TrainerState
 
@@ -83,8 +83,7 @@ class TrainedModel:
             >>> score = model.score("the cat sat\\non the mat\\n")
             >>> score.ppl, score.tokens, score.unk
         """
-        lines = split_lines(text)
-        return self._score(lines, "exact", self.config.eval.chunk, digest(lines, "sha256"))
+        return self._score(Text(text.encode()), "exact", self.config.eval.chunk)
 
     def token_log_probs(self, text: str) -> list[Token]:
         """Returns the N tokens of a text, each with its log-probability; they add up to the `nll` of `score`.
@@ -96,7 +95,7 @@ class TrainedModel:
             >>> for token in model.token_log_probs("the cat sat\\n"):
             ...     print(f"{token.text:12} {token.log_prob:8.3f}")
         """
-        encoded = stream.encode(split_lines(text), self.tokenizer)
+        encoded = stream.encode(Text(text.encode()), self.tokenizer)
         nats = token_nlls(self.model, encoded, self.tokenizer, self.config.eval.chunk)
         return [Token(self.tokenizer.piece(int(i)), -float(n)) for i, n in zip(encoded.ids, nats, strict=True)]
 
@@ -173,8 +172,8 @@ class TrainedModel:
             UserError: no such corpus; a text too short for the protocol.
         """
         settings = self.config.eval
-        lines, sha256 = self._text(split, data)
-        return self._score(lines, protocol or settings.protocol, chunk or settings.chunk, sha256, groups)
+        text = self._text(split, data)
+        return self._score(text, protocol or settings.protocol, chunk or settings.chunk, groups)
 
     def score_adapted(
         self,
@@ -199,8 +198,8 @@ class TrainedModel:
             >>> cache = Cache(weight=0.1, theta=0.3, window=500)
             >>> model.score_adapted("test", Adaptation(cache=cache)).ppl
         """
-        lines, sha256 = self._text(split, data)
-        encoded = stream.encode(lines, self.tokenizer)
+        text = self._text(split, data)
+        encoded = stream.encode(text, self.tokenizer)
         if means.dynamic is not None and rms is None:
             rms = self.gradient_rms(means.dynamic.segment)
         chunk, tokenizer = self.config.eval.chunk, self.tokenizer
@@ -208,7 +207,7 @@ class TrainedModel:
         score = summarize(nats, encoded.ids, encoded, tokenizer, means.protocol)
         if groups:
             score = in_bands(score, nats, encoded, tokenizer, self.train_counts)
-        return of_text(score, encoded, tokenizer, self.train_counts, sha256)
+        return of_text(score, encoded, tokenizer, self.train_counts, text.facts.lines_sha256)
 
     def gradient_rms(self, segment: int) -> list[Tensor]:
         """Returns the root mean square gradients over the run's training text, for dynamic evaluation.
@@ -219,13 +218,13 @@ class TrainedModel:
         Example:
             >>> rms = model.gradient_rms(segment=5)
         """
-        lines, sha256 = self._text("train", None)
-        if sha256 != self.data_sha256["train"]:
+        text = self._text("train", None)
+        if text.facts.lines_sha256 != self.data_sha256["train"]:
             raise UserError(
                 "dynamic evaluation must have the text that the model was trained on; got another train text in "
                 f"{self.config.data.source}; restore it"
             )
-        ids = stream.encode(lines, self.tokenizer).ids
+        ids = stream.encode(text, self.tokenizer).ids
         return adaptation.gradient_rms(self.model, ids, self.tokenizer.eos, segment)
 
     def tune(
@@ -246,7 +245,7 @@ class TrainedModel:
             >>> means = model.tune(Adaptation(cache=Cache(weight=0.1, theta=0.3, window=500)), tokens=20000)
             >>> model.score_adapted("test", means).ppl
         """
-        ids = stream.encode(self._text("valid", None)[0], self.tokenizer).ids[:tokens]
+        ids = stream.encode(self._text("valid", None), self.tokenizer).ids[:tokens]
         if means.dynamic is not None and rms is None:
             rms = self.gradient_rms(means.dynamic.segment)
         return adaptation.tune(
@@ -260,23 +259,21 @@ class TrainedModel:
             say=say,
         )
 
-    def _text(self, split: Split, data: str | None) -> tuple[Sequence[str], str]:
-        """The lines of a split of the run's own corpus, or of another, and their checksum."""
+    def _text(self, split: Split, data: str | None) -> Text:
+        """A split of the run's own corpus, or of another."""
         settings = self.config.data
         corpus = corpora.load(settings.source if data is None else data, Path(settings.dir))
-        return corpus.splits[split], corpus.sha256(split)
+        return corpus.splits[split]
 
-    def _score(
-        self, lines: Sequence[str], protocol: ProtocolName, chunk: int, sha256: str, groups: bool = False
-    ) -> Score:
+    def _score(self, text: Text, protocol: ProtocolName, chunk: int, groups: bool = False) -> Score:
         return evaluate(
             self.model,
-            stream.encode(lines, self.tokenizer),
+            stream.encode(text, self.tokenizer),
             self.tokenizer,
             protocol=protocol,
             chunk=chunk,
             train_counts=self.train_counts,
-            data_sha256=sha256,
+            data_sha256=text.facts.lines_sha256,
             groups=groups,
         )
 

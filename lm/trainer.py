@@ -182,13 +182,13 @@ class Trainer:
         return reason
 
     def _train(self) -> str:
-        tokens = self.data.active(0, len(self.data.targets))
+        tokens = self.data.active(0, self.data.steps)
         self._emit(Started(*self._place(), self.config.epochs, tokens, self.state.tokens))
         while (reason := self._ended()) is None:
             began = time.perf_counter()
             for start, stop in self._windows():
                 self._step(start, stop)
-                if self.state.position < len(self.data.targets) and (reason := self._paused()):
+                if self.state.position < self.data.steps and (reason := self._paused()):
                     self._emit(Interrupted(*self._place(), reason))
                     return reason
             self._end_epoch(time.perf_counter() - began)
@@ -237,7 +237,7 @@ class Trainer:
 
     def _windows(self) -> list[tuple[int, int]]:
         config, state = self.config, self.state
-        windows = stream.plan(config.window, len(self.data.targets), config.seed, state.epoch)
+        windows = stream.plan(config.window, self.data.steps, config.seed, state.epoch)
         return [window for window in windows if window[0] >= state.position]
 
     def _paused(self) -> str | None:
@@ -276,7 +276,7 @@ class Trainer:
         self.carried = carried
         self.state = replace(state, step=state.step + 1, position=stop, tokens=state.tokens + count)
         self._unread.append(_Unread(state, found, stop, count, rate, began))
-        if not self.deferred or self.state.step % config.log_every == 0 or stop == len(self.data.targets):
+        if not self.deferred or self.state.step % config.log_every == 0 or stop == self.data.steps:
             self._read_back()
 
     @torch.no_grad()
@@ -316,7 +316,7 @@ class Trainer:
                     step.before.epoch + 1,
                     step.before.step + 1,
                     position=step.stop,
-                    length=len(self.data.targets),
+                    length=self.data.steps,
                     nll=nats / step.tokens,
                     tokens=step.tokens,
                     epoch_nll=total,
@@ -362,7 +362,7 @@ class Trainer:
 
     def _rate(self, start: int) -> float:
         state = self.state
-        epoch = state.epoch + start / len(self.data.targets)
+        epoch = state.epoch + start / self.data.steps
         return optim.learning_rate(self.config, epoch=epoch, step=state.step, falls=state.falls)
 
     def _clip(self) -> Tensor:

@@ -1,17 +1,17 @@
 """Texts by name or by folder: train, valid and test as lines."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lm.corpora import folder, hub, markov, python_docs
 from lm.corpora.folder import SPLITS, Known, Split
 from lm.errors import UserError
-from lm.tokenizers import words
+from lm.text import Text
 
 __all__ = ["CORPORA", "SPLITS", "Corpus", "Split", "check", "get", "listing", "load"]
 
-Splits = Mapping[str, Sequence[str]]
+Splits = Mapping[str, Text]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Corpus:
 
     Attributes:
         name: a name of `CORPORA`, or the folder's own.
-        splits: "train" | "valid" | "test" to lines without line ends. A blank line is a line.
+        splits: "train" | "valid" | "test" to texts. A blank line is a line.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Corpus:
 
     def sha256(self, split: str) -> str:
         """Returns the sha256 of the UTF-8 bytes of each line and a line feed."""
-        return folder.digest(self.splits[split], "sha256")
+        return self.splits[split].facts.lines_sha256
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,9 @@ def _is_here(name: str, data_dir: Path) -> bool:
 def _describe(corpus: Corpus, data_dir: Path) -> str:
     lines = [f"{corpus.name}"]
     for split, text in corpus.splits.items():
-        tokens = len(text) + sum(len(words(line)) for line in text)
-        lines.append(f"  {split:5}  {len(text):>7,} lines  {tokens:>9,} tokens  sha256 {corpus.sha256(split)}")
+        facts = text.facts
+        tokens = facts.lines + facts.words
+        lines.append(f"  {split:5}  {facts.lines:>7,} lines  {tokens:>9,} tokens  sha256 {facts.lines_sha256}")
     row = CORPORA.get(corpus.name)
     if row and row.known:
         lines.append("  verified: it is the published corpus")

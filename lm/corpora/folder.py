@@ -1,14 +1,14 @@
 """A folder of three text files: how every corpus that is not generated is kept."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from lm.errors import UserError
-from lm.files import read_text
-from lm.tokenizers import words
+from lm.files import reading
+from lm.text import Text
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
@@ -24,17 +24,12 @@ class Known:
     md5: str | None = None
 
 
-def split_lines(text: str) -> list[str]:
-    """Returns the lines of a text, cut at line feeds alone; drops a carriage return at an end, and a BOM."""
-    lines = text.removeprefix("\ufeff").split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
-
-
-def digest(lines: Sequence[str], algorithm: str) -> str:
+def digest(lines: Iterable[str], algorithm: str) -> str:
     """Returns the hash of the UTF-8 bytes of each line and a line feed."""
-    return hashlib.new(algorithm, "".join(f"{line}\n" for line in lines).encode()).hexdigest()
+    found = hashlib.new(algorithm)
+    for line in lines:
+        found.update(f"{line}\n".encode())
+    return found.hexdigest()
 
 
 def files(folder: Path) -> dict[str, Path]:
@@ -47,7 +42,7 @@ def files(folder: Path) -> dict[str, Path]:
     raise UserError(f"a text folder must hold {names}; got {folder}, which holds none of these; put them there")
 
 
-def read(folder: Path) -> dict[str, list[str]]:
+def read(folder: Path) -> dict[str, Text]:
     """Reads the three splits of a folder.
 
     Raises:
@@ -59,24 +54,39 @@ def read(folder: Path) -> dict[str, list[str]]:
         )
     splits = {}
     for split, path in files(folder).items():
-        splits[split] = split_lines(read_text(path, f"the {split} split"))
-        if not splits[split]:
+        text = Text(path, str(path))
+        with reading(path, f"the {split} split"):
+            path.stat()
+        facts = text.facts
+        if "utf8" in facts.found:
+            raise _not_utf8(split, text)
+        if not facts.lines:
             raise UserError(
                 f"the {split} split must hold text; got {path}, which is empty; put at least one line there"
             )
+        splits[split] = text
     return splits
 
 
-def faults(splits: Mapping[str, Sequence[str]], known: Mapping[str, Known]) -> list[str]:
+def _not_utf8(split: str, text: Text) -> UserError:
+    offset = text.facts.found["utf8"]
+    byte = next(text.part(offset, offset + 1).blocks())[0]
+    return UserError(
+        f"the {split} split must be UTF-8 text; got {text.place(offset)}, with byte 0x{byte:02x} at byte offset "
+        f"{offset}; convert the file to UTF-8"
+    )
+
+
+def faults(splits: Mapping[str, Text], known: Mapping[str, Known]) -> list[str]:
     """Returns what differs from the published corpus, one sentence per split; nothing when it is that corpus."""
     found = []
     for split, must in known.items():
-        lines = splits[split]
-        count = len(lines) + sum(len(words(line)) for line in lines)
-        if must.md5 and digest(lines, "md5") != must.md5:
-            found.append(f"{split}: the md5 must be {must.md5}; got {digest(lines, 'md5')}")
-        elif (len(lines), count) != (must.lines, must.tokens):
+        text, facts = splits[split], splits[split].facts
+        count = facts.lines + facts.words
+        if (facts.lines, count) != (must.lines, must.tokens):
             found.append(
-                f"{split}: must be {must.lines:,} lines of {must.tokens:,} tokens; got {len(lines):,} of {count:,}"
+                f"{split}: must be {must.lines:,} lines of {must.tokens:,} tokens; got {facts.lines:,} of {count:,}"
             )
+        elif must.md5 and (md5 := digest(text, "md5")) != must.md5:
+            found.append(f"{split}: the md5 must be {must.md5}; got {md5}")
     return found

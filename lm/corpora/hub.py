@@ -7,6 +7,7 @@ from pathlib import Path
 from lm.corpora.folder import FAMILIES, SPLITS, Known, faults, read
 from lm.errors import UserError
 from lm.files import write_whole
+from lm.text import Text
 
 PATIENCE = 5.0  # seconds in which the hub must answer
 
@@ -54,7 +55,7 @@ SOURCES = {
 }
 
 
-def load(name: str, folder: Path) -> dict[str, list[str]]:
+def load(name: str, folder: Path) -> dict[str, Text]:
     """Returns the verified splits: from `folder` if it holds them, else from the hub (and keeps them there).
 
     Raises:
@@ -70,8 +71,8 @@ def load(name: str, folder: Path) -> dict[str, list[str]]:
             f"{_how_to_place(source, folder)}"
         )
     if not here:
-        for split, lines in splits.items():
-            write_whole(folder / source.family.format(split), "".join(f"{line}\n" for line in lines).encode())
+        for split, text in splits.items():
+            write_whole(folder / source.family.format(split), b"".join(text.blocks()))
     return splits
 
 
@@ -80,7 +81,7 @@ def _how_to_place(source: Source, folder: Path) -> str:
     return f"put {names} into {folder}, or give as the data a folder that holds them"
 
 
-def _download(name: str, source: Source, folder: Path) -> dict[str, list[str]]:
+def _download(name: str, source: Source, folder: Path) -> dict[str, Text]:
     import datasets
     import huggingface_hub
 
@@ -96,6 +97,6 @@ def _download(name: str, source: Source, folder: Path) -> dict[str, list[str]]:
             f"{_how_to_place(source, folder)}"
         ) from None
     return {
-        split: [source.line(text.rstrip("\n")) for text in rows[key][source.column]]
+        split: Text.of(source.line(text.rstrip("\n")) for text in rows[key][source.column])
         for split, key in zip(SPLITS, ("train", "validation", "test"), strict=True)
     }

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from lm.errors import UserError
-from lm.tokenizers import words
+from lm.text import Text, words
 
 WORDS = 50
 LINES = {"train": 5000, "valid": 500, "test": 500}  # about 20 tokens each
@@ -82,7 +82,8 @@ def source(count: int = WORDS, seed: int = SEED) -> Source:
     return Source(transition)
 
 
-def load() -> dict[str, list[str]]:
+def load() -> dict[str, Text]:
     """Returns the splits of the default source."""
     chain = source()
-    return {split: chain.generate(count, [SEED, i]) for i, (split, count) in enumerate(LINES.items())}
+    made = {split: chain.generate(count, [SEED, i]) for i, (split, count) in enumerate(LINES.items())}
+    return {split: Text.of(lines, f"the {split} split of markov") for split, lines in made.items()}

@@ -35,6 +35,7 @@ from pathlib import Path
 from lm.corpora.folder import SPLITS, digest, read
 from lm.errors import UserError
 from lm.files import read_text, write_whole
+from lm.text import Text
 from lm.tokenizers import EOS, UNK
 
 VOCABULARY = 10_000  # words at most, <unk> and <eos> among them
@@ -62,7 +63,7 @@ _TOKEN = re.compile(r"[ei]\.[ge]\.|\d+(?:[.,]\d+)*(?![^\W_])|[^\W_]+(?:['-][^\W_
 _CONTRACTION = re.compile(r"(n't|'(?:s|re|ve|ll|d|m))$")
 
 
-def load(folder: Path) -> dict[str, list[str]]:
+def load(folder: Path) -> dict[str, Text]:
     """Returns the splits from `folder`, which is made first (seconds) when it is not there.
 
     Raises:
@@ -72,8 +73,8 @@ def load(folder: Path) -> dict[str, list[str]]:
         _make(folder)
     record = _manifest(folder)
     splits = read(folder)
-    for split, lines in splits.items():
-        if digest(lines, "sha256") != record.get(split):
+    for split, text in splits.items():
+        if text.facts.lines_sha256 != record.get(split):
             raise _foreign(folder, f"{split}.txt is another text")
     return splits
 

@@ -43,8 +43,9 @@ def test_no_line_is_no_token():
 
 def test_columns_by_hand():
     cut = stream.columns(np.arange(10, 21), 4, eos=7)
-    assert cut.targets.tolist() == [[10, 13, 16, 19], [11, 14, 17, 20], [12, 15, 18, 0]]
-    assert cut.inputs.tolist() == [[7, 12, 15, 18], [10, 13, 16, 19], [11, 14, 17, 0]]
+    inputs, targets = cut.gather(0, cut.steps)
+    assert targets.tolist() == [[10, 13, 16, 19], [11, 14, 17, 20], [12, 15, 18, 0]]
+    assert inputs.tolist() == [[7, 12, 15, 18], [10, 13, 16, 19], [11, 14, 17, 0]]
     assert cut.last == 3
     first, last = cut.window(0, 1), cut.window(1, 3)
     assert first.lengths is None
@@ -67,7 +68,7 @@ def test_nothing_is_padded_when_the_columns_are_equal():
 def test_windows_partition_the_stream(data, width: int, policy: str, seed: int, epoch: int):
     ids = np.array(data.draw(some.lists(some.integers(0, 30), min_size=2 * width, max_size=150)))
     cut = stream.columns(ids, width, eos=31)
-    steps = len(cut.targets)
+    steps = cut.steps
     read: list[list[tuple[int, int]]] = [[] for _ in range(width)]
     windows = stream.plan(policy, steps, seed, epoch)
     assert windows[0][0] == 0
@@ -102,8 +103,8 @@ def test_parts_hold_the_columns_once(data, width: int, count: int):
     sizes = [stop - start for start, stop in stretches]
     assert max(sizes) - min(sizes) <= 1
     shares = [cut.part(*stretch) for stretch in stretches if stretch[0] < stretch[1]]
-    assert torch.equal(torch.cat([share.targets for share in shares], 1), cut.targets)
-    steps = len(cut.targets)
+    steps = cut.steps
+    assert torch.equal(torch.cat([share.gather(0, steps)[1] for share in shares], 1), cut.gather(0, steps)[1])
     for start, stop in ((0, steps), (max(0, steps - 2), steps), (0, 1)):
         whole, windows = cut.window(start, stop), [share.window(start, stop) for share in shares]
         active = [window.targets.numel() if window.mask is None else int(window.mask.sum()) for window in windows]

@@ -11,6 +11,7 @@ from hypothesis import strategies as some
 
 from lm import tokenizers
 from lm.errors import UserError
+from lm.text import words
 
 LINES = [
     "the cat sat on the <unk>",
@@ -28,7 +29,7 @@ def trained() -> dict[str, tokenizers.Tokenizer]:
 
 
 def test_words_part_at_ascii_white_space_alone():
-    assert tokenizers.words(" a\tb\x0b\x0cc\r\u00a0d\u2028e ") == ["a", "b", "c", "\u00a0d\u2028e"]
+    assert words(" a\tb\x0b\x0cc\r\u00a0d\u2028e ") == ["a", "b", "c", "\u00a0d\u2028e"]
 
 
 def test_word_ids_follow_frequency_then_text():
@@ -51,7 +52,7 @@ def test_a_smaller_word_table_counts_what_it_drops_as_unk():
 def test_ids_are_in_order_of_frequency_in_the_stream(trained):
     for kind in ("word", "char"):
         table = trained[kind]
-        text = [" ".join(tokenizers.words(line)) for line in LINES]
+        text = [" ".join(words(line)) for line in LINES]
         counts = Counter(i for line in text for i in [*table.encode(line), table.eos])
         found = [counts[i] for i in range(table.size)]
         assert found == sorted(found, reverse=True)
@@ -154,7 +155,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path):
 
 
 def test_the_word_eos_is_refused_where_it_could_not_be_told_apart():
-    with pytest.raises(UserError, match=r"must not hold the word <eos>.*got 'a <eos> b'; replace the word"):
+    with pytest.raises(UserError, match=r"must not hold the word <eos>.*got '.*<eos>.*'; replace the word"):
         tokenizers.train("word", ["a <eos> b"])
     with pytest.raises(UserError, match=r"must not hold the word <eos>"):
         tokenizers.train("word", ["a b"]).encode("a <eos>")
