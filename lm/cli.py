@@ -78,7 +78,10 @@ def cli() -> None:
 
 @cli.command(epilog=_KEYS)
 @click.option("--preset", help="Preset by name, or a TOML file; `rnnlm config --list` lists them.  [default: default]")
-@click.option("--data", help="Corpus by name (`rnnlm data list`), or a folder with train, valid and test.")
+@click.option(
+    "--data",
+    help="Text: a file, a folder of splits, a pattern of files, or a corpus by name (`rnnlm data list`).",
+)
 @click.option("--run", "--folder", "folder", type=Path, help="Run folder.  [default: runs/PRESET-DATA]")
 @click.option(
     "--resume",
@@ -459,6 +462,6 @@ def train_tokenizer(kind: str, size: int | None, source: str, out: Path, data_di
         raise UserError(
             f"a tokenizer must be written to a new file; got {out}, which exists; choose another, or move it away"
         )
-    tokenizer = tokenizers.train(kind, corpora.load(source, data_dir).splits["train"], size)
+    tokenizer = tokenizers.train(kind, corpora.load(source, data_dir, ["train"]).splits["train"], size)
     tokenizers.save(tokenizer, out)
     click.echo(f"{out}: {kind} vocabulary of {tokenizer.size:,}, sha256 {tokenizer.sha256}")

@@ -10,7 +10,8 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lm import stream
-from lm.corpora import CORPORA
+from lm.corpora import CORPORA, Reading
+from lm.corpora.files import is_pattern, shares
 from lm.errors import UserError
 from lm.files import read_text
 from rnnorm import norms
@@ -38,13 +39,41 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    source: str = Field(default="python-docs", description="corpus by name (`data list`), or folder of three splits")
-    dir: str = Field(default="data", description="folder where corpora are kept")
+    source: str = Field(
+        default="python-docs",
+        description="corpus by name (`data list`), folder of splits, file of text, pattern of files, or hf:NAME:CONFIG",
+    )
+    dir: str = Field(default="data", description="folder where corpora, and what is made from large texts, are kept")
+    split: str = Field(default="90/5/5", description="shares of train, valid and test of a text that is one file")
+    encoding: str = Field(default="utf-8", description="encoding of text files, by a name that Python knows")
+    column: str = Field(default="text", description="column of a table (Parquet, hf:) that holds the text")
     tokenizer: Literal["word", "char", "bpe", "unigram"] = Field(default="word", description="kind of tokens")
     tokenizer_file: str | None = Field(
         default=None, description="tokenizer that `tokenizer train` wrote; none: train one on the training text"
     )
     vocab_size: Count | None = Field(default=None, description="maximum vocabulary size; none: the tokenizer's own")
+
+    @property
+    def reading(self) -> Reading:
+        """How files are read."""
+        return Reading(self.encoding, self.split, self.column)
+
+    @field_validator("split")
+    @classmethod
+    def _shares(cls, value: str) -> str:
+        shares(value)
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        try:
+            "".encode(value)
+        except (LookupError, ValueError):
+            raise UserError(
+                f"data.encoding must be an encoding that Python knows; got {value!r}; write utf-8, latin-1, gb18030 …"
+            ) from None
+        return value
 
 
 class ModelConfig(Section):
@@ -423,8 +452,11 @@ def absolute(data: DataConfig) -> DataConfig:
     if "\0" in f"{data.dir}{data.source}{data.tokenizer_file}":
         raise UserError("data.dir, data.source and data.tokenizer_file must not hold the character NUL; remove it")
     changed: dict[str, str] = {"dir": str(Path(data.dir).resolve())}
-    if data.source and data.source not in CORPORA and Path(data.source).is_dir():  # an empty path is the working folder
-        changed["source"] = str(Path(data.source).resolve())
+    if data.source and data.source not in CORPORA:  # an empty path is the working folder
+        if Path(data.source).exists():
+            changed["source"] = str(Path(data.source).resolve())
+        elif is_pattern(data.source):
+            changed["source"] = str(Path.cwd() / data.source)
     if data.tokenizer_file is not None:
         changed["tokenizer_file"] = str(Path(data.tokenizer_file).resolve())
     data = data.model_copy(update=changed)

@@ -1,8 +1,8 @@
 """Files read with a clear fault, and files written whole or not at all."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lm.errors import UserError
@@ -64,6 +64,24 @@ def write_whole(
             _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)  # there only if a step before failed
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
+    """Writes a file of many bytes under a temporary name and renames it when it is whole; makes its folder.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.writelines(chunks)
+            temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager

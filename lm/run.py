@@ -16,7 +16,7 @@ from torch import Tensor
 import rnnorm
 from lm import checkpoint, config, corpora, distributed, stream, tokenizers
 from lm.checkpoint import Checkpoints
-from lm.config import Config, TrainConfig
+from lm.config import Config, DataConfig, TrainConfig
 from lm.distributed import Team
 from lm.errors import UserError
 from lm.evaluator import Score, evaluate
@@ -85,7 +85,7 @@ def train(settings: Config, path: Path, *, resume: str = "auto", overwrite: bool
                 folder.require_same_run(settings, saved)
             placed = _placed(settings, saved, team, say)
             start = None if saved else _start(placed.train, say)
-            return placed, aside, saved, start, _text(placed, saved, start)
+            return placed, aside, saved, start, _text(placed, saved, start, say)
 
         # the settings too: those of a run that is resumed are in its folder, which other machines need not see
         settings, aside, saved, start, text = team.of_first(opened)
@@ -160,25 +160,23 @@ def _begin_with(model: LanguageModel, start: Mapping[str, Any]) -> None:
     model.load_state_dict(start["model"])
 
 
-def _text(settings: Config, saved: Mapping[str, Any] | None, start: Mapping[str, Any] | None) -> _Text:
+def _text(settings: Config, saved: Mapping[str, Any] | None, start: Mapping[str, Any] | None, say: Say) -> _Text:
     """The corpus and its tokenizer: a saved run's own, that of the run it begins with, or one trained on the text."""
     data = settings.data
-    corpus = corpora.load(data.source, Path(data.dir))
+    corpus = corpora.load(data.source, Path(data.dir), options=data.reading)
+    tokenizer = _tokenizer(data, saved or start)
+    for warning in corpus.require(tokenizer.kind if tokenizer else data.tokenizer):
+        say(f"warning: {warning}")
     sha256 = {split: corpus.sha256(split) for split in ("train", "valid")}
-    if saved is not None:
-        for split, value in sha256.items():
-            if saved["data_sha256"].get(split) != value:
-                raise UserError(
-                    f"a run must be resumed with the text it began with; got another {split} text in {data.source}; "
-                    "restore it, or begin another run with --run"
-                )
-        tokenizer = tokenizers.from_state(saved["tokenizer"])
-    elif start is not None:
-        tokenizer = tokenizers.from_state(start["tokenizer"])
-    elif data.tokenizer_file is not None:
-        tokenizer = tokenizers.load(Path(data.tokenizer_file))
-    else:
-        tokenizer = tokenizers.train(data.tokenizer, corpus.splits["train"], data.vocab_size)
+    for split, value in sha256.items():
+        if saved is not None and saved["data_sha256"].get(split) != value:
+            raise UserError(
+                f"a run must be resumed with the text it began with; got another {split} text in {data.source}; "
+                "restore it, or begin another run with --run"
+            )
+    if corpus.note:
+        say(corpus.note)
+    tokenizer = tokenizer or tokenizers.train(data.tokenizer, corpus.splits["train"], data.vocab_size)
     ids, valid = (stream.encode(corpus.splits[split], tokenizer) for split in ("train", "valid"))
     if len(valid.ids) < 2:
         raise UserError(
@@ -187,6 +185,13 @@ def _text(settings: Config, saved: Mapping[str, Any] | None, start: Mapping[str,
         )
     counts = torch.bincount(torch.from_numpy(ids.ids), minlength=tokenizer.size)
     return _Text(corpus.name, tokenizer, ids, valid, counts, sha256)
+
+
+def _tokenizer(data: DataConfig, saved: Mapping[str, Any] | None) -> Tokenizer | None:
+    """The tokenizer of a saved run, or of the one to begin with, or of a file; None where one is to be trained."""
+    if saved is not None:
+        return tokenizers.from_state(saved["tokenizer"])
+    return None if data.tokenizer_file is None else tokenizers.load(Path(data.tokenizer_file))
 
 
 def _trainer(model: LanguageModel, settings: Config, text: _Text, team: Team) -> Trainer:

@@ -23,7 +23,7 @@ Which = Literal["best", "last"]
 
 # What a run may be resumed with another value of: nothing that its past steps depended on.
 _MAY_CHANGE = {
-    *("data.source", "data.dir"),  # the text itself is known by its checksum
+    *("data.source", "data.dir", "data.split", "data.encoding", "data.column"),  # the text is known by its checksum
     *("train.epochs", "train.max_steps", "train.patience", "train.stop_patience", "train.backend"),
     *("train.device", "train.log_every"),
     *("checkpoint.every_steps", "checkpoint.every_minutes"),

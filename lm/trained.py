@@ -262,8 +262,8 @@ class TrainedModel:
     def _text(self, split: Split, data: str | None) -> Text:
         """A split of the run's own corpus, or of another."""
         settings = self.config.data
-        corpus = corpora.load(settings.source if data is None else data, Path(settings.dir))
-        return corpus.splits[split]
+        source = settings.source if data is None else data
+        return corpora.load(source, Path(settings.dir), [split], settings.reading).splits[split]
 
     def _score(self, text: Text, protocol: ProtocolName, chunk: int, groups: bool = False) -> Score:
         return evaluate(

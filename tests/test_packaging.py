@@ -38,8 +38,8 @@ def test_requirements_are_what_is_imported():
     base = modules(PROJECT["dependencies"])
     assert base == {"torch", "numpy"}
     assert imported("rnnorm") - {"triton"} <= base  # triton comes with torch's builds for CUDA, which alone need it
-    # `datasets` brings huggingface_hub; pydoc_data is Python's own, which some systems package apart
-    needed = imported("lm") - {"huggingface_hub", "pydoc_data"}
+    # `datasets` brings huggingface_hub and pyarrow; pydoc_data is Python's own, which some systems package apart
+    needed = imported("lm") - {"huggingface_hub", "pyarrow", "pydoc_data"}
     assert needed - modules(EXTRAS["export"]) == base | modules(EXTRAS["lm"])
 
 

@@ -1,17 +1,19 @@
-"""Texts by name or by folder: train, valid and test as lines."""
+"""Texts by name, by file or by folder: train, valid and test."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm.corpora import folder, hub, markov, python_docs
-from lm.corpora.folder import SPLITS, Known, Split
+from lm.corpora import characters, checks, folder, hub, markov, python_docs
+from lm.corpora.files import PLAIN, SPLITS, Reading, Split, divide, is_pattern, join, open_text
+from lm.corpora.folder import Known
 from lm.errors import UserError
 from lm.text import Text
 
-__all__ = ["CORPORA", "SPLITS", "Corpus", "Split", "check", "get", "listing", "load"]
+__all__ = ["CORPORA", "SPLITS", "Corpus", "Reading", "Split", "check", "get", "listing", "load"]
 
 Splits = Mapping[str, Text]
+CACHE = "cache"  # folder under `data_dir` of what is made from texts
 
 
 @dataclass(frozen=True)
@@ -19,16 +21,22 @@ class Corpus:
     """A text.
 
     Attributes:
-        name: a name of `CORPORA`, or the folder's own.
-        splits: "train" | "valid" | "test" to texts. A blank line is a line.
+        name: a name of `CORPORA`, or the folder's or file's own.
+        splits: "train" | "valid" | "test" to texts; those that there are. A blank line is a line.
+        note: how one file was split, for a person; empty where none was.
     """
 
     name: str
     splits: Splits
+    note: str = ""
 
     def sha256(self, split: str) -> str:
         """Returns the sha256 of the UTF-8 bytes of each line and a line feed."""
         return self.splits[split].facts.lines_sha256
+
+    def require(self, kind: str) -> list[str]:
+        """Raises UserError where any split is not what a tokenizer of this kind can take; returns warnings."""
+        return checks.require(self.splits, kind)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Row:
     load: Callable[[Path], Splits]
     description: str
     known: Mapping[str, Known]
+    tokenizer: str = "word"  # by which it is measured
 
 
 CORPORA: dict[str, Row] = {
@@ -53,29 +62,78 @@ CORPORA: dict[str, Row] = {
         "WikiText-2, tokenised; your files or the hub",
         hub.SOURCES["wikitext-2"].known,
     ),
+    "ptb-char": Row(characters.ptb, "Penn Treebank, characters; made from the files of ptb", {}, "char"),
+    "text8": Row(lambda place: characters.million(place, "text8"), "text8, characters; your file", {}, "char"),
+    "enwik8": Row(lambda place: characters.million(place, "enwik8"), "enwik8, bytes; your file", {}, "byte"),
 }
 
 
-def load(source: str, data_dir: Path) -> Corpus:
-    """Returns a corpus by its name in `CORPORA`, kept under `data_dir`, or from a folder's path.
+def load(
+    source: str,
+    data_dir: Path,
+    needed: Iterable[str] = ("train", "valid"),
+    options: Reading = PLAIN,
+) -> Corpus:
+    """Returns a corpus by its name in `CORPORA`, kept under `data_dir`, or from files.
 
-    A folder holds `train.txt`, `ptb.train.txt` or `wiki.train.tokens`, valid and test likewise; it takes the
-    name of a published corpus when it is that corpus, otherwise its own.
+    A folder holds `train.txt`, `ptb.train.txt` or `wiki.train.tokens`, valid (val, dev) and test likewise; it takes the
+    name of a published corpus when it is that corpus, otherwise its own. One file, or all that a pattern such as
+    `src/**/*.py` finds, is split. `hf:NAME` or `hf:NAME:CONFIG` is a data set of the hub.
+
+    Arguments:
+        needed: splits that must be there.
+        options: how files are read.
 
     Raises:
-        UserError: neither a name nor a folder; a split that is missing, empty or not UTF-8; a published
-            corpus that cannot be had or is not what it must be.
+        UserError: no such source; a needed split that is missing, a split that is empty; a published corpus that
+            cannot be had or is not what it must be.
     """
+    data_dir = Path(data_dir)
+    found = _open(source, data_dir, tuple(needed), options)
+    for name, text in found.splits.items():
+        if not text.size:
+            raise UserError(
+                f"the {name} split must hold text; got {text.name}, which is empty; put at least one line there"
+            )
+    return found
+
+
+def _open(source: str, data_dir: Path, needed: tuple[str, ...], options: Reading) -> Corpus:
+    cache, place = data_dir / CACHE, Path(source)
     if source in CORPORA:
-        return Corpus(source, CORPORA[source].load(Path(data_dir) / source))
-    place = Path(source)
-    if not source or not place.is_dir():
-        raise UserError(
-            f"data must be one of {', '.join(CORPORA)}, or a folder of text; got {source!r}, which is "
-            "neither; check the name or the path"
-        )
-    splits = folder.read(place)
-    return Corpus(_published(splits) or place.resolve().name, splits)
+        return Corpus(source, CORPORA[source].load(data_dir / source))
+    if source.startswith("hf:"):
+        splits = hub.dataset(source.removeprefix("hf:"), data_dir, options)
+        return _with_all(Corpus(source.removeprefix("hf:").replace(":", "-").split("/")[-1], splits), needed, options)
+    if source and place.is_dir():
+        splits = folder.read(place, needed, options, cache)
+        return Corpus(_published(splits) or place.resolve().name, splits)
+    if source and place.exists():
+        return _split(place.name.partition(".")[0], open_text(place, options, cache), options)
+    if is_pattern(source):
+        return _split(Path(source.partition("*")[0]).name or "text", join(source, options, cache), options)
+    raise UserError(
+        f"data must be one of {', '.join(CORPORA)}, or a folder or file of text, a pattern such as 'src/**/*.py', or "
+        f"hf:NAME; got {source!r}, which is none of these; check it; where a run's text was moved, give --data NEW"
+    )
+
+
+def _split(name: str, text: Text, options: Reading) -> Corpus:
+    if not text.size:
+        raise UserError(f"a text must hold something; got {text.name}, which is empty; check the path")
+    return Corpus(name, *divide(text, options.split))
+
+
+def _with_all(corpus: Corpus, needed: tuple[str, ...], options: Reading) -> Corpus:
+    """A data set that has train alone, split."""
+    if set(corpus.splits) == {"train"} and set(needed) != {"train"}:
+        return _split(corpus.name, corpus.splits["train"], options)
+    for name in needed:
+        if name not in corpus.splits:
+            raise UserError(
+                f"{corpus.name} must have the splits {', '.join(needed)}; got {', '.join(corpus.splits)}; name another"
+            )
+    return corpus
 
 
 def _published(splits: Splits) -> str | None:
@@ -87,7 +145,7 @@ def _published(splits: Splits) -> str | None:
 
 def get(source: str, data_dir: Path) -> str:
     """Fetches or makes a corpus, keeps it under `data_dir`, and says what it holds."""
-    return _describe(load(source, data_dir), data_dir)
+    return _describe(load(source, data_dir, ()), data_dir)
 
 
 def check(source: str, data_dir: Path) -> str:
@@ -100,7 +158,7 @@ def check(source: str, data_dir: Path) -> str:
         raise UserError(
             f"{source} must be in {Path(data_dir) / source} to be checked; got no text there; run `data get {source}`"
         )
-    return _describe(load(source, data_dir), data_dir)
+    return _describe(load(source, data_dir, ()), data_dir)
 
 
 def listing(data_dir: Path) -> str:
@@ -114,11 +172,13 @@ def listing(data_dir: Path) -> str:
 
 def _is_here(name: str, data_dir: Path) -> bool:
     place = Path(data_dir) / name
-    return name == "markov" or any((place / f.format("train")).exists() for f in folder.FAMILIES)
+    if name in ("text8", "enwik8"):
+        return folder.find(place, [name]) is not None
+    return name == "markov" or folder.holds_text(Path(data_dir) / "ptb" if name == "ptb-char" else place)
 
 
 def _describe(corpus: Corpus, data_dir: Path) -> str:
-    lines = [f"{corpus.name}"]
+    lines = [corpus.name, *([f"  {corpus.note}"] if corpus.note else [])]
     for split, text in corpus.splits.items():
         facts = text.facts
         tokens = facts.lines + facts.words

@@ -1,18 +1,19 @@
-"""A folder of three text files: how every corpus that is not generated is kept."""
+"""A folder of text files, one for each split: how most corpora are kept, and what a published one must be."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
+from lm.corpora.files import PLAIN, SPLITS, Reading, Split, find, open_text
 from lm.errors import UserError
 from lm.files import reading
 from lm.text import Text
 
-Split = Literal["train", "valid", "test"]
-SPLITS: tuple[str, ...] = get_args(Split)
-FAMILIES = ("{}.txt", "ptb.{}.txt", "wiki.{}.tokens")  # how the three files may be called
+__all__ = ["FAMILIES", "SPLITS", "Known", "Split", "digest", "faults", "files", "read"]
+
+FAMILIES = ("{}.txt", "ptb.{}.txt", "wiki.{}.tokens", "wiki.{}.raw")  # how the files of splits may be called
+_NAMES = {"train": ("train",), "valid": ("valid", "val", "dev", "validation"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,46 @@ def digest(lines: Iterable[str], algorithm: str) -> str:
     return found.hexdigest()
 
 
+def holds_text(folder: Path) -> bool:
+    """Returns whether a folder has the file of any split."""
+    return _family(folder) is not None
+
+
+def _family(folder: Path) -> str | None:
+    for family in FAMILIES:
+        if any(find(folder, map(family.format, _NAMES[split])) for split in SPLITS):
+            return family
+    return None
+
+
 def files(folder: Path) -> dict[str, Path]:
     """Returns the path of each split, present or not, in the first family of names that the folder uses."""
-    for family in FAMILIES:
-        paths = {split: folder / family.format(split) for split in SPLITS}
-        if any(path.exists() for path in paths.values()):
-            return paths
-    names = " or ".join(family.format("{train,valid,test}") for family in FAMILIES)
-    raise UserError(f"a text folder must hold {names}; got {folder}, which holds none of these; put them there")
+    if (family := _family(folder)) is None:
+        names = " or ".join(family.format("{train,valid,test}") for family in FAMILIES)
+        raise UserError(
+            f"a text folder must hold {names}; got {folder}, which holds none of these; put them there, or give a "
+            f"pattern of its files, such as '{folder}/**/*.txt'"
+        )
+    return {
+        split: find(folder, map(family.format, names)) or folder / family.format(split)
+        for split, names in _NAMES.items()
+    }
 
 
-def read(folder: Path) -> dict[str, Text]:
-    """Reads the three splits of a folder.
+def read(
+    folder: Path,
+    needed: Iterable[str] = SPLITS,
+    options: Reading = PLAIN,
+    cache: Path | None = None,
+) -> dict[str, Text]:
+    """Opens the splits of a folder that are there.
+
+    Arguments:
+        needed: splits that must be.
+        cache: folder for what must be unpacked.
 
     Raises:
-        UserError: the folder or a split is missing, a split is empty (zero lines), or is not UTF-8.
+        UserError: the folder or a needed split is missing, or a split is empty (zero lines).
     """
     if not folder.is_dir():
         raise UserError(
@@ -54,33 +80,21 @@ def read(folder: Path) -> dict[str, Text]:
         )
     splits = {}
     for split, path in files(folder).items():
-        text = Text(path, str(path))
-        with reading(path, f"the {split} split"):
-            path.stat()
-        facts = text.facts
-        if "utf8" in facts.found:
-            raise _not_utf8(split, text)
-        if not facts.lines:
-            raise UserError(
-                f"the {split} split must hold text; got {path}, which is empty; put at least one line there"
-            )
-        splits[split] = text
+        if split in needed:
+            with reading(path, f"the {split} split"):
+                path.stat()
+        if path.exists():
+            splits[split] = open_text(path, options, cache or folder)
     return splits
-
-
-def _not_utf8(split: str, text: Text) -> UserError:
-    offset = text.facts.found["utf8"]
-    byte = next(text.part(offset, offset + 1).blocks())[0]
-    return UserError(
-        f"the {split} split must be UTF-8 text; got {text.place(offset)}, with byte 0x{byte:02x} at byte offset "
-        f"{offset}; convert the file to UTF-8"
-    )
 
 
 def faults(splits: Mapping[str, Text], known: Mapping[str, Known]) -> list[str]:
     """Returns what differs from the published corpus, one sentence per split; nothing when it is that corpus."""
     found = []
     for split, must in known.items():
+        if split not in splits:
+            found.append(f"{split}: must be there; got none")
+            continue
         text, facts = splits[split], splits[split].facts
         count = facts.lines + facts.words
         if (facts.lines, count) != (must.lines, must.tokens):

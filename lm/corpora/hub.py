@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lm.corpora.folder import FAMILIES, SPLITS, Known, faults, read
+from lm.corpora.files import Reading, rows, text_column
+from lm.corpora.folder import FAMILIES, SPLITS, Known, faults, holds_text, read
 from lm.errors import UserError
-from lm.files import write_whole
+from lm.files import write_chunks, write_whole
 from lm.text import Text
 
 PATIENCE = 5.0  # seconds in which the hub must answer
@@ -62,7 +64,7 @@ def load(name: str, folder: Path) -> dict[str, Text]:
         UserError: no answer from the hub (how to place the files), or a text that is not the published one.
     """
     source = SOURCES[name]
-    here = folder.is_dir() and any((folder / family.format(s)).exists() for family in FAMILIES for s in SPLITS)
+    here = folder.is_dir() and holds_text(folder)
     splits = read(folder) if here else _download(name, source, folder)
     if wrong := faults(splits, source.known):
         place = folder if here else f"the hub's {source.repository}"
@@ -82,21 +84,52 @@ def _how_to_place(source: Source, folder: Path) -> str:
 
 
 def _download(name: str, source: Source, folder: Path) -> dict[str, Text]:
+    found = _ask(name, source.repository, dict(source.options), f"or in {folder}", _how_to_place(source, folder))
+    return {
+        split: Text.of(source.line(text.rstrip("\n")) for text in found[key][source.column])
+        for split, key in zip(SPLITS, ("train", "validation", "test"), strict=True)
+    }
+
+
+def dataset(source: str, data_dir: Path, options: Reading) -> dict[str, Text]:
+    """Returns the splits that a text data set of the hub has, kept under `data_dir` once they were fetched.
+
+    Arguments:
+        source: `NAME` or `NAME:CONFIG`; a folder that `datasets` can load, too.
+
+    Raises:
+        UserError: no answer from the hub; no column of text.
+    """
+    name, _, configuration = source.partition(":")
+    column = "" if options.column == Reading.column else f"-{options.column}"
+    folder = data_dir / "hub" / (source.replace("/", "--").replace(":", "--") + column)
+    if not holds_text(folder):
+        chosen = {"name": configuration} if configuration else {}
+        how = "check the name and the network, or give the text as files: --data FOLDER"
+        found = _ask(f"hf:{source}", name, chosen, f"or kept in {folder}", how)
+        if not isinstance(found, Mapping):
+            found = {"train": found}
+        names = {"train": "train", "validation": "valid", "valid": "valid", "dev": "valid", "test": "test"}
+        for key, split in names.items():
+            if key in found and split not in found.keys() - {key}:
+                column = text_column(found[key].column_names, options.column, f"hf:{source}")
+                batches = found[key].iter(batch_size=10_000)
+                write_chunks(folder / f"{split}.txt", (rows(batch[column]) for batch in batches))
+    return read(folder, ())
+
+
+def _ask(name: str, repository: str, options: Mapping[str, str], else_where: str, how: str) -> Any:
+    """A data set of the hub, as `datasets` loads it."""
     import datasets
     import huggingface_hub
 
     try:
-        if not huggingface_hub.is_offline_mode():
+        if not Path(repository).exists() and not huggingface_hub.is_offline_mode():
             # One request with a time limit: without a network `datasets` would retry for half a minute.
-            huggingface_hub.HfApi().dataset_info(source.repository, timeout=PATIENCE)
-        rows = datasets.load_dataset(source.repository, **source.options)
+            huggingface_hub.HfApi().dataset_info(repository, timeout=PATIENCE)
+        return datasets.load_dataset(repository, **options)
     except Exception as fault:  # each of these libraries, and those under them, has its own kinds
         raise UserError(
-            f"{name} must be on the hub or in {folder}; got no answer from the hub "
-            f"({type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else 'no reason'}); "
-            f"{_how_to_place(source, folder)}"
+            f"{name} must be on the hub {else_where}; got no answer from the hub "
+            f"({type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else 'no reason'}); {how}"
         ) from None
-    return {
-        split: Text.of(source.line(text.rstrip("\n")) for text in rows[key][source.column])
-        for split, key in zip(SPLITS, ("train", "validation", "test"), strict=True)
-    }

@@ -1,0 +1,232 @@
+"""Texts in files of every form: split, joined, unpacked, in other encodings; and what is refused in every split."""
+
+import gzip
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from lm import corpora
+from lm.corpora import characters, files, hub
+from lm.corpora.files import Reading, divide, shares
+from lm.errors import UserError
+from lm.text import Text
+
+LINES = "".join(f"line {number} of \u00e9 words\n" for number in range(500))
+
+
+def whole(corpus: corpora.Corpus) -> bytes:
+    return b"".join(b"".join(text.blocks()) for text in corpus.splits.values())
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    elif path.suffix == ".zst":
+        content = zstandard.compress(content)
+    elif path.suffix == ".parquet":
+        rows = content.decode().removesuffix("\n").split("\n")
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows, "id": [*range(len(rows))]}), path)
+        return path
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book", "book.txt.gz", "book.zst", "book.parquet"])
+@pytest.mark.parametrize("large", [False, True])
+def test_one_file_is_split_in_blocks_of_lines(tmp_path: Path, monkeypatch, name: str, large: bool):
+    if large:
+        monkeypatch.setattr(files, "LARGE", 1000)
+    path = write(tmp_path / name, LINES.encode())
+    for _ in range(2):
+        found = corpora.load(str(path), tmp_path / "data")
+        assert found.name == "book"
+        assert whole(found) == LINES.encode()
+        sizes = [text.facts.lines for text in found.splits.values()]
+        assert sizes == pytest.approx([450, 25, 25], abs=5)
+        assert all(next(reversed([*text.blocks()])).endswith(b"\n") for text in found.splits.values())
+        assert found.note.startswith(f"{path} is split 90/5/5 by lines: train {sizes[0]} lines of ")
+    assert (tmp_path / "data").exists() == (large and path.suffix in (".gz", ".zst", ".parquet"))
+
+
+def test_a_changed_file_is_unpacked_again(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(files, "LARGE", 1000)
+    path = write(tmp_path / "a.gz", LINES.encode())
+    corpora.load(str(path), tmp_path / "data")
+    write(path, LINES.upper().encode())
+    assert whole(corpora.load(str(path), tmp_path / "data")) == LINES.upper().encode()
+
+
+@pytest.mark.parametrize("content", ["\u4f60\u597d" * 300, "word and word " * 100, "a\n" * 30])
+def test_few_lines_are_split_by_characters(content: str):
+    found, note = divide(Text(content.encode(), "a.txt"), "8/1/1")
+    assert "by characters" in note
+    texts = ["".join(block.decode() for block in text.blocks()) for text in found.values()]
+    assert "".join(texts) == content
+    if " " in content:
+        assert all(text.endswith(" ") for text in texts)
+    assert [len(text) / len(content) for text in texts] == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
+
+
+def test_a_share_of_none_is_no_split_and_a_short_text_is_refused():
+    assert [*divide(Text(LINES.encode()), "9/1/0")[0]] == ["train", "valid"]
+    with pytest.raises(UserError, match=r"b\.txt must be long enough to split 90/5/5; got 1 bytes, which leave none"):
+        divide(Text(b"a", "b.txt"), "90/5/5")
+    for form in ("90/10", "0/1/1", "a/b/c", "-1/1/1", ""):
+        with pytest.raises(UserError, match=r"data\.split must .*; got '.*'; "):
+            shares(form)
+
+
+@pytest.mark.parametrize("name", ["valid.txt", "val.txt", "dev.txt.gz", "validation.parquet", "valid.txt.zst"])
+def test_the_names_of_a_folder_s_splits(tmp_path: Path, name: str):
+    write(tmp_path / "train.txt", b"a\n")
+    write(tmp_path / name, b"b c\n")
+    assert [*corpora.load(str(tmp_path), tmp_path / "data").splits["valid"]] == ["b c"]
+
+
+def test_a_folder_needs_the_splits_that_are_used(tmp_path: Path):
+    write(tmp_path / "test.txt", b"a\n")
+    assert [*corpora.load(str(tmp_path), tmp_path, ["test"]).splits] == ["test"]
+    with pytest.raises(UserError, match=r"the train split must be a file; got \S+train\.txt, which does not exist"):
+        corpora.load(str(tmp_path), tmp_path)
+
+
+def test_a_pattern_joins_files_in_order(tmp_path: Path):
+    write(tmp_path / "src/b/z.py", b"def z():\n\treturn 1")
+    write(tmp_path / "src/a.py", b"import b\r\n" * 200)
+    write(tmp_path / "src/c.txt", b"no")
+    found = corpora.load(f"{tmp_path}/src/**/*.py", tmp_path / "data")
+    assert found.name == "src"
+    assert whole(found) == b"import b\r\n" * 200 + b"def z():\n\treturn 1\n"
+    with pytest.raises(UserError, match=r"a pattern must find files; got \S+\*\.c', which finds none"):
+        corpora.load(f"{tmp_path}/src/*.c", tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "cp1252"])
+def test_encodings(tmp_path: Path, encoding: str):
+    path = write(tmp_path / "a.txt", LINES.encode(encoding))
+    assert whole(corpora.load(str(path), tmp_path, options=Reading(encoding))) == LINES.encode()
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path):
+    path = write(tmp_path / "a.txt", LINES.encode())
+    with pytest.raises(
+        UserError, match=r"in the encoding that data\.encoding names, ascii; got \S+a\.txt, .*near byte 10"
+    ):
+        corpora.load(str(path), tmp_path, options=Reading("ascii"))
+    packed = write(tmp_path / "a.txt.gz", LINES.encode())
+    for content, why in ((packed.read_bytes()[:-20], "ended before"), (b"plain", "[Nn]ot a gzipped")):
+        packed.write_bytes(content)
+        with pytest.raises(UserError, match=rf"a\.txt\.gz must be a whole file; got one that is damaged \(.*{why}"):
+            corpora.load(str(packed), tmp_path)
+    (tmp_path / "a.zst").write_bytes(b"plain")
+    (tmp_path / "a.parquet").write_bytes(b"plain")
+    for name in ("a.zst", "a.parquet"):
+        with pytest.raises(UserError, match=rf"{name} must be a whole file; got one that is damaged"):
+            corpora.load(str(tmp_path / name), tmp_path)
+    table = write(tmp_path / "t.parquet", LINES.encode())
+    with pytest.raises(
+        UserError, match=r"data\.column must be a column of \S+t\.parquet; got 'body', and it has text, id"
+    ):
+        corpora.load(str(table), tmp_path, options=Reading(column="body"))
+
+
+def test_a_data_set_of_the_hub_is_kept(tmp_path: Path):
+    """A folder that `datasets` loads stands for the hub."""
+    for split, count in (("train", 300), ("validation", 20)):
+        write(tmp_path / f"mine/{split}.parquet", "".join(f"{split} {i}\n" for i in range(count)).encode())
+    source = f"hf:{tmp_path / 'mine'}"
+    found = corpora.load(source, tmp_path / "data")
+    assert found.name == "mine"
+    assert {split: text.facts.lines for split, text in found.splits.items()} == {"train": 300, "valid": 20}
+    for path in (tmp_path / "mine").iterdir():
+        path.unlink()
+    assert whole(corpora.load(source, tmp_path / "data")) == whole(found)
+    with pytest.raises(UserError, match=r"mine must have the splits test; got train, valid"):
+        corpora.load(source, tmp_path / "data", ["test"])
+
+
+def test_a_data_set_without_a_network(tmp_path: Path, monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    told = r"hf:who/what must be on the hub or kept in \S+; got no answer .*ConnectionError: no route.*; check the name"
+    with pytest.raises(UserError, match=told):
+        corpora.load("hf:who/what", tmp_path)
+
+
+FAULTS = {
+    b"ok\nab\xffc\n": (
+        "must be UTF-8 text; .*line 2, with byte 0xff at byte offset 5",
+        {"word", "char", "bpe", "unigram"},
+    ),
+    b"ok\nab\0c\n": ("must be text; got a NUL in .*line 2, as in UTF-16", {"word", "char", "bpe", "unigram"}),
+    b"ok\na <eos> c\n": ("must not hold the word <eos>.*; got it in .*line 2; replace", {"word"}),
+    b"ok\rab\rc\r": ("must end with line feeds; got carriage returns alone in ", {"word"}),
+}
+
+
+@pytest.mark.parametrize("content", FAULTS)
+@pytest.mark.parametrize("split", corpora.SPLITS)
+def test_a_fault_is_found_in_every_split_for_the_tokenizers_it_matters_to(tmp_path: Path, content: bytes, split: str):
+    told, kinds = FAULTS[content]
+    for name in corpora.SPLITS:
+        write(tmp_path / f"{name}.txt", content if name == split else b"a\n")
+    found = corpora.load(str(tmp_path), tmp_path)
+    for kind in ("word", "char", "bpe", "unigram", "byte"):
+        if kind in kinds:
+            with pytest.raises(
+                UserError, match=rf"the {split} split.* {told}".replace("split.* must end", "split must end")
+            ):
+                found.require(kind)
+        else:
+            assert found.require(kind) == []
+
+
+def test_a_mark_in_the_middle_is_a_warning(tmp_path: Path):
+    write(tmp_path / "train.txt", b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n")
+    write(tmp_path / "valid.txt", b"\xef\xbb\xbfa\r\n")
+    found = corpora.load(str(tmp_path), tmp_path)
+    assert found.require("char") == []
+    (warning,) = found.require("word")
+    assert warning.startswith(f"{tmp_path}/train.txt, line 2 holds U+FEFF")
+
+
+@pytest.mark.parametrize("name", ["text8", "enwik8"])
+def test_million_characters(tmp_path: Path, monkeypatch, name: str):
+    monkeypatch.setattr(characters, "SIZE", 200)
+    monkeypatch.setattr(characters, "SHARES", {"train": (0, 180), "valid": (180, 190), "test": (190, 200)})
+    with pytest.raises(UserError, match=rf"{name} must be in \S+; got no file {name} there"):
+        corpora.load(name, tmp_path)
+    content = b"ab c" * 50 if name == "text8" else "\u00e9".encode() * 100
+    for suffix in (".gz", ""):
+        path = write(tmp_path / name / f"{name}{suffix}", content)
+        found = corpora.load(name, tmp_path)
+        assert {split: text.size for split, text in found.splits.items()} == {"train": 180, "valid": 10, "test": 10}
+        assert whole(found) == content
+        path.unlink()
+    write(tmp_path / name / name, content[1:])
+    with pytest.raises(UserError, match=rf"{name} must hold 200 bytes; got \S+ with 199"):
+        corpora.load(name, tmp_path)
+    write(tmp_path / name / name, content[:-1] + b"X")
+    if name == "text8":
+        with pytest.raises(UserError, match=r"text8 must hold a to z and spaces alone; got b'X'"):
+            corpora.load(name, tmp_path)
+
+
+def test_the_characters_of_the_treebank(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(
+        hub, "load", lambda _, folder: {split: Text.of([f" {folder.name} <unk> N ", ""]) for split in corpora.SPLITS}
+    )
+    monkeypatch.setattr(characters, "PTB", dict.fromkeys(corpora.SPLITS, 13))
+    assert [*corpora.load("ptb-char", tmp_path).splits["train"]] == ["ptb <unk> N", ""]
+    monkeypatch.setattr(characters, "PTB", dict.fromkeys(corpora.SPLITS, 14))
+    with pytest.raises(UserError, match=r"ptb-char must hold 14 characters in train; got 13"):
+        corpora.load("ptb-char", tmp_path)
