@@ -16,7 +16,7 @@ from lm.adaptation import Adaptation, given, of_settings
 from lm.config import Config
 from lm.corpora import Split
 from lm.errors import UserError
-from lm.evaluator import Group, ProtocolName, Score, record
+from lm.evaluator import Group, ProtocolName, Score, headline, record
 from lm.run_folder import Which
 from lm.sample import LONGEST
 from lm.trained import TrainedModel, load
@@ -134,7 +134,7 @@ def train(
     if outcome.score is None:
         return 0  # a process that is not the first
     click.echo(f"{folder}: {outcome.step:,} steps, {outcome.speed}")
-    click.echo(f"valid perplexity {outcome.score.ppl:,.2f} (exact, best checkpoint)")
+    click.echo(f"valid {headline(outcome.score)} (exact, best checkpoint)")
     click.echo(f"TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")
     return 0
 
@@ -156,6 +156,8 @@ def compose(
         config.put(tables, section, key, value)
     if data is not None:
         config.put(tables, "data", "source", data)
+        if data in corpora.CORPORA and (kind := corpora.CORPORA[data].tokenizer) != "word":
+            config.put(tables, "data", "tokenizer", kind)
     settings = config.build(config.override(tables, assignments))
     return settings.model_copy(update={"data": config.absolute(settings.data)})
 
@@ -271,19 +273,33 @@ def _adapting(
 
 def shown(split: str, score: Score) -> str:
     """Returns a score as lines for a person."""
-    lines = [f"{split} perplexity {score.ppl:,.2f} ({score.protocol}, {score.tokens:,} tokens)"]
+    lines = [f"{split} {headline(score)} ({score.protocol}, {score.tokens:,} tokens)"]
+    lines.append(f"  {'unit':18} {_UNITS[score.unit]}")
+    counts = {"words": score.words, "ends of lines": score.eos, "<unk>": score.unk}
+    lines += [f"  {name:18} {number:12,}" for name, number in counts.items() if number is not None]
+    if score.unk is not None and score.eos is not None:
+        lines[-1] += f"  {score.unk / max(1, score.tokens - score.eos):.2%}"
     rows = {
         "unigram model": score.unigram_ppl,
         "per token": score.ppl_per_token if score.ppl_per_token != score.ppl else None,
         "without <eos>": score.ppl_without_eos,
         "without <unk>": score.ppl_without_unk,
-        "bits per word": score.bits_per_word,
+        "bits per word": score.bits_per_word if score.unit in ("word", "token") else None,
+        "bits per character": score.bits_per_character,
         "bits per byte": score.bits_per_byte,
     }
-    lines += [f"  {name:14} {value:12,.3f}" for name, value in rows.items() if value is not None]
+    lines += [f"  {name:18} {value:12,.3f}" for name, value in rows.items() if value is not None]
     for groups in (score.by_frequency, score.by_position):
         lines += bands(groups, score.nll) if groups else []
     return "\n".join(lines)
+
+
+_UNITS = {
+    "word": "words and ends of lines",
+    "token": "tokens of the tokenizer, ends of lines among them",
+    "character": "characters, line feeds among them",
+    "byte": "bytes",
+}
 
 
 def bands(groups: Sequence[Group], nll: float) -> list[str]:
@@ -462,6 +478,8 @@ def train_tokenizer(kind: str, size: int | None, source: str, out: Path, data_di
         raise UserError(
             f"a tokenizer must be written to a new file; got {out}, which exists; choose another, or move it away"
         )
-    tokenizer = tokenizers.train(kind, corpora.load(source, data_dir, ["train"]).splits["train"], size)
+    corpus = corpora.load(source, data_dir, ["train"])
+    corpus.require(kind)
+    tokenizer = tokenizers.train(kind, corpus.splits["train"], size, min_count=corpus.min_count(kind))
     tokenizers.save(tokenizer, out)
     click.echo(f"{out}: {kind} vocabulary of {tokenizer.size:,}, sha256 {tokenizer.sha256}")

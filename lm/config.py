@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lm import stream
+from lm import stream, tokenizers
 from lm.corpora import CORPORA, Reading
 from lm.corpora.files import is_pattern, shares
 from lm.errors import UserError
@@ -47,11 +47,19 @@ class DataConfig(Section):
     split: str = Field(default="90/5/5", description="shares of train, valid and test of a text that is one file")
     encoding: str = Field(default="utf-8", description="encoding of text files, by a name that Python knows")
     column: str = Field(default="text", description="column of a table (Parquet, hf:) that holds the text")
-    tokenizer: Literal["word", "char", "bpe", "unigram"] = Field(default="word", description="kind of tokens")
+    tokenizer: Literal["word", "char", "byte", "bpe", "unigram"] = Field(default="word", description="kind of tokens")
     tokenizer_file: str | None = Field(
         default=None, description="tokenizer that `tokenizer train` wrote; none: train one on the training text"
     )
     vocab_size: Count | None = Field(default=None, description="maximum vocabulary size; none: the tokenizer's own")
+    min_count: Count | None = Field(
+        default=None,
+        description="how often the training text must hold a word of the vocabulary, rarer ones being <unk>; "
+        "none: 2 for words of a text of your own that holds no <unk>, else 1",
+    )
+    tokenizer_sample: Count = Field(
+        default=tokenizers.SAMPLE, description="bytes of the training text that bpe and unigram are trained on"
+    )
 
     @property
     def reading(self) -> Reading:

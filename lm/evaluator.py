@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lm.distributed import Team
 from lm.errors import UserError
 from lm.stream import Columns, Stream, columns, plan
-from lm.tokenizers import Tokenizer
+from lm.tokenizers import Tokenizer, Unit
 
 if TYPE_CHECKING:
     from lm.model import LanguageModel
@@ -43,15 +43,17 @@ class Score:
         protocol: `exact`: the whole text as one column from the zero state, every token scored once.
             `columns`: as exact, in B columns side by side, which start from the zero state; for speed.
             `chunk-mean`: 10 trimmed columns in chunks of 32, mean of exp(chunk loss) weighted by length;
-            per word, a chunk's loss is its nats per token times the whole text's tokens per word.
+            per unit, a chunk's loss is its nats per token times the whole text's tokens per unit.
             `exact + …`: as exact, by a model that adapts to what it has scored; see `lm.adaptation`.
-        ppl: per word (words and ends of lines); for a word tokenizer that is per token.
+        ppl: per unit.
+        unit: of the tokenizer: "word" (words and ends of lines), "token", "character" or "byte".
         ppl_per_token: per piece of the tokenizer.
+        ppl_per_word: per word and end of line, whatever the tokenizer; infinite where words are very long.
         nll: nats in all, over `tokens` tokens.
         words, eos, unk: words of the text, ends of lines, tokens that are `<unk>`.
         ppl_without_eos, ppl_without_unk: with those left out of both the sum and the count.
-        bits_per_word, bits_per_byte: of the text, ends of lines counted.
-        unigram_ppl: of the training text's unigram model (counts plus one) on the same text, per word.
+        bits_per_word, bits_per_character, bits_per_byte: of the text, ends of lines counted.
+        unigram_ppl: of the training text's unigram model (counts plus one) on the same text, per unit.
         data_sha256, vocabulary_sha256: of the text and of the tokenizer.
         by_frequency, by_position: the tokens in bands, where asked for; see `by_frequency`, `by_position`.
     """
@@ -61,12 +63,15 @@ class Score:
     ppl_per_token: float
     nll: float
     tokens: int
+    unit: Unit = "word"
+    ppl_per_word: float | None = None
     words: int | None = None
     eos: int | None = None
     unk: int | None = None
     ppl_without_eos: float | None = None
     ppl_without_unk: float | None = None
     bits_per_word: float | None = None
+    bits_per_character: float | None = None
     bits_per_byte: float | None = None
     unigram_ppl: float | None = None
     data_sha256: str = ""
@@ -120,7 +125,8 @@ def evaluate(
     if protocol not in PROTOCOLS:
         raise UserError(f"a protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}; choose one of these")
     if protocol == "chunk-mean":
-        score = _chunk_mean(_nll(model, _trimmed(stream.ids), chunk), len(stream.ids) / (stream.words + stream.eos))
+        per_unit = len(stream.ids) / stream.units(tokenizer.unit)
+        score = _chunk_mean(_nll(model, _trimmed(stream.ids), chunk), per_unit)
     else:
         cut = columns(stream.ids, 1 if protocol == "exact" else batch_size, tokenizer.eos)
         nll, scored = _shared_nll(model, cut, chunk, team).numpy(), _active(cut)
@@ -138,8 +144,9 @@ def in_bands(score: Score, nll: np.ndarray, stream: Stream, tokenizer: Tokenizer
 
 def of_text(score: Score, stream: Stream, tokenizer: Tokenizer, train_counts: Tensor | None, data_sha256: str) -> Score:
     """Returns the score with the unigram model's and what the text and its tokenizer are known by."""
-    unigram = None if train_counts is None else unigram_perplexity(train_counts, stream)
-    return replace(score, unigram_ppl=unigram, data_sha256=data_sha256, vocabulary_sha256=tokenizer.sha256)
+    unigram = None if train_counts is None else unigram_perplexity(train_counts, stream, tokenizer.unit)
+    score = replace(score, unit=tokenizer.unit, unigram_ppl=unigram)
+    return replace(score, data_sha256=data_sha256, vocabulary_sha256=tokenizer.sha256)
 
 
 def token_nlls(model: "LanguageModel", stream: Stream, tokenizer: Tokenizer, chunk: int = 1024) -> np.ndarray:
@@ -195,10 +202,10 @@ def _range(low: int, high: int | None) -> str:
     return f"{low:,}" if high == low + 1 else f"{low:,}-{high - 1:,}"
 
 
-def unigram_perplexity(counts: Tensor, stream: Stream) -> float:
-    """Returns the perplexity per word of the model p(token) = (count + 1) / (all counts + V)."""
+def unigram_perplexity(counts: Tensor, stream: Stream, unit: Unit = "word") -> float:
+    """Returns the perplexity per unit of the model p(token) = (count + 1) / (all counts + V)."""
     log_probs = torch.log((counts.double() + 1) / (counts.sum().double() + len(counts))).numpy()
-    return perplexity(-float(log_probs[stream.ids].sum()), stream.words + stream.eos)
+    return perplexity(-float(log_probs[stream.ids].sum()), stream.units(unit))
 
 
 @contextmanager
@@ -242,7 +249,7 @@ def _active(cut: Columns) -> np.ndarray:
 
 def summarize(nll: np.ndarray, targets: np.ndarray, stream: Stream, tokenizer: Tokenizer, protocol: str) -> Score:
     """Returns the score from the nats of each scored token [N] and the tokens [N], in any order."""
-    tokens, units = len(stream.ids), stream.words + stream.eos
+    tokens, units = len(stream.ids), stream.units(tokenizer.unit)
     if len(nll) != tokens or len(targets) != tokens:
         raise RuntimeError(f"an evaluation must score each of the {tokens} tokens once; it scored {len(nll)}")
     total = float(nll.sum())
@@ -250,20 +257,42 @@ def summarize(nll: np.ndarray, targets: np.ndarray, stream: Stream, tokenizer: T
     is_unk = np.zeros_like(is_eos) if tokenizer.unk is None else targets == tokenizer.unk
     if int(is_eos.sum()) != stream.eos or int(is_unk.sum()) != stream.unk:
         raise RuntimeError("an evaluation must score every <eos> and <unk> of its stream once")
+    bits, words = total / math.log(2), stream.words + stream.eos
     return Score(
         protocol=protocol,
         ppl=perplexity(total, units),
         ppl_per_token=perplexity(total, tokens),
         nll=total,
         tokens=tokens,
+        ppl_per_word=perplexity(total, words),
         words=stream.words,
         eos=stream.eos,
         unk=stream.unk,
-        ppl_without_eos=perplexity(float(nll[~is_eos].sum()), stream.words),
+        ppl_without_eos=perplexity(float(nll[~is_eos].sum()), units - stream.eos),
         ppl_without_unk=perplexity(float(nll[~is_unk].sum()), units - stream.unk),
-        bits_per_word=total / math.log(2) / units,
-        bits_per_byte=total / math.log(2) / stream.bytes,
+        bits_per_word=bits / max(1, words),
+        bits_per_character=bits / stream.characters,
+        bits_per_byte=bits / stream.bytes,
     )
+
+
+_BITS = {"character": "bits per character", "byte": "bits per byte"}
+
+
+def measured(ppl: float, unit: Unit, short: bool = False) -> str:
+    """Returns a perplexity as the field reports it for its unit: of characters and bytes, as bits."""
+    if unit in _BITS:
+        bits = math.log2(ppl) if 0 < ppl < math.inf else math.inf
+        return f"{bits:,.3f} {_BITS[unit]}"
+    name = "ppl" if short else "perplexity"
+    return f"{name} {ppl:,.2f}" + (" per token" if unit == "token" and not short else "")
+
+
+def headline(score: Score) -> str:
+    """Returns the number that fits the text: `measured`; of subwords with the bits per byte, which compare."""
+    bits = score.bits_per_byte
+    also = f", {bits:,.3f} bits per byte" if score.unit == "token" and bits is not None else ""
+    return measured(score.ppl, score.unit) + also
 
 
 def _trimmed(ids: np.ndarray) -> Columns:
@@ -277,13 +306,13 @@ def _trimmed(ids: np.ndarray) -> Columns:
     return Columns(ids, starts, rows - 1, _CHUNK_MEAN_COLUMNS, eos=0)
 
 
-def _chunk_mean(nll: Tensor, pieces_per_word: float) -> Score:
+def _chunk_mean(nll: Tensor, per_unit: float) -> Score:
     chunks = nll.split(_CHUNK_MEAN_STEPS)
 
     def mean(scale: float) -> float:
         return sum(len(chunk) * perplexity(float(chunk.sum()) * scale, chunk.numel()) for chunk in chunks) / len(nll)
 
-    return Score("chunk-mean", mean(pieces_per_word), mean(1.0), float(nll.sum()), nll.numel())
+    return Score("chunk-mean", mean(per_unit), mean(1.0), float(nll.sum()), nll.numel())
 
 
 def perplexity(nats: float, count: int) -> float:

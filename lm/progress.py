@@ -3,8 +3,9 @@
 import sys
 from typing import Any, TextIO
 
-from lm.evaluator import perplexity
+from lm.evaluator import measured, perplexity
 from lm.events import Diverged, EpochEnded, Event, Interrupted, Started, Stepped, Validated
+from lm.tokenizers import Unit
 
 _FORMAT = "{desc} {percentage:3.0f}%|{bar:20}| {rate_fmt}{postfix}, {remaining} left"
 
@@ -13,16 +14,18 @@ class ProgressBar:
     """Shows epoch, tokens/s, training perplexity of the epoch so far, time left; and a line for each epoch.
 
     Arguments:
-        pieces_per_word: of the training text, so that its perplexity is per word as the validation's is.
+        tokens_per_unit: of the training text, so that its perplexity is per unit as the validation's is.
+        unit: of the perplexities.
         stream: where to; the moving line only appears on a terminal.
 
     Attributes:
         tokens, seconds: trained on by this process, and what its steps took.
     """
 
-    def __init__(self, pieces_per_word: float = 1.0, stream: TextIO | None = None) -> None:
+    def __init__(self, tokens_per_unit: float = 1.0, stream: TextIO | None = None, unit: Unit = "word") -> None:
         self.stream = sys.stderr if stream is None else stream
-        self.pieces_per_word = pieces_per_word
+        self.unit = unit
+        self.tokens_per_unit = tokens_per_unit
         self.tokens = 0
         self.seconds = 0.0
         self._epochs = 0
@@ -47,10 +50,10 @@ class ProgressBar:
                     self._move(event)
             case Validated():
                 best = ", best so far" if event.best else ""
-                self._valid = f"valid ppl {event.score.ppl:,.2f} ({event.score.protocol}{best})"
+                self._valid = f"valid {measured(event.score.ppl, self.unit, short=True)} ({event.score.protocol}{best})"
             case EpochEnded():
                 self._write(
-                    f"epoch {event.epoch}/{self._epochs}: train ppl {self._ppl(event.nll, event.tokens)}, "
+                    f"epoch {event.epoch}/{self._epochs}: train {self._ppl(event.nll, event.tokens)}, "
                     f"{self._valid}, {self.speed}"
                 )
             case Interrupted() | Diverged():
@@ -78,11 +81,11 @@ class ProgressBar:
 
     def _move(self, event: Stepped) -> None:
         self._bar.set_description(f"epoch {event.epoch}/{self._epochs}", refresh=False)
-        self._bar.set_postfix_str(f"ppl {self._ppl(event.epoch_nll, event.epoch_tokens)}", refresh=False)
+        self._bar.set_postfix_str(self._ppl(event.epoch_nll, event.epoch_tokens), refresh=False)
         self._bar.update(event.tokens)
 
     def _ppl(self, nats: float, tokens: int) -> str:
-        return f"{perplexity(nats * self.pieces_per_word, tokens):,.2f}"
+        return measured(perplexity(nats * self.tokens_per_unit, tokens), self.unit, short=True)
 
     def _write(self, line: str) -> None:
         if self._bar is None:

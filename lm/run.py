@@ -32,6 +32,8 @@ from lm.tokenizers import Tokenizer
 from lm.tracking import JsonLines, TensorBoard
 from lm.trainer import ENDS, DivergedError, Trainer
 
+MANY_UNKNOWN = 0.1  # share of unknown words in the validation text that is warned of
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -55,8 +57,8 @@ class _Text:
     sha256: dict[str, str]
 
     @property
-    def pieces_per_word(self) -> float:
-        return len(self.train.ids) / (self.train.words + self.train.eos)
+    def tokens_per_unit(self) -> float:
+        return len(self.train.ids) / self.train.units(self.tokenizer.unit)
 
 
 def train(settings: Config, path: Path, *, resume: str = "auto", overwrite: bool = False, say: Say = print) -> Outcome:
@@ -167,24 +169,32 @@ def _text(settings: Config, saved: Mapping[str, Any] | None, start: Mapping[str,
     tokenizer = _tokenizer(data, saved or start)
     for warning in corpus.require(tokenizer.kind if tokenizer else data.tokenizer):
         say(f"warning: {warning}")
-    sha256 = {split: corpus.sha256(split) for split in ("train", "valid")}
+    if corpus.note:
+        say(corpus.note)
+    if tokenizer is None:
+        least = corpus.min_count(data.tokenizer) if data.min_count is None else data.min_count
+        given = {"min_count": least, "sample": data.tokenizer_sample}
+        tokenizer = tokenizers.train(data.tokenizer, corpus.splits["train"], data.vocab_size, **given)
+    sha256 = {split: corpus.splits[split].facts.digest(tokenizer.lossless) for split in ("train", "valid")}
     for split, value in sha256.items():
         if saved is not None and saved["data_sha256"].get(split) != value:
             raise UserError(
                 f"a run must be resumed with the text it began with; got another {split} text in {data.source}; "
                 "restore it, or begin another run with --run"
             )
-    if corpus.note:
-        say(corpus.note)
-    tokenizer = tokenizer or tokenizers.train(data.tokenizer, corpus.splits["train"], data.vocab_size)
     ids, valid = (stream.encode(corpus.splits[split], tokenizer) for split in ("train", "valid"))
     if len(valid.ids) < 2:
         raise UserError(
             f"the valid text of {data.source} must hold at least 2 tokens, its ends of lines counted; got 1; "
             "give more text"
         )
-    counts = torch.bincount(torch.from_numpy(ids.ids), minlength=tokenizer.size)
-    return _Text(corpus.name, tokenizer, ids, valid, counts, sha256)
+    if valid.unk > MANY_UNKNOWN * (pieces := len(valid.ids) - valid.eos):
+        say(
+            f"warning: {valid.unk / pieces:.1%} of the valid text is {tokenizers.UNK}, not in the vocabulary of "
+            f"{tokenizer.size:,}: its perplexity says little; lower data.min_count, raise data.vocab_size, or use "
+            "--set data.tokenizer=bpe (or char; a text that puts no spaces between words needs one of these)"
+        )
+    return _Text(corpus.name, tokenizer, ids, valid, torch.from_numpy(ids.counts(tokenizer.size)), sha256)
 
 
 def _tokenizer(data: DataConfig, saved: Mapping[str, Any] | None) -> Tokenizer | None:
@@ -248,17 +258,17 @@ def _run(trainer: Trainer, settings: Config, folder: RunFolder, text: _Text) -> 
     shared = (step, options.log_every)
     columns = stream.columns(text.valid.ids, _valid_width(settings, text), text.tokenizer.eos)
     internals = Internals(trainer.model, columns.gather(0, min(STEPS, columns.steps))[0])
-    json_lines = JsonLines(folder.metrics, *shared, text.pieces_per_word, internals)
+    json_lines = JsonLines(folder.metrics, *shared, text.tokens_per_unit, internals)
     tensorboard = TensorBoard(
         folder.tensorboard,
         *shared,
         trainer.model,
         text.tokenizer,
         config.flatten(settings),
-        text.pieces_per_word,
+        text.tokens_per_unit,
         internals,
     )
-    progress = ProgressBar(text.pieces_per_word)
+    progress = ProgressBar(text.tokens_per_unit, unit=text.tokenizer.unit)
     trainer.listeners += [json_lines, tensorboard, progress, _checkpoints(trainer, settings, folder, text)]
     try:
         reason, score = _fit(trainer), None

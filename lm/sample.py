@@ -6,6 +6,7 @@ from torch import Tensor
 from lm.errors import UserError
 from lm.evaluator import evaluating
 from lm.model import LanguageModel
+from lm.text import Text
 from lm.tokenizers import Tokenizer
 
 LONGEST = 1_000_000  # the whole text is decoded at once, from memory
@@ -25,7 +26,7 @@ def sample(
     """Returns the prompt and `length` tokens drawn after it; `<eos>` becomes a line feed.
 
     Arguments:
-        prompt: any text; lines end with `<eos>`, the last one is left open.
+        prompt: any text, read as training text is; the last line is left open.
         temperature: divides the logits; 0 takes the most probable token each time.
         top_k: draw among the `top_k` most probable tokens only.
         top_p: draw among the fewest most probable tokens that hold this much probability (Holtzman et al. 2020).
@@ -84,10 +85,10 @@ def _encode(prompt: str, tokenizer: Tokenizer) -> list[int]:
             f"a prompt must be UTF-8 text; got {prompt[:60]!a}, whose character {fault.start + 1} is none; "
             "write it again"
         ) from None
-    ids: list[int] = []
-    for line in prompt.split("\n"):
-        ids += [*tokenizer.encode(" ".join(line.split())), tokenizer.eos]
-    return ids[:-1]
+    ids = [token for some in tokenizer.encode_text(Text(prompt.encode())) for token in some.tolist()]
+    if prompt and not tokenizer.lossless and not prompt.endswith("\n"):
+        ids.pop()  # the end of the last line
+    return ids
 
 
 def _draw(

@@ -14,20 +14,24 @@ import torch
 from torch import Tensor
 
 from lm.errors import UserError
-from lm.text import Text
-from lm.tokenizers import Tokenizer
+from lm.text import Facts, Text
+from lm.tokenizers import Tokenizer, Unit
+
+_SOME = 2**22  # ids that are looked at together
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A text as ids: for each line in order its pieces, then `<eos>` (a blank line is one `<eos>`).
+    """A text as ids. Of words: for each line in order its words, then `<eos>` (a blank line is one `<eos>`); of a
+    lossless tokenizer, the whole text, its line feeds as `<eos>`.
 
     Attributes:
-        ids: [N] int64.
+        ids: [N] integers.
         words: words in the text, end of lines not counted.
-        eos: lines, that is tokens equal to the tokenizer's `eos`.
+        eos: tokens equal to the tokenizer's `eos`: ends of lines.
         unk: tokens equal to the tokenizer's `unk`.
-        bytes: UTF-8 bytes of `" ".join(words) + "\\n"` over all lines.
+        bytes, characters: of what the tokenizer reads: the whole text if it is lossless, else
+            `" ".join(words) + "\\n"` over all lines; in UTF-8.
     """
 
     ids: np.ndarray
@@ -35,17 +39,38 @@ class Stream:
     eos: int
     unk: int
     bytes: int
+    characters: int
+
+    def units(self, unit: Unit) -> int:
+        """Returns how many of these the text holds; words with the ends of lines."""
+        counts = {"word": self.words + self.eos, "token": len(self.ids), "character": self.characters}
+        return {**counts, "byte": self.bytes}[unit]
+
+    def counts(self, size: int) -> np.ndarray:
+        """Returns how often each of `size` ids occurs, [V] int64."""
+        found = np.zeros(size, np.int64)
+        for start in range(0, len(self.ids), _SOME):
+            found += np.bincount(self.ids[start : start + _SOME], minlength=size)
+        return found
 
 
 def encode(text: Text | Iterable[str], tokenizer: Tokenizer) -> Stream:
-    """Returns the stream of a text, or of its lines. Every tokenizer sees a line as its words with one space between
-    them."""
+    """Returns the stream of a text, or of its lines."""
     text = Text.of(text)
-    facts = text.facts
-    parts = [np.zeros(0, np.int64), *tokenizer.encode_text(text)]
-    ids = np.concatenate(parts)
-    unknown = 0 if tokenizer.unk is None else int((ids == tokenizer.unk).sum())
-    return Stream(ids, facts.words, int((ids == tokenizer.eos).sum()), unknown, facts.plain_bytes)
+    ids = np.concatenate([np.zeros(0, np.int64), *tokenizer.encode_text(text)])
+    return stream_of(ids, text.facts, tokenizer)
+
+
+def stream_of(ids: np.ndarray, facts: Facts, tokenizer: Tokenizer) -> Stream:
+    """Returns the stream of a text from its ids and facts."""
+    size = (facts.bytes, facts.characters) if tokenizer.lossless else (facts.plain_bytes, facts.plain_characters)
+    eos, unk = (_count(ids, token) for token in (tokenizer.eos, tokenizer.unk))
+    return Stream(ids, facts.words, eos, unk, *size)
+
+
+def _count(ids: np.ndarray, token: int | None) -> int:
+    parts = (ids[start : start + _SOME] == token for start in range(0, len(ids), _SOME))
+    return 0 if token is None else sum(int(np.count_nonzero(part)) for part in parts)
 
 
 @dataclass(frozen=True)

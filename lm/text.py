@@ -34,7 +34,7 @@ class Facts:
         lines: a last line without a line end counts.
         sha256: of the bytes.
         lines_sha256: of each line and a line feed, without a BOM at the start and carriage returns before line feeds.
-        line_feeds: whether there is any.
+        line_feeds: lines but a last one without a line end.
         found: first offset of what may be wrong: `utf8`, `nul`, `cr` (not before a line feed), `bom` (not at the
             start), and the words `eos` and `unk`.
     """
@@ -47,8 +47,12 @@ class Facts:
     lines: int
     sha256: str
     lines_sha256: str
-    line_feeds: bool
+    line_feeds: int
     found: dict[str, int]
+
+    def digest(self, lossless: bool) -> str:
+        """Returns the sha256 of what a tokenizer reads: the bytes, or the lines."""
+        return self.sha256 if lossless else self.lines_sha256
 
 
 @dataclass(frozen=True)
@@ -241,7 +245,7 @@ class _Count:
             lines=lines,
             sha256=sha256,
             lines_sha256=lines_sha256,
-            line_feeds=self.line_feeds > 0,
+            line_feeds=self.line_feeds,
             found=found,
         )
 

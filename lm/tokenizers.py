@@ -1,7 +1,11 @@
-"""From a line of text to ids and back: words, characters, sentencepiece BPE and unigram; frozen.
+"""From text to ids and back: words, characters, bytes, sentencepiece BPE and unigram; frozen.
 
 A tokenizer is its state: a plain dictionary that goes into every checkpoint, into a JSON file,
 and into one sha256.
+
+Words are what stands between white space, and a line ends with `<eos>`. All others are lossless: spaces, tabs and other
+white space are part of the text, `<eos>` is the line feed, and the ids of a text are the whole text. Those that version
+0.1 trained are not: their state lacks `lossless`, and they see a line as its words with one space between them.
 """
 
 import base64
@@ -10,12 +14,13 @@ import io
 import itertools
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -25,8 +30,10 @@ from lm.text import BOM, Text, words
 
 UNK = "<unk>"
 EOS = "<eos>"
-KINDS = ("word", "char", "bpe", "unigram")
+Unit = Literal["word", "token", "character", "byte"]
+KINDS = ("word", "char", "byte", "bpe", "unigram")
 EOS_PIECE = 1  # its id in every sentencepiece model of ours
+SAMPLE = 20_000_000  # bytes that sentencepiece is trained on
 DEFAULT_PIECES = 8000  # size of a sentencepiece vocabulary when none is asked for
 _LINE_END = b"\xff"  # stands for it among words; no UTF-8 text holds this byte
 
@@ -44,6 +51,14 @@ class Tokenizer(Protocol):
     def unk(self) -> int | None: ...
     @property
     def sha256(self) -> str: ...
+    @property
+    def lossless(self) -> bool:
+        """Whether the ids of a text are the whole text."""
+
+    @property
+    def unit(self) -> Unit:
+        """What its perplexity is per."""
+
     def encode(self, line: str) -> list[int]:
         """Returns the ids of one line, without its end of line."""
 
@@ -53,6 +68,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids; the end-of-line id becomes a line feed."""
 
+    def to_bytes(self, ids: Sequence[int]) -> bytes:
+        """Returns the UTF-8 text of ids; of a lossless tokenizer, the very bytes that were encoded."""
+
     def piece(self, token: int) -> str:
         """Returns a token as the vocabulary writes it."""
 
@@ -61,11 +79,18 @@ class Tokenizer(Protocol):
 
 
 class _Base:
-    """What all of them share: the hash of the state, and decoding line by line."""
+    """What all of them share: the hash of the state, and encoding and decoding by lines."""
+
+    kind: str
+    lossless: bool
 
     @property
     def eos(self) -> int:
         raise NotImplementedError
+
+    @property
+    def unit(self) -> Unit:
+        return _UNITS[self.kind] if self.lossless else "word"
 
     def state(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -73,14 +98,21 @@ class _Base:
     def encode(self, line: str) -> list[int]:
         raise NotImplementedError
 
+    def _encode_lines(self, lines: list[str]) -> list[list[int]]:
+        return [self.encode(line) for line in lines]
+
     def _decode_line(self, ids: list[int]) -> str:
         raise NotImplementedError
 
     def encode_text(self, text: Text) -> Iterator[np.ndarray]:
-        lines = iter(text)
-        while some := [*itertools.islice(lines, 10_000)]:
-            found = [[*self.encode(" ".join(words(line))), self.eos] for line in some]
-            yield np.fromiter(itertools.chain.from_iterable(found), np.int64)
+        if self.lossless:
+            for block in text.blocks():
+                *lines, rest = self._encode_lines(block.decode().split("\n"))
+                yield _joined([*([*line, self.eos] for line in lines), rest])
+            return
+        whole = iter(text)
+        while some := [*itertools.islice(whole, 10_000)]:
+            yield _joined([*line, self.eos] for line in self._encode_lines([" ".join(words(line)) for line in some]))
 
     @cached_property
     def sha256(self) -> str:
@@ -95,6 +127,16 @@ class _Base:
             else:
                 lines[-1].append(token)
         return "\n".join(self._decode_line(line) for line in lines)
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:
+        return self.decode(ids).encode()
+
+
+_UNITS: dict[str, Unit] = {"word": "word", "char": "character", "byte": "byte", "bpe": "token", "unigram": "token"}
+
+
+def _joined(parts: Iterable[list[int]]) -> np.ndarray:
+    return np.fromiter(itertools.chain.from_iterable(parts), np.int64)
 
 
 class _Known(dict[bytes, int]):
@@ -112,10 +154,12 @@ class Lookup(_Base):
 
     A piece that the training text does not hold becomes `<unk>`; so does the literal word `<unk>` (Penn
     Treebank's). The literal word `<eos>` cannot be distinguished from the end of a line and is refused.
+    Characters are lossless but for those that are `<unk>`.
     """
 
     kind: str
     pieces: tuple[str, ...]
+    lossless: bool = False
 
     @property
     def size(self) -> int:
@@ -140,17 +184,30 @@ class Lookup(_Base):
         known.unk = self.unk
         return known
 
+    @cached_property
+    def _by_code(self) -> np.ndarray:
+        """The ids of characters, by their number."""
+        table = np.full(sys.maxunicode + 1, self.unk, np.int32)
+        for piece, i in self._ids.items():
+            if len(piece) == 1:
+                table[ord(piece)] = i
+        table[ord("\n")] = self.eos
+        return table
+
     def encode(self, line: str) -> list[int]:
         if self.kind == "word":
             return self._encode_words(line.encode()).tolist()
-        return [self._ids.get(character, self.unk) for character in line]
+        return self._by_code[_codes(line)].tolist()
 
     def encode_text(self, text: Text) -> Iterator[np.ndarray]:
-        if self.kind != "word":
+        if self.kind == "word":
+            for block in plain_blocks(text):
+                yield self._encode_words(block.replace(b"\n", b" %b " % _LINE_END))
+        elif self.lossless:
+            for block in text.blocks():
+                yield self._by_code[_codes(block.decode())].astype(np.int64)
+        else:
             yield from super().encode_text(text)
-            return
-        for block in plain_blocks(text):
-            yield self._encode_words(block.replace(b"\n", b" %b " % _LINE_END))
 
     def _encode_words(self, block: bytes) -> np.ndarray:
         found = block.split()  # of bytes, at ASCII white space
@@ -165,7 +222,46 @@ class Lookup(_Base):
         return (" " if self.kind == "word" else "").join(self.pieces[i] for i in ids)
 
     def state(self) -> dict[str, Any]:
-        return {"kind": self.kind, "pieces": list(self.pieces)}
+        return {"kind": self.kind, "pieces": list(self.pieces)} | ({"lossless": True} if self.lossless else {})
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+@dataclass(frozen=True)
+class Bytes(_Base):
+    """One id per byte, which is its value. Nothing is unknown; text need not be UTF-8."""
+
+    kind: str = "byte"
+    lossless: bool = True
+    size: int = 256
+    unk: int | None = None
+
+    @property
+    def eos(self) -> int:
+        return ord("\n")
+
+    def encode(self, line: str) -> list[int]:
+        return [*line.encode()]
+
+    def encode_text(self, text: Text) -> Iterator[np.ndarray]:
+        for block in text.blocks():
+            yield np.frombuffer(block, np.uint8).astype(np.int64)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.to_bytes(ids).decode(errors="replace")
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:
+        return bytes(map(int, ids))
+
+    def piece(self, token: int) -> str:
+        if token == self.eos:
+            return EOS
+        return chr(token) if 32 <= token < 127 else f"<0x{token:02X}>"
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind}
 
 
 def plain_blocks(text: Text) -> Iterator[bytes]:
@@ -187,28 +283,55 @@ def _reserved(text: bytes) -> UserError:
     )
 
 
-def _train_lookup(kind: str, text: Text, size: int | None) -> Lookup:
-    counts: Counter[str] = Counter()
-    for line in text:
-        counts.update(words(line) if kind == "word" else " ".join(words(line)))
-    if EOS in counts:
+def _train_words(text: Text, size: int | None, least: int) -> Lookup:
+    counts: Counter[bytes] = Counter()
+    for block in text.blocks():
+        counts.update(block.removeprefix(BOM).split())
+    if EOS.encode() in counts:
         raise _reserved(EOS.encode())
-    unknown = counts.pop(UNK, 0)
+    unknown = counts.pop(UNK.encode(), 0)
+    return _by_frequency("word", {word.decode(): count for word, count in counts.items()}, unknown, text, size, least)
+
+
+def _train_characters(text: Text, size: int | None, least: int) -> Lookup:
+    counts = np.zeros(sys.maxunicode + 1, np.int64)
+    for block in text.blocks():
+        counts += np.bincount(_codes(block.decode()), minlength=len(counts))
+    counts[ord("\n")] = 0  # it is <eos>
+    found = {chr(code): int(counts[code]) for code in np.flatnonzero(counts)}
+    return _by_frequency("char", found, 0, text, size, least)
+
+
+def _by_frequency(kind: str, counts: dict[str, int], unknown: int, text: Text, size: int | None, least: int) -> Lookup:
+    """The pieces with `<unk>` and `<eos>` among them, by descending frequency, then by text."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    kept = len(ranked) if size is None else size - 2
-    unknown += sum(count for _, count in ranked[kept:])
-    table = [*ranked[:kept], (UNK, unknown), (EOS, text.facts.lines)]
-    return Lookup(kind, tuple(piece for piece, _ in sorted(table, key=lambda item: (-item[1], item[0]))))
+    if size is not None:
+        ranked = ranked[: size - 2]
+    kept = [(piece, count) for piece, count in ranked if count >= least]
+    unknown += sum(counts.values()) - sum(count for _, count in kept)
+    ends = text.facts.lines if kind == "word" else text.facts.line_feeds
+    table = [*kept, (UNK, unknown), (EOS, ends)]
+    pieces = tuple(piece for piece, _ in sorted(table, key=lambda item: (-item[1], item[0])))
+    return Lookup(kind, pieces, lossless=kind == "char")
 
 
-def train(kind: str, text: Iterable[str] | Text, size: int | None = None) -> Tokenizer:
-    """Builds a tokenizer from the training lines alone.
+def train(
+    kind: str,
+    text: Iterable[str] | Text,
+    size: int | None = None,
+    *,
+    min_count: int = 1,
+    sample: int = SAMPLE,
+) -> Tokenizer:
+    """Builds a tokenizer from the training text alone.
 
     Args:
-        kind: "word", "char", "bpe" or "unigram".
-        text: the training text, or its lines; runs of white space count as one space.
+        kind: "word", "char", "byte", "bpe" or "unigram".
+        text: the training text, or its lines.
         size: V, all pieces counted. None: every word or character of the text; for bpe and unigram 8,000, or
-            as many as the text gives.
+            as many as the text gives. Of bytes it is 256.
+        min_count: word, char: how often the text must hold a piece; rarer ones are `<unk>`, which is so trained.
+        sample: bpe, unigram: about as many bytes of the text are read, taken from all over it.
 
     Raises:
         UserError: an unknown kind, a bpe or unigram size that the text cannot fill, the word `<eos>` in a
@@ -220,9 +343,14 @@ def train(kind: str, text: Iterable[str] | Text, size: int | None = None) -> Tok
         raise UserError(
             f"a vocabulary must have at least 3 pieces ({UNK}, {EOS} and one more); got {size}; ask for more"
         )
+    text = Text.of(text)
+    if kind == "byte":
+        if size not in (None, 256):
+            raise UserError(f"a vocabulary of bytes must have 256 pieces; got {size}; set data.vocab_size=none")
+        return Bytes()
     if kind in ("word", "char"):
-        return _train_lookup(kind, Text.of(text), size)
-    return _train_pieces(kind, Text.of(text), size)
+        return (_train_words if kind == "word" else _train_characters)(text, size, min_count)
+    return _train_pieces(kind, text, size, sample)
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:
@@ -234,14 +362,22 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
             "".join(pieces).encode()  # half a surrogate pair is no text
             whole = all(isinstance(piece, str) for piece in pieces)
             if whole and len(set(pieces)) == len(pieces) and {UNK, EOS} <= set(pieces):
-                return Lookup(kind, pieces)
+                return Lookup(kind, pieces, _lossless(state))
+        if kind == "byte" and len(state) == 1:
+            return Bytes()
         if kind in ("bpe", "unigram"):
-            found = Pieces(kind, base64.b64decode(state["model"], validate=True))
+            found = Pieces(kind, base64.b64decode(state["model"], validate=True), _lossless(state))
             if found.model and found.eos == EOS_PIECE:  # reading eos parses the model
                 return found
     except (KeyError, TypeError, ValueError, RuntimeError):
         pass
     raise UserError(f"a tokenizer's state must be what its state() returned; got {str(state)[:60]!r}; train it again")
+
+
+def _lossless(state: dict[str, Any]) -> bool:
+    if state.get("lossless", True) is not True:
+        raise ValueError
+    return "lossless" in state
 
 
 def save(tokenizer: Tokenizer, path: Path) -> None:
@@ -270,13 +406,14 @@ def _unescaped(text: str) -> str:
 
 @dataclass(frozen=True)
 class Pieces(_Base):
-    """A sentencepiece model. Lossless: any line decodes to itself, by bytes where no piece fits.
+    """A sentencepiece model. Any line decodes to itself, by bytes where no piece fits.
 
     `unk` is the piece of the text's own `<unk>` (Penn Treebank's); nothing is unknown to the model.
     """
 
     kind: str
     model: bytes
+    lossless: bool = False
 
     @cached_property
     def _processor(self) -> Any:
@@ -299,6 +436,9 @@ class Pieces(_Base):
     def encode(self, line: str) -> list[int]:
         return list(self._processor.EncodeAsIds(line.translate(_ESCAPES)))
 
+    def _encode_lines(self, lines: list[str]) -> list[list[int]]:
+        return self._processor.EncodeAsIds([line.translate(_ESCAPES) for line in lines])
+
     def piece(self, token: int) -> str:
         return _unescaped(self._processor.IdToPiece(token))
 
@@ -306,16 +446,17 @@ class Pieces(_Base):
         return _unescaped(self._processor.DecodeIds(ids))
 
     def state(self) -> dict[str, Any]:
-        return {"kind": self.kind, "model": base64.b64encode(self.model).decode("ascii")}
+        kept = {"lossless": True} if self.lossless else {}
+        return {"kind": self.kind, "model": base64.b64encode(self.model).decode("ascii")} | kept
 
 
-def _train_pieces(kind: str, lines: Iterable[str], size: int | None) -> Pieces:
+def _train_pieces(kind: str, text: Text, size: int | None, sample: int) -> Pieces:
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
     try:
         SentencePieceTrainer.Train(
-            sentence_iterator=_escaped(lines),
+            sentence_iterator=_escaped(text, sample),
             model_writer=model,
             model_type=kind,
             vocab_size=DEFAULT_PIECES if size is None else size,
@@ -323,6 +464,8 @@ def _train_pieces(kind: str, lines: Iterable[str], size: int | None) -> Pieces:
             num_threads=1,  # unigram pieces depend on it
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
+            add_dummy_prefix=False,  # so that the parts of a line are encoded as the line is
+            allow_whitespace_only_pieces=True,  # indentation
             character_coverage=1.0,
             byte_fallback=True,
             max_sentence_length=2**30,  # longer lines would be dropped silently
@@ -337,7 +480,7 @@ def _train_pieces(kind: str, lines: Iterable[str], size: int | None) -> Pieces:
         )
     except RuntimeError as fault:
         raise _misfit(kind, size, str(fault)) from None
-    return Pieces(kind, model.getvalue())
+    return Pieces(kind, model.getvalue(), lossless=True)
 
 
 def _misfit(kind: str, size: int | None, fault: str) -> UserError:
@@ -356,7 +499,14 @@ def _misfit(kind: str, size: int | None, fault: str) -> UserError:
     return UserError(f"a {kind} vocabulary must fit its text; got {size}: {fault}; ask for another")
 
 
-def _escaped(lines: Iterable[str]) -> Iterator[str]:
-    for line in lines:
-        if text := " ".join(words(line)):
-            yield text.translate(_ESCAPES)
+def _escaped(text: Text, sample: int) -> Iterator[str]:
+    """The lines of a text that are not blank; of a large one, those of blocks that lie evenly over it."""
+    share, taken, seen = min(1.0, sample / max(1, text.size)), 0, 0
+    for block in text.blocks(2**16):
+        seen += len(block)
+        if taken >= share * seen:
+            continue
+        taken += len(block)
+        for line in block.decode().split("\n"):
+            if line.strip():
+                yield line.translate(_ESCAPES)

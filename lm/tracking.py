@@ -38,7 +38,7 @@ class JsonLines:
     Arguments:
         path: the file; what it holds of steps after `step`, or of the kind `final`, is dropped first.
         step: where the run stands; 0 for a new one.
-        pieces_per_word: of the training text, so that its perplexity is per word as the validation's is.
+        tokens_per_unit: of the training text, so that its perplexity is per unit as the validation's is.
         internals: inspects the model at each validation; not if None.
     """
 
@@ -47,10 +47,10 @@ class JsonLines:
         path: Path,
         step: int,
         log_every: int,
-        pieces_per_word: float = 1.0,
+        tokens_per_unit: float = 1.0,
         internals: Internals | None = None,
     ) -> None:
-        self.path, self.log_every, self.pieces_per_word = path, log_every, pieces_per_word
+        self.path, self.log_every, self.tokens_per_unit = path, log_every, tokens_per_unit
         self.internals = internals
         kept = [line for line in _lines(path) if _is_before(line, step)]
         self._overflowed = any(json.loads(line)["kind"] == "overflow" for line in kept)
@@ -76,13 +76,13 @@ class JsonLines:
                     self._overflowed = True
                     yield "overflow", {"loss": event.nll}
                 if event.step % self.log_every == 0:
-                    yield "train", _of_step(event, self.pieces_per_word)
+                    yield "train", _of_step(event, self.tokens_per_unit)
             case Validated():
                 yield "valid", {"best": event.best, **record(event.score)}
             case EpochEnded():
                 yield (
                     "epoch",
-                    {**_of_epoch(event, self.pieces_per_word), "tokens": event.tokens, "seconds": event.seconds},
+                    {**_of_epoch(event, self.tokens_per_unit), "tokens": event.tokens, "seconds": event.seconds},
                 )
             case Diverged():
                 yield "diverged", {"what": event.what}
@@ -103,19 +103,19 @@ def _is_before(line: str, step: int) -> bool:
         return False
 
 
-def _of_step(event: Stepped, pieces_per_word: float) -> dict[str, float]:
+def _of_step(event: Stepped, tokens_per_unit: float) -> dict[str, float]:
     return {
         "loss": event.nll,
-        "ppl": perplexity(event.nll * pieces_per_word, 1),
+        "ppl": perplexity(event.nll * tokens_per_unit, 1),
         "lr": event.lr,
         "grad_norm": event.grad_norm,
         "tokens_per_second": event.tokens / event.seconds,
     }
 
 
-def _of_epoch(event: EpochEnded, pieces_per_word: float) -> dict[str, float]:
+def _of_epoch(event: EpochEnded, tokens_per_unit: float) -> dict[str, float]:
     mean = event.nll / event.tokens
-    return {"loss": mean, "ppl": perplexity(mean * pieces_per_word, 1)}
+    return {"loss": mean, "ppl": perplexity(mean * tokens_per_unit, 1)}
 
 
 class TensorBoard:
@@ -135,13 +135,13 @@ class TensorBoard:
         model: LanguageModel,
         tokenizer: Tokenizer,
         settings: Mapping[str, Any],
-        pieces_per_word: float = 1.0,
+        tokens_per_unit: float = 1.0,
         internals: Internals | None = None,
     ) -> None:
         from torch.utils.tensorboard.summary import hparams
 
         self.model, self.tokenizer = model, tokenizer
-        self.log_every, self.pieces_per_word, self.internals = log_every, pieces_per_word, internals
+        self.log_every, self.tokens_per_unit, self.internals = log_every, tokens_per_unit, internals
         self.file = EventFile(folder, void_from=step + 1 if step else 0)
         if step == 0:
             # it holds no lists
@@ -152,7 +152,7 @@ class TensorBoard:
     def __call__(self, event: Event) -> None:
         match event:
             case Stepped() if event.step % self.log_every == 0:
-                self._scalars(event, "train", _of_step(event, self.pieces_per_word))
+                self._scalars(event, "train", _of_step(event, self.tokens_per_unit))
             case Validated():
                 loss = event.score.nll / event.score.tokens
                 self._scalars(event, "valid", {"loss": loss, "ppl": event.score.ppl})
@@ -163,7 +163,7 @@ class TensorBoard:
                 text = sample(self.model, self.tokenizer, length=SAMPLE_LENGTH, seed=event.step)
                 self._text(event, "sample", "    " + text.replace("\n", "\n    "))
             case EpochEnded():
-                self._scalars(event, "epoch", _of_epoch(event, self.pieces_per_word))
+                self._scalars(event, "epoch", _of_epoch(event, self.tokens_per_unit))
             case Scored():
                 # One step on, where a run that resumes voids it: its own final score comes later.
                 event = replace(event, step=event.step + 1)

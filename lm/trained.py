@@ -74,7 +74,7 @@ class TrainedModel:
 
         The text is one stream: the words of each line, then `<eos>`. The model starts from the zero state with `<eos>`
         as its first input, carries the state to the end, and scores each of the N tokens once:
-        `ppl = exp(nll / N)`, nats summed in float64. With pieces instead of words, `ppl` is per word all the same.
+        `ppl = exp(nll / N)`, nats summed in float64. `unit` is what the tokenizer's `ppl` is per.
 
         Raises:
             UserError: a text of fewer than 2 tokens, or that holds the word `<eos>`.
@@ -207,7 +207,7 @@ class TrainedModel:
         score = summarize(nats, encoded.ids, encoded, tokenizer, means.protocol)
         if groups:
             score = in_bands(score, nats, encoded, tokenizer, self.train_counts)
-        return of_text(score, encoded, tokenizer, self.train_counts, text.facts.lines_sha256)
+        return of_text(score, encoded, tokenizer, self.train_counts, text.facts.digest(tokenizer.lossless))
 
     def gradient_rms(self, segment: int) -> list[Tensor]:
         """Returns the root mean square gradients over the run's training text, for dynamic evaluation.
@@ -219,7 +219,7 @@ class TrainedModel:
             >>> rms = model.gradient_rms(segment=5)
         """
         text = self._text("train", None)
-        if text.facts.lines_sha256 != self.data_sha256["train"]:
+        if text.facts.digest(self.tokenizer.lossless) != self.data_sha256["train"]:
             raise UserError(
                 "dynamic evaluation must have the text that the model was trained on; got another train text in "
                 f"{self.config.data.source}; restore it"
@@ -273,7 +273,7 @@ class TrainedModel:
             protocol=protocol,
             chunk=chunk,
             train_counts=self.train_counts,
-            data_sha256=text.facts.lines_sha256,
+            data_sha256=text.facts.digest(self.tokenizer.lossless),
             groups=groups,
         )
 

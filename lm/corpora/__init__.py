@@ -34,6 +34,12 @@ class Corpus:
         """Returns the sha256 of the UTF-8 bytes of each line and a line feed."""
         return self.splits[split].facts.lines_sha256
 
+    def min_count(self, kind: str) -> int:
+        """Returns how often the training text must hold a word of the vocabulary where nothing is set: twice, so that
+        `<unk>` is trained; once in a text that has its own `<unk>`, and in a corpus by name."""
+        raw = kind == "word" and self.name not in CORPORA and "unk" not in self.splits["train"].facts.found
+        return 2 if raw else 1
+
     def require(self, kind: str) -> list[str]:
         """Raises UserError where any split is not what a tokenizer of this kind can take; returns warnings."""
         return checks.require(self.splits, kind)

@@ -7,7 +7,7 @@ import torch
 from lm import loss, stream, tokenizers
 from lm.corpora import markov
 from lm.errors import UserError
-from lm.evaluator import evaluate, evaluating, record, token_nlls, unigram_perplexity
+from lm.evaluator import Score, evaluate, evaluating, headline, record, token_nlls, unigram_perplexity
 
 
 def by_hand(net, ids, eos):
@@ -92,8 +92,59 @@ def test_chunk_mean_is_the_authors(model, text, tokenizer):
     assert (score.tokens, score.words, score.bits_per_byte) == ((rows - 1) * 10, None, None)
 
 
-def test_pieces_are_reported_per_word(lines, model):
-    chars = tokenizers.train("char", lines(100), None)
+def old(tokenizer):
+    """The tokenizer as version 0.1 would have trained it."""
+    return tokenizers.from_state({key: value for key, value in tokenizer.state().items() if key != "lossless"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "unit"),
+    [("word", None, "word"), ("char", None, "character"), ("byte", None, "byte"), ("bpe", 275, "token")],
+)
+def test_a_perplexity_is_per_unit_of_the_tokenizer(lines, model, kind, size, unit):
+    table = tokenizers.train(kind, lines(100), size)
+    data = stream.encode(lines(10, 1), table)
+    score = evaluate(model(vocabulary=table.size), data, table)
+    text = "".join(f"{line}\n" for line in lines(10, 1))
+    words = sum(len(line.split()) + 1 for line in lines(10, 1))
+    units = {"word": words, "token": len(data.ids), "character": len(text), "byte": len(text.encode())}
+    assert score.unit == table.unit == unit
+    assert (score.words, score.eos, score.tokens) == (words - 10, 10, len(data.ids))
+    assert score.ppl == pytest.approx(math.exp(score.nll / units[unit]))
+    assert score.ppl_per_word == pytest.approx(math.exp(score.nll / words))
+    assert score.bits_per_word == pytest.approx(score.nll / math.log(2) / words)
+    assert score.bits_per_character == pytest.approx(score.nll / math.log(2) / len(text))
+    assert score.bits_per_byte == pytest.approx(score.nll / math.log(2) / len(text.encode()))
+    counts = torch.ones(table.size)
+    assert unigram_perplexity(counts, data, unit) == pytest.approx(table.size ** (len(data.ids) / units[unit]))
+
+
+def test_a_language_without_spaces_gets_a_finite_number(model):
+    text = ["\u4f60\u597d\u4e16\u754c" * 2000]
+    table = tokenizers.train("char", text)
+    score = evaluate(model(vocabulary=table.size), stream.encode(text, table), table)
+    assert score.ppl_per_word == math.inf
+    assert record(score)["ppl_per_word"] is None
+    assert 1 < score.ppl < 10
+    assert headline(score) == f"{math.log2(score.ppl):.3f} bits per character"
+
+
+@pytest.mark.parametrize(
+    ("unit", "told"),
+    [
+        ("word", "perplexity 1,024.00"),
+        ("token", "perplexity 1,024.00 per token, 2.500 bits per byte"),
+        ("character", "10.000 bits per character"),
+        ("byte", "10.000 bits per byte"),
+    ],
+)
+def test_the_headline_fits_the_unit(unit, told):
+    score = Score("exact", 1024.0, 1024.0, 1.0, 1, unit=unit, bits_per_byte=2.5)
+    assert headline(score) == told
+
+
+def test_pieces_of_version_0_1_are_reported_per_word(lines, model):
+    chars = old(tokenizers.train("char", lines(100), None))
     data = stream.encode(lines(10, 1), chars)
     score = evaluate(model(vocabulary=chars.size), data, chars)
     words = data.words + data.eos
@@ -105,8 +156,9 @@ def test_pieces_are_reported_per_word(lines, model):
 
 
 @pytest.mark.parametrize(("kind", "size"), [("char", None), ("bpe", 275), ("unigram", 276), ("word", None)])
-def test_chunk_mean_is_per_word_too(lines, model, kind, size):
-    pieces = tokenizers.train(kind, lines(100), size)
+@pytest.mark.parametrize("made", [old, lambda table: table])
+def test_chunk_mean_is_per_unit_too(lines, model, kind, size, made):
+    pieces = made(tokenizers.train(kind, lines(100), size))
     data = stream.encode(lines(60, 1), pieces)
     net = model(vocabulary=pieces.size).double()
     score = evaluate(net, data, pieces, protocol="chunk-mean")
@@ -114,11 +166,11 @@ def test_chunk_mean_is_per_word_too(lines, model, kind, size):
     table = torch.from_numpy(data.ids[: rows * 10]).view(10, rows).T
     with evaluating(net):
         nll = net.token_nll(net(table[:-1])[0], table[1:])
-    per_word = len(data.ids) / (data.words + data.eos)
-    for found, scale in ((score.ppl, per_word), (score.ppl_per_token, 1.0)):
+    per_unit = len(data.ids) / (data.words + data.eos) if pieces.unit == "word" else 1.0
+    for found, scale in ((score.ppl, per_unit), (score.ppl_per_token, 1.0)):
         expected = sum(len(chunk) * math.exp(chunk.mean() * scale) for chunk in nll.split(32)) / (rows - 1)
         assert found == pytest.approx(expected, rel=1e-9)
-    assert score.ppl == score.ppl_per_token if kind == "word" else score.ppl > score.ppl_per_token
+    assert (score.ppl > score.ppl_per_token) == (kind != "word" and pieces.unit == "word")
 
 
 def test_nothing_moves(net, text, tokenizer):

@@ -35,7 +35,7 @@ def test_one_plain_line_per_epoch_without_a_terminal():
 
 def test_perplexity_is_per_word():
     stream = io.StringIO()
-    play(stream, pieces_per_word=2.0)
+    play(stream, tokens_per_unit=2.0)
     assert "train ppl 54.60" in stream.getvalue()
 
 

@@ -798,12 +798,82 @@ def test_a_text_of_one_token(train, tmp_path, corpus):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("kind", ["char", "unigram"])
-def test_other_tokenizers_train_and_score_per_word(train, tmp_path, kind):
-    outcome = train(f"data.tokenizer={kind}", "train.max_steps=3", *(["data.vocab_size=280"] * (kind == "unigram")))
+@pytest.mark.parametrize(("kind", "unit"), [("char", "character"), ("byte", "byte"), ("unigram", "token")])
+def test_other_tokenizers_train_and_score_per_unit(train, tmp_path, kind, unit):
+    given = ["data.vocab_size=280"] * (kind == "unigram")
+    train(f"data.tokenizer={kind}", "train.epochs=1", *given, folder="whole")
+    train(f"data.tokenizer={kind}", "train.epochs=1", "train.max_steps=3", *given)
+    outcome = train(f"data.tokenizer={kind}", "train.epochs=1", *given)
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    assert (outcome.score.unit, outcome.score.ppl) == (unit, outcome.score.ppl_per_token)
     assert outcome.score.tokens > outcome.score.words + outcome.score.eos
-    assert outcome.score.ppl > outcome.score.ppl_per_token
+    valid = [row["ppl"] for row in measured(tmp_path / "run") if row["kind"] in ("train", "valid", "epoch")]
+    assert max(valid) < 1000, "all of them are per unit"
     assert load(tmp_path / "run").tokenizer.kind == kind
+
+
+def test_a_text_of_tabs_and_carriage_returns_is_kept_and_known(train, corpus, tmp_path):
+    """The checksum of a lossless run is that of the bytes: white space that changes is another text."""
+    kept = (corpus / "train.txt").read_bytes()
+    (corpus / "train.txt").write_bytes(kept.replace(b"\n", b" \t\r\n"))
+    for kind in ("char", "word"):
+        train(f"data.tokenizer={kind}", "train.max_steps=1", folder=kind)
+    assert "\r" in load(tmp_path / "char").tokenizer.pieces
+    (corpus / "train.txt").write_bytes(kept.replace(b"\n", b" \t\n"))
+    train("data.tokenizer=word", "train.max_steps=2", folder="word")
+    with pytest.raises(UserError, match="must be resumed with the text it began with; got another train text"):
+        train("data.tokenizer=char", "train.max_steps=2", folder="char")
+
+
+RAW = "".join(f"the cat saw w{number} on the mat and the {'dog' if number % 2 else 'bird'}\n" for number in range(300))
+
+
+@pytest.mark.parametrize(
+    ("text", "assignments", "size"),
+    [
+        (RAW, [], 10),
+        (RAW, ["data.min_count=1"], 310),
+        (RAW, ["data.min_count=200"], 8),
+        (RAW + "<unk>\n", [], 310),
+    ],
+)
+def test_rare_words_of_a_raw_text_are_unk(train, corpus, tmp_path, text, assignments, size):
+    for split in ("train", "valid", "test"):
+        (corpus / f"{split}.txt").write_text(text if split == "train" else RAW)
+    said = []
+    train("train.max_steps=1", *assignments, say=said.append)
+    table = load(tmp_path / "run")
+    assert table.tokenizer.size == size
+    assert (table.train_counts[table.tokenizer.unk] > 0) == (size < 310 or "<unk>" in text)
+    assert any("warning" in line for line in said) == (size == 8), said
+    if size == 8:
+        assert any(
+            re.search(r"warning: 20\.0% of the valid text is <unk>, not in the vocabulary of 8", line) for line in said
+        )
+
+
+def test_the_end_of_line_written_in_the_test_text_is_found_before_training(train, corpus, tmp_path):
+    (corpus / "test.txt").write_text("a\nb <eos>\n")
+    with pytest.raises(UserError, match=r"the test split must not hold the word <eos>.*test\.txt, line 2"):
+        train()
+    assert not (tmp_path / "run").exists()
+    train("data.tokenizer=char", "train.max_steps=1")
+
+
+def test_one_file_trains_resumes_and_is_evaluated_in_its_splits(train, corpus, tmp_path):
+    text = b"".join((corpus / f"{split}.txt").read_bytes() for split in ("train", "valid", "test")) * 3
+    (tmp_path / "book.txt").write_bytes(text)
+    said = []
+    source = f"data.source={tmp_path / 'book.txt'}"
+    train(source, folder="whole")
+    train(source, "train.max_steps=3", say=said.append)
+    assert any(line.startswith(f"{tmp_path}/book.txt is split 90/5/5 by lines: train 2") for line in said)
+    train(source)
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    assert load(tmp_path / "run").score_split("test").eos == pytest.approx(15, abs=2)
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only/test.txt").write_text("the cat sat\n" * 3)
+    assert load(tmp_path / "run").score_split("test", data=str(tmp_path / "only")).eos == 3
 
 
 def test_a_tokenizer_file_is_taken(train, tmp_path, lines):

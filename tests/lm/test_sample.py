@@ -1,8 +1,11 @@
 import pytest
 import torch
 
+from lm import sample as sampling
+from lm import stream, tokenizers
 from lm.errors import UserError
 from lm.sample import _draw, sample
+from lm.text import Text
 
 LOG_PROBS = torch.log(torch.tensor([0.1, 0.5, 0.05, 0.35]))
 
@@ -84,3 +87,23 @@ def test_a_prompt_of_many_lines_is_kept(model, tokenizer):
 def test_wrong_arguments(model, tokenizer, arguments, message):
     with pytest.raises(UserError, match=message):
         sample(model(), tokenizer, **arguments)
+
+
+def test_a_prompt_is_split_as_training_text_is(model, tokenizer):
+    """A no-break space is part of its word; a carriage return is white space."""
+    for prompt, ids in (
+        ("the cat", ["the", "cat"]),
+        (" the\tcat\r\nsat ", ["the", "cat", None, "sat"]),
+        ("the\u00a0cat", ["the\u00a0cat"]),
+        ("the\n", ["the", None]),
+        ("\n", [None]),
+        (" ", []),
+        ("", []),
+    ):
+        expected = [tokenizer.eos if word is None else tokenizer.encode(word)[0] for word in ids]
+        assert sampling._encode(prompt, tokenizer) == expected
+        if prompt.strip():
+            whole = stream.encode(Text(prompt.encode()), tokenizer).ids.tolist()
+            assert whole == expected + [tokenizer.eos] * (not prompt.endswith("\n"))
+    table = tokenizers.train("byte", [])
+    assert sampling._encode(" a\t\n", table) == [*b" a\t\n"]

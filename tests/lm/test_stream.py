@@ -10,6 +10,7 @@ from hypothesis import strategies as some
 
 from lm import stream, tokenizers
 from lm.errors import UserError
+from lm.text import Text
 
 POLICIES = some.one_of(
     some.integers(1, 12).map(str),
@@ -30,10 +31,15 @@ def test_a_stream_is_the_words_of_each_line_then_eos():
     assert found.bytes == len("the cat sat\n\nthe <unk>\ncaf\u00e9 dog\n".encode())
 
 
-@pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_every_tokenizer_sees_one_space_between_words(kind: str):
-    table = tokenizers.train(kind, ["a b"])
-    assert stream.encode(["  a \t b "], table).ids.tolist() == [*table.encode("a b"), table.eos]
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_a_lossless_stream_is_the_whole_text(kind: str):
+    content = "  a \t b\u4f60\n\n c".encode()
+    table = tokenizers.train(kind, Text(content))
+    found = stream.encode(Text(content), table)
+    assert table.to_bytes(found.ids.tolist()) == content
+    assert (found.words, found.eos, found.bytes, found.characters) == (3, 2, 14, 12)
+    assert [found.units(unit) for unit in ("word", "token", "character", "byte")] == [5, len(found.ids), 12, 14]
+    assert found.counts(table.size).tolist() == np.bincount(found.ids, minlength=table.size).tolist()
 
 
 def test_no_line_is_no_token():

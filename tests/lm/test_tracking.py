@@ -28,7 +28,7 @@ def rows(path):
 
 def test_each_event_is_a_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = JsonLines(path, 0, log_every=2, pieces_per_word=2.0)
+    log = JsonLines(path, 0, log_every=2, tokens_per_unit=2.0)
     events = [*map(stepped, (1, 2, 3, 4)), *epoch(4), Scored(1, 4, "valid", SCORE), Diverged(2, 4, "loss")]
     for event in events:
         log(event)
