@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import rnnorm
-from lm import checkpoint, config, corpora, distributed, stream, tokenizers
+from lm import checkpoint, config, corpora, distributed, store, stream, tokenizers
 from lm.checkpoint import Checkpoints
 from lm.config import Config, DataConfig, TrainConfig
 from lm.distributed import Team
@@ -173,8 +173,9 @@ def _text(settings: Config, saved: Mapping[str, Any] | None, start: Mapping[str,
         say(corpus.note)
     if tokenizer is None:
         least = corpus.min_count(data.tokenizer) if data.min_count is None else data.min_count
-        given = {"min_count": least, "sample": data.tokenizer_sample}
-        tokenizer = tokenizers.train(data.tokenizer, corpus.splits["train"], data.vocab_size, **given)
+        tokenizer = store.tokenizer(
+            data.tokenizer, corpus.splits["train"], data.vocab_size, least, data.tokenizer_sample
+        )
     sha256 = {split: corpus.splits[split].facts.digest(tokenizer.lossless) for split in ("train", "valid")}
     for split, value in sha256.items():
         if saved is not None and saved["data_sha256"].get(split) != value:
@@ -182,7 +183,7 @@ def _text(settings: Config, saved: Mapping[str, Any] | None, start: Mapping[str,
                 f"a run must be resumed with the text it began with; got another {split} text in {data.source}; "
                 "restore it, or begin another run with --run"
             )
-    ids, valid = (stream.encode(corpus.splits[split], tokenizer) for split in ("train", "valid"))
+    ids, valid = (store.encoded(corpus.splits[split], tokenizer) for split in ("train", "valid"))
     if len(valid.ids) < 2:
         raise UserError(
             f"the valid text of {data.source} must hold at least 2 tokens, its ends of lines counted; got 1; "

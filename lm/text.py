@@ -1,18 +1,22 @@
 """A text as bytes, read block by block: a file, a part of one, or bytes in memory; and what words are."""
 
 import hashlib
+import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from lm.errors import UserError
-from lm.files import reading
+from lm.files import reading, write_whole
 
 BLOCK = 2**22  # bytes
+LARGE = 2**24  # bytes of a text from which on what is made of it is kept in files
 BOM = b"\xef\xbb\xbf"
 SPACES = b" \t\n\r\x0b\x0c"
 _WORD = re.compile(r"[^ \t\n\r\x0b\x0c]+")  # str.split would also cut at no-break spaces and other Unicode blanks
@@ -59,6 +63,8 @@ class Facts:
 class Text:
     """One text: the bytes, or the part `start` … `stop` - 1 of a file; `name` is what errors call it.
 
+    What is found in a large file is kept in the folder `cache`, and trusted while the file's size and time stay.
+
     Iterating yields its lines as `str`: cut at line feeds alone, without a BOM at the start and a carriage return at
     the end of a line.
     """
@@ -67,6 +73,7 @@ class Text:
     name: str = "the text"
     start: int = 0
     stop: int | None = None
+    cache: Path | None = field(default=None, compare=False)
     watch: Callable[[int], None] | None = field(default=None, compare=False)  # gets the number of bytes read
 
     @classmethod
@@ -132,16 +139,52 @@ class Text:
         if rest:
             yield rest.removesuffix("\r")
 
+    @property
+    def is_large(self) -> bool:
+        """Whether what is made of the text is kept."""
+        return self.cache is not None and self.size >= LARGE
+
     @cached_property
     def facts(self) -> Facts:
         """What one pass over the text finds."""
-        return _examine(self)
+        if self.cache is None or not isinstance(self.content, Path) or not self.is_large:
+            return _examine(self)
+        with reading(self.content, "a text"):
+            known = self.content.stat()
+        key = [_FORM, str(self.content.resolve()), known.st_size, known.st_mtime_ns, self.start, self.size]
+        kept = self.cache / f"facts-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
+        if kept.exists():
+            with suppress(ValueError, TypeError):  # of another version
+                return Facts(**json.loads(kept.read_bytes()))
+        with watched(self, "reading") as text:
+            found = _examine(text)
+        write_whole(kept, json.dumps(asdict(found)).encode())
+        return found
 
     def place(self, offset: int) -> str:
         """Returns the name of the text with the number of the line that holds the byte at this offset."""
         before = replace(self, start=0, stop=self.start + offset, watch=None)
         line = 1 + sum(block.count(b"\n") for block in before._read(BLOCK))
         return f"{self.name}, line {line:,}"
+
+
+_FORM = 1  # of kept facts; raise it where their meaning changes
+
+
+@contextmanager
+def watched(text: Text, what: str) -> Iterator[Text]:
+    """Inside, reading the text moves a bar on a terminal; elsewhere one line says what is done. Nothing where the text
+    is small."""
+    from tqdm import tqdm
+
+    if text.size < LARGE:
+        yield text
+        return
+    told = f"{what} {text.name}"
+    with tqdm(total=text.size, desc=told, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        if bar.disable:  # no terminal
+            print(f"{told}: {text.size / 1e6:,.0f} MB", file=sys.stderr, flush=True)
+        yield replace(text, watch=bar.update)
 
 
 def _cut(block: bytes) -> int:

@@ -290,7 +290,7 @@ def _train_words(text: Text, size: int | None, least: int) -> Lookup:
     if EOS.encode() in counts:
         raise _reserved(EOS.encode())
     unknown = counts.pop(UNK.encode(), 0)
-    return _by_frequency("word", {word.decode(): count for word, count in counts.items()}, unknown, text, size, least)
+    return _by_frequency("word", counts, unknown, text, size, least)
 
 
 def _train_characters(text: Text, size: int | None, least: int) -> Lookup:
@@ -298,21 +298,24 @@ def _train_characters(text: Text, size: int | None, least: int) -> Lookup:
     for block in text.blocks():
         counts += np.bincount(_codes(block.decode()), minlength=len(counts))
     counts[ord("\n")] = 0  # it is <eos>
-    found = {chr(code): int(counts[code]) for code in np.flatnonzero(counts)}
+    found = {chr(code).encode(): int(counts[code]) for code in np.flatnonzero(counts)}
     return _by_frequency("char", found, 0, text, size, least)
 
 
-def _by_frequency(kind: str, counts: dict[str, int], unknown: int, text: Text, size: int | None, least: int) -> Lookup:
-    """The pieces with `<unk>` and `<eos>` among them, by descending frequency, then by text."""
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    if size is not None:
-        ranked = ranked[: size - 2]
-    kept = [(piece, count) for piece, count in ranked if count >= least]
+def _by_frequency(
+    kind: str, counts: dict[bytes, int], unknown: int, text: Text, size: int | None, least: int
+) -> Lookup:
+    """The pieces with `<unk>` and `<eos>` among them, by descending frequency, then by text (in UTF-8, which has the
+    same order)."""
+
+    def place(item: tuple[bytes, int]) -> tuple[int, bytes]:
+        return -item[1], item[0]
+
+    kept = sorted((item for item in counts.items() if item[1] >= least), key=place)[: size and size - 2]
     unknown += sum(counts.values()) - sum(count for _, count in kept)
     ends = text.facts.lines if kind == "word" else text.facts.line_feeds
-    table = [*kept, (UNK, unknown), (EOS, ends)]
-    pieces = tuple(piece for piece, _ in sorted(table, key=lambda item: (-item[1], item[0])))
-    return Lookup(kind, pieces, lossless=kind == "char")
+    table = sorted([*kept, (UNK.encode(), unknown), (EOS.encode(), ends)], key=place)
+    return Lookup(kind, tuple(piece.decode() for piece, _ in table), lossless=kind == "char")
 
 
 def train(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lm import adaptation, checkpoint, config, corpora, stream, tokenizers
+from lm import adaptation, checkpoint, config, corpora, store, stream, tokenizers
 from lm import sample as sampling
 from lm.adaptation import Adaptation
 from lm.config import Config
@@ -199,7 +199,7 @@ class TrainedModel:
             >>> model.score_adapted("test", Adaptation(cache=cache)).ppl
         """
         text = self._text(split, data)
-        encoded = stream.encode(text, self.tokenizer)
+        encoded = store.encoded(text, self.tokenizer)
         if means.dynamic is not None and rms is None:
             rms = self.gradient_rms(means.dynamic.segment)
         chunk, tokenizer = self.config.eval.chunk, self.tokenizer
@@ -224,7 +224,7 @@ class TrainedModel:
                 "dynamic evaluation must have the text that the model was trained on; got another train text in "
                 f"{self.config.data.source}; restore it"
             )
-        ids = stream.encode(text, self.tokenizer).ids
+        ids = store.encoded(text, self.tokenizer).ids
         return adaptation.gradient_rms(self.model, ids, self.tokenizer.eos, segment)
 
     def tune(
@@ -245,7 +245,7 @@ class TrainedModel:
             >>> means = model.tune(Adaptation(cache=Cache(weight=0.1, theta=0.3, window=500)), tokens=20000)
             >>> model.score_adapted("test", means).ppl
         """
-        ids = stream.encode(self._text("valid", None), self.tokenizer).ids[:tokens]
+        ids = store.encoded(self._text("valid", None), self.tokenizer).ids[:tokens]
         if means.dynamic is not None and rms is None:
             rms = self.gradient_rms(means.dynamic.segment)
         return adaptation.tune(
@@ -268,7 +268,7 @@ class TrainedModel:
     def _score(self, text: Text, protocol: ProtocolName, chunk: int, groups: bool = False) -> Score:
         return evaluate(
             self.model,
-            stream.encode(text, self.tokenizer),
+            store.encoded(text, self.tokenizer),
             self.tokenizer,
             protocol=protocol,
             chunk=chunk,

@@ -12,13 +12,13 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
+from lm import text as texts
 from lm.errors import UserError
 from lm.files import reading, write_chunks
 from lm.text import SPACES, Text
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
-LARGE = 2**24  # bytes that are kept in memory; more are kept in a file
 FEW_LINES = 100  # a text of fewer is split by characters
 _PIECE = 2**20
 _UTF8 = ("utf-8", "utf_8", "utf8")
@@ -84,7 +84,7 @@ def open_text(path: Path, options: Reading, cache: Path) -> Text:
     form = path.suffix.lower()
     plain = options.encoding.lower() in _UTF8
     if form not in _READERS and plain:
-        return Text(path, str(path))
+        return Text(path, str(path), cache=cache)
     key = [str(path.resolve()), known.st_size, known.st_mtime_ns, options.encoding, options.column]
     return kept(lambda: _chunks(path, options), key, cache, str(path))
 
@@ -118,16 +118,16 @@ def kept(chunks: Callable[[], Iterator[bytes]], key: Any, cache: Path, name: str
     equal key."""
     place = cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.txt"
     if place.exists():
-        return Text(place, name)
+        return Text(place, name, cache=cache)
     first, size, made = [], 0, chunks()
     for chunk in made:
         first.append(chunk)
-        if (size := size + len(chunk)) > LARGE:
+        if (size := size + len(chunk)) > texts.LARGE:
             break
     else:
         return Text(b"".join(first), name)
     write_chunks(place, chain(first, made))
-    return Text(place, name)
+    return Text(place, name, cache=cache)
 
 
 def _chunks(path: Path, options: Reading) -> Iterator[bytes]:

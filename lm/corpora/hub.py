@@ -115,7 +115,7 @@ def dataset(source: str, data_dir: Path, options: Reading) -> dict[str, Text]:
                 column = text_column(found[key].column_names, options.column, f"hf:{source}")
                 batches = found[key].iter(batch_size=10_000)
                 write_chunks(folder / f"{split}.txt", (rows(batch[column]) for batch in batches))
-    return read(folder, ())
+    return read(folder, (), options, data_dir / "cache")
 
 
 def _ask(name: str, repository: str, options: Mapping[str, str], else_where: str, how: str) -> Any:

@@ -9,7 +9,8 @@ import pytest
 import zstandard
 
 from lm import corpora
-from lm.corpora import characters, files, hub
+from lm import text as texts
+from lm.corpora import characters, hub
 from lm.corpora.files import Reading, divide, shares
 from lm.errors import UserError
 from lm.text import Text
@@ -39,7 +40,7 @@ def write(path: Path, content: bytes) -> Path:
 @pytest.mark.parametrize("large", [False, True])
 def test_one_file_is_split_in_blocks_of_lines(tmp_path: Path, monkeypatch, name: str, large: bool):
     if large:
-        monkeypatch.setattr(files, "LARGE", 1000)
+        monkeypatch.setattr(texts, "LARGE", 1000)
     path = write(tmp_path / name, LINES.encode())
     for _ in range(2):
         found = corpora.load(str(path), tmp_path / "data")
@@ -49,11 +50,13 @@ def test_one_file_is_split_in_blocks_of_lines(tmp_path: Path, monkeypatch, name:
         assert sizes == pytest.approx([450, 25, 25], abs=5)
         assert all(next(reversed([*text.blocks()])).endswith(b"\n") for text in found.splits.values())
         assert found.note.startswith(f"{path} is split 90/5/5 by lines: train {sizes[0]} lines of ")
-    assert (tmp_path / "data").exists() == (large and path.suffix in (".gz", ".zst", ".parquet"))
+    unpacked = [*(tmp_path / "data").rglob("*.txt")]
+    assert len(unpacked) == (large and path.suffix in (".gz", ".zst", ".parquet"))
+    assert (tmp_path / "data").exists() == large
 
 
 def test_a_changed_file_is_unpacked_again(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(files, "LARGE", 1000)
+    monkeypatch.setattr(texts, "LARGE", 1000)
     path = write(tmp_path / "a.gz", LINES.encode())
     corpora.load(str(path), tmp_path / "data")
     write(path, LINES.upper().encode())
