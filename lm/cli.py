@@ -2,7 +2,10 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,14 @@ import click
 from torch import Tensor
 
 import rnnorm
-from lm import checkpoint, config, corpora, distributed, report, run, study, tokenizers
+from lm import checkpoint, cli_data, config, corpora, distributed, report, run, study
 from lm.adaptation import Adaptation, given, of_settings
 from lm.config import Config
 from lm.corpora import Split
 from lm.errors import UserError
 from lm.evaluator import Group, ProtocolName, Score, headline, record
-from lm.run_folder import Which
+from lm.files import write_chunks
+from lm.run_folder import TEXT, Which
 from lm.sample import LONGEST
 from lm.trained import TrainedModel, load
 from lm.trainer import ENDS, DivergedError
@@ -26,7 +30,6 @@ _SETTINGS = {"show_default": True, "help_option_names": ["-h", "--help"], "max_c
 _KEYS = "\b\nEvery key of --set, its default and meaning:\n" + "\n".join(f"  {line}" for line in config.describe())
 _STOPPED = {"SIGINT": 130, "SIGTERM": 143}
 
-_data_dir = click.option("--dir", "data_dir", type=Path, default=Path("data"), help="Folder where corpora are kept.")
 _backend = click.option("--backend", help="Backend for the recurrent layers; `python -m rnnorm` lists them.")
 _device = click.option("--device", help="Device: cpu, cuda, cuda:0 or auto.")
 _which = click.option(
@@ -80,7 +83,8 @@ def cli() -> None:
 @click.option("--preset", help="Preset by name, or a TOML file; `rnnlm config --list` lists them.  [default: default]")
 @click.option(
     "--data",
-    help="Text: a file, a folder of splits, a pattern of files, or a corpus by name (`rnnlm data list`).",
+    help="Text: a file (-: the standard input), a folder of splits, a pattern of files, hf:NAME, or a corpus by name "
+    "(`rnnlm data list`).",
 )
 @click.option("--run", "--folder", "folder", type=Path, help="Run folder.  [default: runs/PRESET-DATA]")
 @click.option(
@@ -124,10 +128,12 @@ def train(
     given = {f"train.{name}": value for name, value in options.items() if value is not None}
     if init_from is not None:
         given["train.init_from"] = str(init_from.resolve())
-    settings = compose(preset, data, folder, assignments, given)
-    source = Path(settings.data.source).name
-    folder = folder or Path("runs") / f"{Path(preset or 'default').stem}-{source}"
-    outcome = run.train(settings, folder, resume=resume, overwrite=overwrite, say=_say)
+    with _input(data, folder or Path("runs") / f"{_stem(preset)}-input") as kept:
+        if kept is not None:
+            data, folder = str(kept), kept.parent
+        settings = compose(preset, data, folder, assignments, given)
+        folder = folder or Path("runs") / f"{_stem(preset)}-{_name(settings.data.source)}"
+        outcome = run.train(settings, folder, resume=resume, overwrite=overwrite, say=_say)
     if outcome.reason not in ENDS:
         _say(f"stopped by {outcome.reason} after step {outcome.step}; saved; resume with: rnnlm train --run {folder}")
         return _STOPPED.get(outcome.reason, 1)
@@ -137,6 +143,40 @@ def train(
     click.echo(f"valid {headline(outcome.score)} (exact, best checkpoint)")
     click.echo(f"TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")
     return 0
+
+
+def _stem(preset: str | None) -> str:
+    return Path(preset or "default").stem
+
+
+def _name(source: str) -> str:
+    """What a folder of a source may be called: the last part of a path, without what a shell would read."""
+    return re.sub(r"[^\w.-]+", "-", Path(source).name).strip("-") or "text"
+
+
+@contextmanager
+def _input(data: str | None, folder: Path) -> Iterator[Path | None]:
+    """Inside, with `--data -`: the file that keeps the standard input in a new run's folder; it goes again where no run
+    begins."""
+    if data != "-":
+        yield None
+        return
+    if (folder / "config.toml").exists():
+        raise UserError(
+            f"a text from the standard input must be for a new run; got {folder}, which holds a run and its text; "
+            "leave out --data to resume it, or choose another folder with --run"
+        )
+    kept = folder / TEXT
+    if distributed.is_first():
+        write_chunks(kept, iter(lambda: sys.stdin.buffer.read(2**20), b""))
+    try:
+        yield kept
+    except BaseException:
+        if not (folder / "config.toml").exists():
+            kept.unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def compose(
@@ -420,34 +460,6 @@ def show_config(preset: str, assignments: tuple[str, ...], listing: bool) -> Non
         click.echo(config.to_toml(config.build(config.override(config.preset(preset), assignments))), nl=False)
 
 
-@cli.group()
-def data() -> None:
-    """List, fetch and verify corpora."""
-
-
-@data.command("list")
-@_data_dir
-def list_data(data_dir: Path) -> None:
-    """List the corpora, and which are on this machine."""
-    click.echo(corpora.listing(data_dir))
-
-
-@data.command("get")
-@click.argument("name")
-@_data_dir
-def get_data(name: str, data_dir: Path) -> None:
-    """Make or fetch a corpus and keep it."""
-    click.echo(corpora.get(name, data_dir))
-
-
-@data.command("check")
-@click.argument("name")
-@_data_dir
-def check_data(name: str, data_dir: Path) -> None:
-    """Verify a corpus on this machine, or a folder: sizes, checksums."""
-    click.echo(corpora.check(name, data_dir))
-
-
 @cli.group("checkpoint")
 def checkpoint_group() -> None:
     """Look into checkpoints."""
@@ -461,25 +473,5 @@ def show_checkpoint(file: Path) -> None:
         click.echo(line)
 
 
-@cli.group("tokenizer")
-def tokenizer_group() -> None:
-    """Make tokenizers."""
-
-
-@tokenizer_group.command("train")
-@click.option("--kind", type=click.Choice(tokenizers.KINDS), default="bpe", help="Kind of tokens.")
-@click.option("--size", type=int, help="Maximum vocabulary size.  [default: the kind's own]")
-@click.option("--data", "source", default="python-docs", help="Corpus by name or folder; its training text is read.")
-@click.option("--out", type=Path, required=True, help="JSON file to write, for `--set data.tokenizer_file=FILE`.")
-@_data_dir
-def train_tokenizer(kind: str, size: int | None, source: str, out: Path, data_dir: Path) -> None:
-    """Train a tokenizer on a corpus and keep it in a file."""
-    if out.exists():
-        raise UserError(
-            f"a tokenizer must be written to a new file; got {out}, which exists; choose another, or move it away"
-        )
-    corpus = corpora.load(source, data_dir, ["train"])
-    corpus.require(kind)
-    tokenizer = tokenizers.train(kind, corpus.splits["train"], size, min_count=corpus.min_count(kind))
-    tokenizers.save(tokenizer, out)
-    click.echo(f"{out}: {kind} vocabulary of {tokenizer.size:,}, sha256 {tokenizer.sha256}")
+cli.add_command(cli_data.data)
+cli.add_command(cli_data.tokenizer_group)

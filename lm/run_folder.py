@@ -1,6 +1,7 @@
 """A run's folder: who may begin or resume a run in it, and what it holds.
 
 config.toml  tokenizer.json  metrics.jsonl  tensorboard/  checkpoints/{last,previous,best}.safetensors
+text.txt, where the text was the standard input
 """
 
 import math
@@ -18,6 +19,7 @@ from lm.lock import NAME as LOCK
 from lm.lock import Lock
 from lm.tokenizers import Tokenizer
 
+TEXT = "text.txt"  # what was read from the standard input, kept so that the run can resume
 Say = Callable[[str], None]
 Which = Literal["best", "last"]
 
@@ -53,7 +55,7 @@ class RunFolder:
         """Refuses a folder that is not for a run, and locks one that holds a run; returns where to move it aside to,
         if that was asked for."""
         path = self.path
-        if not path.exists() or (path.is_dir() and {inner.name for inner in path.iterdir()} <= {LOCK}):
+        if not path.exists() or (path.is_dir() and {inner.name for inner in path.iterdir()} <= {LOCK, TEXT}):
             return None
         if not self.config.is_file():
             raise UserError(

@@ -1,5 +1,6 @@
 """The command line: every command in a real process, and every error in the input."""
 
+import io
 import json
 import os
 import re
@@ -172,6 +173,53 @@ def test_data_verbs(process, call, corpus):
     assert "entropy" in call("data", "get", "markov")[0]
     assert "train" in call("data", "check", "text")[0]
     assert "got 'nowhere'" in fault(call, "data", "check", "nowhere")
+
+
+def test_one_file_and_the_standard_input(process, call, corpus, tmp_path, monkeypatch):
+    text = b"".join((corpus / f"{split}.txt").read_bytes() for split in ("train", "valid", "test"))
+    (tmp_path / "my book.txt").write_bytes(text)
+    _, err = call("train", "--data", "my book.txt", "--set", "train.max_steps=2", *QUICK)
+    assert "my book.txt is split 90/5/5 by lines" in err
+    assert (tmp_path / "runs/default-my-book.txt/config.toml").is_file()
+
+    def pipe(*arguments, code=0):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+        return call("train", "--data", "-", *arguments, *QUICK, code=code)
+
+    pipe("--run", "piped", "--set", "train.max_steps=2")
+    assert (tmp_path / "piped/text.txt").read_bytes() == text
+    assert "resuming after step 2" in call("train", "--run", "piped", "--set", "train.max_steps=4")[1]
+    assert "must be for a new run; got piped, which holds a run" in pipe("--run", "piped", code=2)[1]
+    assert "at least 3 pieces" in pipe("--run", "other", "--set", "data.vocab_size=1", code=2)[1]
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "piped").rename(tmp_path / "moved")
+    assert "got '" in fault(call, "train", "--run", "moved")
+    assert "give --data NEW" in fault(call, "eval", "moved")
+    call("train", "--run", "moved", "--data", "moved/text.txt")
+
+
+def test_data_prepare_and_stats(process, call, tmp_path):
+    raw = "It's a <unk> day, isn't it? In 1,234 Cases.\n" * 150 + "Seen once\n" + "Never again\n" * 20
+    (tmp_path / "raw.txt").write_text(raw)
+    out, _ = call("data", "prepare", "raw.txt", "--lower", "--numbers", "--split", "8/1/1")
+    assert "train with --data raw-words" in out
+    train = (tmp_path / "raw-words/train.txt").read_text().splitlines()
+    assert train[0] == "it 's a <unk> day , isn 't it ? in N cases ."
+    assert "must go into a new folder; got raw-words" in fault(call, "data", "prepare", "raw.txt")
+    out, err = call("data", "stats", "raw.txt")
+    assert "raw.txt is split 90/5/5 by lines" in err
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+    assert list(rows) == ["split", "train", "valid", "test"]
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "train.txt").write_text("a a b b c\n\n")
+    (folder / "valid.txt").write_text("a c d\nlonger line <unk>\n")
+    out, _ = call("data", "stats", "own")
+    assert [line.split() for line in out.splitlines()[1:]] == [
+        ["train", "2", "5", "3", "100.00%", "9", "20.00%"],
+        ["valid", "2", "6", "6", "33.33%", "17", "83.33%"],
+    ]
+    assert call("data", "stats", "own", "--min-count", "1")[0].splitlines()[1].split()[-1] == "0.00%"
 
 
 def test_tokenizer_train(process, call, corpus):
