@@ -14,7 +14,7 @@ import click
 from torch import Tensor
 
 import rnnorm
-from lm import checkpoint, cli_data, config, corpora, distributed, report, run, study
+from lm import checkpoint, cli_data, config, corpora, distributed, report, run, scoring, study
 from lm.adaptation import Adaptation, given, of_settings
 from lm.config import Config
 from lm.corpora import Split
@@ -23,6 +23,7 @@ from lm.evaluator import Group, ProtocolName, Score, headline, record
 from lm.files import write_chunks
 from lm.run_folder import TEXT, Which
 from lm.sample import LONGEST
+from lm.text import Text
 from lm.trained import TrainedModel, load
 from lm.trainer import ENDS, DivergedError
 
@@ -405,19 +406,75 @@ def write_report(folders: tuple[Path, ...], out: Path | None) -> None:
 
 @cli.command()
 @_run_argument
+@click.argument("file", default="-")
+@click.option("--stream", "one_stream", is_flag=True, help="Carry the state from line to line, as `eval` does.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each line instead.")
+@_which
+@_backend
+@_device
+def score(
+    folder: Path, file: str, one_stream: bool, as_json: bool, which: Which, backend: str | None, device: str | None
+) -> None:
+    """Print the log-probability of every token of a text.
+
+    FILE is read as UTF-8 text, - is the standard input. One row for each token with its log-probability (nats) and
+    surprisal (bits), a row for each line with its total and perplexity per token, and one for all. Each line is scored
+    by itself, from the zero state, unless --stream is given.
+    """
+    trained = load(folder, which=which, backend=backend or "auto", device=device or "auto", say=_say)
+    path = Path(file)
+    text = Text(sys.stdin.buffer.read(), "the standard input") if file == "-" else Text(path, file)
+    for warning in corpora.checks.require({"scored": text}, trained.tokenizer.kind):
+        _say(f"warning: {warning}")
+    found = scoring.lines(trained, text, one_stream=one_stream)
+    for row in scoring.json_lines(found) if as_json else scoring.tsv(found):
+        click.echo(row)
+
+
+@cli.command("next")
+@_run_argument
+@click.argument("prompt", default="")
+@click.option("--count", type=int, default=10, help="Number of tokens.")
+@_which
+@_backend
+@_device
+def next_words(folder: Path, prompt: str, count: int, which: Which, backend: str | None, device: str | None) -> None:
+    """Print the most probable next words after a prompt, with their probabilities."""
+    trained = load(folder, which=which, backend=backend or "auto", device=device or "auto", say=_say)
+    found = trained.next_words(prompt, count)
+    _warn_of_unknown(trained, prompt)
+    for token in found:
+        text = token.text if token.text.isprintable() and token.text.strip() else repr(token.text)
+        click.echo(f"{token.prob:8.4f}  {text}")
+
+
+def _warn_of_unknown(trained: TrainedModel, prompt: str) -> None:
+    if unknown := trained.tokenizer.unknown(prompt):
+        shown = ", ".join(map(repr, unknown[:10])) + (" ..." if len(unknown) > 10 else "")
+        _say(f"warning: not in the vocabulary, and so read as <unk>: {shown}")
+
+
+@cli.command()
+@_run_argument
 @click.option("--prompt", default="", help="Text to continue.")
 @click.option("--length", type=int, default=100, help=f"Number of tokens to draw, at most {LONGEST:,}.")
 @click.option("--temperature", type=float, default=1.0, help="Divides the logits; 0 takes the most probable token.")
 @click.option("--top-k", type=int, help="Draw among this many most probable tokens.")
 @click.option("--top-p", type=float, help="Draw among the fewest most probable tokens that hold this probability.")
+@click.option("--no-unk", is_flag=True, help="Never draw <unk>.")
+@click.option("--stream", "as_drawn", is_flag=True, help="Print the text while it is drawn.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Random seed.")
 @_which
 @_backend
 @_device
-def sample(folder: Path, which: Which, backend: str | None, device: str | None, **options: Any) -> None:
+def sample(folder: Path, which: Which, backend: str | None, device: str | None, as_drawn: bool, **options: Any) -> None:
     """Print text drawn from a run's model."""
     trained = load(folder, which=which, backend=backend or "auto", device=device or "auto", say=_say)
-    click.echo(trained.sample(**options))
+    texts = trained.stream(**options) if as_drawn else iter([trained.sample(**options)])
+    _warn_of_unknown(trained, options["prompt"])
+    for text in texts:
+        click.echo(text, nl=False)
+    click.echo()
 
 
 @cli.command("export")

@@ -1,5 +1,9 @@
 """Text from a model, one token at a time."""
 
+import codecs
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -21,6 +25,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    no_unk: bool = False,
     seed: int = 0,
 ) -> str:
     """Returns the prompt and `length` tokens drawn after it; `<eos>` becomes a line feed.
@@ -30,25 +35,73 @@ def sample(
         temperature: divides the logits; 0 takes the most probable token each time.
         top_k: draw among the `top_k` most probable tokens only.
         top_p: draw among the fewest most probable tokens that hold this much probability (Holtzman et al. 2020).
+        no_unk: never draw `<unk>`.
         seed: random seed; the same seed gives the same text, and no global random number is drawn.
 
     Raises:
         UserError: a temperature below 0, a top_k below 1, a length below 1 or above `LONGEST`, a top_p outside (0, 1],
             a prompt that is not text.
     """
-    _check(length, temperature, top_k, top_p)
-    generator = torch.Generator().manual_seed(seed)
+    prefix = encode_prompt(prompt, tokenizer)
+    law = Law(temperature, top_k, top_p, no_unk, seed)
+    return tokenizer.decode([*prefix, *draw(model, tokenizer, prefix, length, law)])
+
+
+@dataclass(frozen=True)
+class Law:
+    """How tokens are drawn; see `sample`."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    no_unk: bool = False
+    seed: int = 0
+
+
+def draw(model: LanguageModel, tokenizer: Tokenizer, prefix: list[int], length: int, law: Law) -> Iterator[int]:
+    """Returns an iterator of `length` tokens drawn after these.
+
+    Raises:
+        UserError: see `sample`.
+    """
+    _check(length, law.temperature, law.top_k, law.top_p)
+    return _drawn(model, tokenizer, prefix, length, law)
+
+
+def _drawn(model: LanguageModel, tokenizer: Tokenizer, prefix: list[int], length: int, law: Law) -> Iterator[int]:
+    generator = torch.Generator().manual_seed(law.seed)
     device = next(model.parameters()).device
-    prefix = _encode(prompt, tokenizer)
-    drawn: list[int] = []
-    with evaluating(model):
-        hidden, state = model(torch.tensor([tokenizer.eos, *prefix], device=device)[:, None])
-        while True:
-            token = _draw(model.log_probs(hidden[-1, 0]).cpu(), temperature, top_k, top_p, generator)
-            drawn.append(token)
-            if len(drawn) == length:
-                return tokenizer.decode([*prefix, *drawn])
-            hidden, state = model(torch.tensor([[token]], device=device), state)
+    state, tokens = None, [tokenizer.eos, *prefix]
+    for _ in range(length):
+        with evaluating(model):
+            hidden, state = model(torch.tensor(tokens, device=device)[:, None], state)
+            log_probs = model.log_probs(hidden[-1, 0]).cpu()
+        if law.no_unk and tokenizer.unk is not None:
+            log_probs[tokenizer.unk] = -torch.inf
+        tokens = [_draw(log_probs, law.temperature, law.top_k, law.top_p, generator)]
+        yield tokens[0]
+
+
+def texts(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Yields the text of tokens as they come; together it is `tokenizer.decode` of all of them."""
+    line: list[int] = []
+    shown = ""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace") if tokenizer.kind == "byte" else None
+    for token in tokens:
+        if decoder is not None:
+            yield decoder.decode(tokenizer.to_bytes([token]))
+        elif tokenizer.kind == "char":
+            yield tokenizer.decode([token])
+        elif token == tokenizer.eos:
+            yield tokenizer.decode(line).removeprefix(shown) + "\n"
+            line, shown = [], ""
+        else:
+            line.append(token)
+            text = tokenizer.decode(line)
+            if not text.endswith("\ufffd"):  # bytes of a character may follow
+                yield text.removeprefix(shown)
+                shown = text
+    yield decoder.decode(b"", final=True) if decoder else tokenizer.decode(line).removeprefix(shown)
 
 
 def next_tokens(model: LanguageModel, tokenizer: Tokenizer, prompt: str, count: int) -> list[tuple[int, float]]:
@@ -61,7 +114,7 @@ def next_tokens(model: LanguageModel, tokenizer: Tokenizer, prompt: str, count: 
         raise UserError(f"a count must be at least 1; got {count}; ask for one token or more")
     device = next(model.parameters()).device
     with evaluating(model):
-        hidden, _ = model(torch.tensor([tokenizer.eos, *_encode(prompt, tokenizer)], device=device)[:, None])
+        hidden, _ = model(torch.tensor([tokenizer.eos, *encode_prompt(prompt, tokenizer)], device=device)[:, None])
         log_probs, order = model.log_probs(hidden[-1, 0]).double().cpu().sort(descending=True, stable=True)
     return list(zip(order[:count].tolist(), log_probs[:count].tolist(), strict=True))
 
@@ -77,7 +130,12 @@ def _check(length: int, temperature: float, top_k: int | None, top_p: float | No
         raise UserError(f"top-p must be above 0 and at most 1; got {top_p}; leave it out to draw among all")
 
 
-def _encode(prompt: str, tokenizer: Tokenizer) -> list[int]:
+def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids of a prompt, its last line left open.
+
+    Raises:
+        UserError: it is not text.
+    """
     try:
         prompt.encode()
     except UnicodeEncodeError as fault:  # a byte of the command line that is not UTF-8 arrives as half a surrogate pair

@@ -74,6 +74,9 @@ class Tokenizer(Protocol):
     def piece(self, token: int) -> str:
         """Returns a token as the vocabulary writes it."""
 
+    def unknown(self, text: str) -> list[str]:
+        """Returns what in a text is read as `<unk>`, each word or character once."""
+
     def state(self) -> dict[str, Any]:
         """Returns what `from_state` needs: text, numbers, lists and dictionaries only."""
 
@@ -130,6 +133,9 @@ class _Base:
 
     def to_bytes(self, ids: Sequence[int]) -> bytes:
         return self.decode(ids).encode()
+
+    def unknown(self, text: str) -> list[str]:
+        return []
 
 
 _UNITS: dict[str, Unit] = {"word": "word", "char": "character", "byte": "byte", "bpe": "token", "unigram": "token"}
@@ -217,6 +223,10 @@ class Lookup(_Base):
 
     def piece(self, token: int) -> str:
         return self.pieces[token]
+
+    def unknown(self, text: str) -> list[str]:
+        found = words(text) if self.kind == "word" else text.replace("\n", "")
+        return [piece for piece in dict.fromkeys(found) if piece not in self._ids]
 
     def _decode_line(self, ids: list[int]) -> str:
         return (" " if self.kind == "word" else "").join(self.pieces[i] for i in ids)

@@ -1,15 +1,14 @@
 """A trained model as something to use: scores of texts, next words, samples."""
 
-import math
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lm import adaptation, checkpoint, config, corpora, store, stream, tokenizers
+from lm import adaptation, checkpoint, config, corpora, scoring, store, stream, tokenizers
 from lm import sample as sampling
 from lm.adaptation import Adaptation
 from lm.config import Config
@@ -19,26 +18,10 @@ from lm.evaluator import ProtocolName, Score, evaluate, in_bands, of_text, summa
 from lm.machine import require_backend, require_device
 from lm.model import LanguageModel, sketch
 from lm.run_folder import RunFolder, Say, Which
+from lm.scoring import ScoredLine, Token
 from lm.text import Text
 from lm.tokenizers import Tokenizer
 from lm.trainer import TrainerState
-
-
-class Token(NamedTuple):
-    """A token and its log-probability in nats.
-
-    Attributes:
-        text: as the vocabulary writes it: a word, a character, a sentencepiece piece; `<eos>` is the end of a line.
-        log_prob: ln of its probability after the tokens before it.
-    """
-
-    text: str
-    log_prob: float
-
-    @property
-    def prob(self) -> float:
-        """Its probability."""
-        return math.exp(self.log_prob)
 
 
 @dataclass(frozen=True)
@@ -123,6 +106,7 @@ class TrainedModel:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        no_unk: bool = False,
         seed: int = 0,
     ) -> str:
         """Returns the prompt and `length` tokens drawn after it; `<eos>` becomes a line feed.
@@ -132,6 +116,7 @@ class TrainedModel:
             temperature: divides the logits; 0 takes the most probable token each time.
             top_k: draw among the most probable tokens, so many.
             top_p: draw among the fewest most probable tokens that hold this probability.
+            no_unk: never draw `<unk>`.
             seed: random seed; the same seed gives the same text, and no global random number is drawn.
 
         Raises:
@@ -140,16 +125,43 @@ class TrainedModel:
         Example:
             >>> print(model.sample("return the", length=60, temperature=0.8, top_k=40, seed=1))
         """
-        return sampling.sample(
-            self.model,
-            self.tokenizer,
-            prompt=prompt,
-            length=length,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
+        prefix = sampling.encode_prompt(prompt, self.tokenizer)
+        law = sampling.Law(temperature, top_k, top_p, no_unk, seed)
+        return self.tokenizer.decode([*prefix, *sampling.draw(self.model, self.tokenizer, prefix, length, law)])
+
+    def stream(
+        self,
+        prompt: str = "",
+        *,
+        length: int = 100,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        no_unk: bool = False,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Returns an iterator of what `sample` returns, piece by piece as it is drawn.
+
+        Raises:
+            UserError: see `sample`.
+
+        Example:
+            >>> for text in model.stream("return the", length=60):
+            ...     print(text, end="", flush=True)
+        """
+        prefix = sampling.encode_prompt(prompt, self.tokenizer)
+        law = sampling.Law(temperature, top_k, top_p, no_unk, seed)
+        drawn = sampling.draw(self.model, self.tokenizer, prefix, length, law)
+        return sampling.texts(self.tokenizer, itertools.chain(prefix, drawn))
+
+    def score_lines(self, text: str) -> Iterator[ScoredLine]:
+        """Returns an iterator of the lines of a text, each scored by itself, from the zero state.
+
+        Example:
+            >>> for line in model.score_lines("the cat sat\\nthe cat ran\\n"):
+            ...     print(line.log_prob, [token.text for token in line.tokens])
+        """
+        return scoring.lines(self, Text(text.encode()), one_stream=False)
 
     def score_split(
         self,

@@ -198,6 +198,46 @@ def test_one_file_and_the_standard_input(process, call, corpus, tmp_path, monkey
     call("train", "--run", "moved", "--data", "moved/text.txt")
 
 
+def test_score_next_and_sample_say_what_they_do_not_know(call, trained, tmp_path, monkeypatch):
+    (tmp_path / "lines.txt").write_text("the zebra sat\n\na mat\n")
+    out, _ = call("score", trained, "lines.txt")
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [row[2] for row in rows[1:6]] == ["the", "<unk>", "sat", "<eos>", "4 tokens"]
+    (tmp_path / "only").mkdir()
+    (tmp_path / "lines.txt").rename(tmp_path / "only/test.txt")
+    total = call("score", trained, "only/test.txt", "--stream")[0].splitlines()[-1].split("\t")
+    record = json.loads(call("eval", trained, "--data", "only", "--split", "test", "--json")[0])
+    assert float(total[3]) == pytest.approx(-record["nll"], rel=1e-12)
+    assert float(total[5]) == pytest.approx(record["ppl"], rel=1e-9)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the cat\n")))
+    assert json.loads(call("score", trained, "--json")[0].splitlines()[0])["count"] == 3
+    assert "must not hold the word <eos>" in fault_of(call, trained, tmp_path, b"a\nb <eos>\n")
+    assert "must be a file; got nowhere" in fault(call, "score", trained, "nowhere")
+    out, err = call("next", trained, "the zebra", "--count", "3")
+    assert len(out.splitlines()) == 3
+    assert "warning: not in the vocabulary, and so read as <unk>: 'zebra'" in err
+    whole, err = call("sample", trained, "--prompt", "the zebra", "--length", "20", "--no-unk")
+    assert "'zebra'" in err
+    assert whole.count("<unk>") == 1
+    assert call("sample", trained, "--prompt", "the zebra", "--length", "20", "--no-unk", "--stream")[0] == whole
+    assert call("next", trained, "the cat")[1] == ""
+
+
+def fault_of(call, trained, tmp_path, content):
+    (tmp_path / "bad.txt").write_bytes(content)
+    return fault(call, "score", trained, "bad.txt")
+
+
+def test_eval_shows_counts_and_units(call, trained, corpus):
+    out, _ = call("eval", trained)
+    assert re.search(r"^  unit +words and ends of lines$", out, re.MULTILINE)
+    assert re.search(r"^  ends of lines +20$", out, re.MULTILINE)
+    assert re.search(r"^  <unk> +0  0\.00%$", out, re.MULTILINE)
+    call("train", "--data", corpus, "--run", "char", "--set", "data.tokenizer=char", "--set", "train.epochs=1", *QUICK)
+    out, _ = call("eval", "char")
+    assert re.match(r"valid \d\.\d{3} bits per character \(exact, \d+ tokens\)\n  unit +characters", out)
+
+
 def test_data_prepare_and_stats(process, call, tmp_path):
     raw = "It's a <unk> day, isn't it? In 1,234 Cases.\n" * 150 + "Seen once\n" + "Never again\n" * 20
     (tmp_path / "raw.txt").write_text(raw)

@@ -1,5 +1,9 @@
+import functools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
 
 from lm import sample as sampling
 from lm import stream, tokenizers
@@ -101,9 +105,39 @@ def test_a_prompt_is_split_as_training_text_is(model, tokenizer):
         ("", []),
     ):
         expected = [tokenizer.eos if word is None else tokenizer.encode(word)[0] for word in ids]
-        assert sampling._encode(prompt, tokenizer) == expected
+        assert sampling.encode_prompt(prompt, tokenizer) == expected
         if prompt.strip():
             whole = stream.encode(Text(prompt.encode()), tokenizer).ids.tolist()
             assert whole == expected + [tokenizer.eos] * (not prompt.endswith("\n"))
     table = tokenizers.train("byte", [])
-    assert sampling._encode(" a\t\n", table) == [*b" a\t\n"]
+    assert sampling.encode_prompt(" a\t\n", table) == [*b" a\t\n"]
+
+
+@pytest.mark.parametrize("kind", tokenizers.KINDS)
+@settings(deadline=None, max_examples=60)
+@given(data=some.data())
+def test_what_is_shown_as_it_is_drawn_is_the_text(kind, data):
+    table = _table(kind)
+    ids = data.draw(some.lists(some.integers(0, table.size - 1), max_size=30))
+    shown = list(sampling.texts(table, ids))
+    assert "".join(shown) == table.decode(ids)
+
+
+@functools.cache
+def _table(kind):
+    return tokenizers.train(kind, ["a\u4f60 b ab <unk> \ufffd a", "b a  b"] * 9, None)
+
+
+def test_unk_is_never_drawn_where_it_is_not_wanted(model, tokenizer):
+    net = model()
+    with torch.no_grad():
+        net.decoder.bias[tokenizer.unk] = 3.0
+    drawn = [sample(net, tokenizer, length=60, no_unk=no_unk) for no_unk in (False, True)]
+    assert ["<unk>" in text for text in drawn] == [True, False]
+
+
+def test_what_a_vocabulary_lacks():
+    words, characters = _table("word"), _table("char")
+    assert words.unknown("a zebra\nab zebra <unk>\u00a0x") == ["zebra", "<unk>\u00a0x"]
+    assert characters.unknown("az\nbz") == ["z"]
+    assert _table("byte").unknown("z") == _table("bpe").unknown("z") == []
