@@ -28,8 +28,7 @@ from lm.trained import TrainedModel, load
 from lm.trainer import ENDS, DivergedError
 
 _SETTINGS = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
-_KEYS = "\b\nEvery key of --set, its default and meaning:\n" + "\n".join(f"  {line}" for line in config.describe())
-_STOPPED = {"SIGINT": 130, "SIGTERM": 143}
+_STOPPED = {"SIGHUP": 129, "SIGINT": 130, "SIGUSR1": 138, "SIGTERM": 143}
 
 _backend = click.option("--backend", help="Backend for the recurrent layers; `python -m rnnorm` lists them.")
 _device = click.option("--device", help="Device: cpu, cuda, cuda:0 or auto.")
@@ -80,7 +79,16 @@ def cli() -> None:
     """Train, evaluate and sample recurrent language models with normalization inside the recurrence."""
 
 
-@cli.command(epilog=_KEYS)
+class _WithKeys(click.Command):
+    """A command whose help ends with every key of --set."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write("\nEvery key of --set, by section, with its default and meaning:\n\n")
+        for line in config.describe():
+            formatter.write(f"  {line}".rstrip() + "\n")
+
+
+@cli.command(cls=_WithKeys)
 @click.option("--preset", help="Preset by name, or a TOML file; `rnnlm config --list` lists them.  [default: default]")
 @click.option(
     "--data",
@@ -111,6 +119,7 @@ def cli() -> None:
 @_backend
 @_device
 @click.option("--seed", type=int, help="Random seed.")
+@click.option("--dry-run", is_flag=True, help="Show what would be trained, its size and speed, and write no run.")
 def train(
     preset: str | None,
     data: str | None,
@@ -119,12 +128,13 @@ def train(
     init_from: Path | None,
     overwrite: bool,
     assignments: tuple[str, ...],
+    dry_run: bool,
     **options: Any,
 ) -> int:
     """Train a model, or resume a run that was stopped.
 
     A run folder that already holds a run is resumed with its own settings, so `rnnlm train --run FOLDER` is
-    enough. Ctrl-C finishes the step, saves, and stops.
+    enough. Ctrl-C finishes the step, saves, and stops; so do SIGTERM, SIGHUP and SIGUSR1.
     """
     given = {f"train.{name}": value for name, value in options.items() if value is not None}
     if init_from is not None:
@@ -134,6 +144,9 @@ def train(
             data, folder = str(kept), kept.parent
         settings = compose(preset, data, folder, assignments, given)
         folder = folder or Path("runs") / f"{_stem(preset)}-{_name(settings.data.source)}"
+        if dry_run:
+            run.rehearse(settings, say=click.echo)
+            return 0
         outcome = run.train(settings, folder, resume=resume, overwrite=overwrite, say=_say)
     if outcome.reason not in ENDS:
         _say(f"stopped by {outcome.reason} after step {outcome.step}; saved; resume with: rnnlm train --run {folder}")
@@ -172,12 +185,11 @@ def _input(data: str | None, folder: Path) -> Iterator[Path | None]:
         write_chunks(kept, iter(lambda: sys.stdin.buffer.read(2**20), b""))
     try:
         yield kept
-    except BaseException:
+    finally:
         if not (folder / "config.toml").exists():
             kept.unlink(missing_ok=True)
             with suppress(OSError):
                 folder.rmdir()
-        raise
 
 
 def compose(
@@ -481,22 +493,28 @@ def sample(folder: Path, which: Which, backend: str | None, device: str | None, 
 @_run_argument
 @click.argument("file", type=Path)
 @click.option(
-    "--to", type=click.Choice(["torchscript", "torch-export", "onnx"]), required=True, help="Format of the file."
+    "--to",
+    type=click.Choice(["torchscript", "torch-export", "onnx", "safetensors", "embeddings"]),
+    required=True,
+    help="Format of the file.",
 )
 @_which
 def export_model(folder: Path, file: Path, to: str, which: Which) -> None:
-    """Write a run's model to a file that other programs run without this one.
+    """Write a run's model to a file that other programs use without this one.
 
     \b
-    It holds one function, in evaluation mode:
+    torchscript, torch-export and onnx hold one function, in evaluation mode:
       (tokens [T, B] int64, h [L, B, H], and for an LSTM c [L, B, H]) -> (log-probabilities [T, B, V], h, c)
     T and B are free. The file is run in a fresh process and compared before it gets its name.
+
+    safetensors holds the weights under the model's names, with settings and tokenizer as metadata; embeddings is
+    the text format of word2vec, a line for each token of the vocabulary.
     """
-    from lm.export import export
+    from lm.export import FORMATS, export
 
     worst = export(load(folder, which=which), to, file)
     found = "not checked: onnxruntime is not installed" if worst is None else f"largest difference {worst:.2g}"
-    click.echo(f"{file}: {to}, {file.stat().st_size:,} bytes; {found}")
+    click.echo(f"{file}: {to}, {file.stat().st_size:,} bytes" + (f"; {found}" if to in FORMATS else ""))
 
 
 @cli.command("config")

@@ -1,5 +1,6 @@
 """Every setting of a run: its meaning, its allowed values, its default."""
 
+import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -499,11 +500,15 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines)
 
 
-def describe() -> Iterator[str]:
-    """Yields one line for each key: its full name, default and meaning."""
-    for section, table in Config().model_dump().items():
+def describe(width: int = 106) -> Iterator[str]:
+    """Yields lines for a person: of each section, every key with the default of a plain `train`, which is that of the
+    default preset, and its meaning."""
+    for section, table in build(preset("default")).model_dump().items():
+        yield f"[{section}]"
         for key, default in table.items():
-            yield f"{section}.{key}={_written(default)}  {_meaning(section, key)}"
+            first = f"  {section}.{key}={_written(default)}"
+            yield from textwrap.wrap(f"{first}  {_meaning(section, key)}", width, subsequent_indent=" " * 6)
+        yield ""
 
 
 def _meaning(section: str, key: str) -> str:

@@ -1,14 +1,16 @@
-"""A run's model as a file that other programs run without this one: TorchScript, torch.export, ONNX.
+"""A run's model as a file that other programs use without this one: TorchScript, torch.export, ONNX to run; its weights
+as safetensors, and its embeddings as text.
 
-The file holds one function, in evaluation mode: tokens [T, B] int64 and the state [L, B, H] (`h`; for an LSTM `h` and
-`c`; zeros at the start) give log-probabilities [T, B, V] and the state after. T and B are free in every format, from 1
-on. The tokenizer goes with it, as JSON.
+A file to run holds one function, in evaluation mode: tokens [T, B] int64 and the state [L, B, H] (`h`; for an LSTM `h`
+and `c`; zeros at the start) give log-probabilities [T, B, V] and the state after. T and B are free, from 1 on. The
+tokenizer goes with it, as JSON.
 """
 
 import importlib.util
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -111,7 +113,7 @@ def _onnx(model: LanguageModel, path: Path, example: tuple[Tensor, ...], tokeniz
 
 @dataclass(frozen=True)
 class Format:
-    """How a file is written, what Python packages that and checking it need, and the code that loads it.
+    """How a file that runs is written, what Python packages that and checking it need, and the code that loads it.
 
     Attributes:
         load: makes of `path` a function of and to tensors, in a process that knows nothing of this program.
@@ -138,6 +140,27 @@ FORMATS: Mapping[str, Format] = {
     ),
 }
 
+
+def _safetensors(trained: TrainedModel, path: Path) -> None:
+    from safetensors.torch import save_model
+
+    kept = {"settings": trained.config.model_dump_json(), "tokenizer": json.dumps(trained.tokenizer.state())}
+    save_model(trained.model, str(path), metadata={"format": "pt", **kept})
+
+
+def _embeddings(trained: TrainedModel, path: Path) -> None:
+    """word2vec's text format: V and E, then a line for each token; white space in a token is written as `<0x20>`."""
+    weight = trained.model.embedding.weight.detach().cpu().float()
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(f"{len(weight)} {weight.size(1)}\n")
+        for token, vector in enumerate(weight.tolist()):
+            piece = re.sub(r"\s", lambda found: f"<0x{ord(found[0]):02X}>", trained.tokenizer.piece(token))
+            file.write(f"{piece} {' '.join(f'{value:.9g}' for value in vector)}\n")
+
+
+# What is not run: written, and read back by whoever wants it.
+TABLES: Mapping[str, Callable[[TrainedModel, Path], None]] = {"safetensors": _safetensors, "embeddings": _embeddings}
+
 _CHECK = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -158,10 +181,11 @@ print(worst)
 
 
 def export(trained: TrainedModel, to: str, path: Path) -> float | None:
-    """Writes a run's model to a new file, after loading it in a fresh process and comparing what it computes.
+    """Writes a run's model to a new file; one that runs, after loading it in a fresh process and comparing what it
+    computes.
 
     Arguments:
-        to: `torchscript`, `torch-export` or `onnx`.
+        to: `torchscript`, `torch-export`, `onnx`, `safetensors` or `embeddings`.
 
     Returns:
         The largest difference found, of log-probabilities (nats) and states; None where nothing here can run the file.
@@ -169,8 +193,8 @@ def export(trained: TrainedModel, to: str, path: Path) -> float | None:
     Raises:
         UserError: the file exists or cannot be written; a package is missing; the file computes something else.
     """
-    form = FORMATS[to]
-    if missing := [name for name in form.needs if importlib.util.find_spec(name) is None]:
+    form = FORMATS.get(to)
+    if form and (missing := [name for name in form.needs if importlib.util.find_spec(name) is None]):
         raise UserError(
             f"{to} needs the packages {', '.join(form.needs)}; {', '.join(missing)} not installed; install with: "
             "pip install 'rnnorm[export]'"
@@ -179,6 +203,21 @@ def export(trained: TrainedModel, to: str, path: Path) -> float | None:
         raise UserError(
             f"an export must be written to a new file; got {path}, which exists; choose another, or move it away"
         )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        worst = _written(trained, form, temporary) if form else TABLES[to](trained, temporary)
+        temporary.rename(path)
+    except OSError as fault:
+        raise UserError(f"{path} must be writable; {fault.strerror}; check the path and its folder") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return worst
+
+
+def _written(trained: TrainedModel, form: Format, path: Path) -> float | None:
+    """Writes a file that runs; returns what is wrong with it, at most."""
     shape = trained.config.model
     if shape.mogrifier_rounds or shape.cap_input_gate or shape.sum_layers:
         raise UserError(
@@ -188,23 +227,14 @@ def export(trained: TrainedModel, to: str, path: Path) -> float | None:
         )
     model = trained.model.cpu().float()
     tokenizer = json.dumps(trained.tokenizer.state())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with evaluating(model), _quietly():
-            example = (torch.zeros(3, 2, dtype=torch.int64), *state_tensors(model(torch.zeros(3, 2).long())[1]))
-            form.write(model, temporary, example, tokenizer)
-        worst = _worst(model, form, temporary)
-        if worst is not None and not worst <= TOLERANCE:
-            raise UserError(
-                f"the file must compute what the run's model does; got a difference of {worst:.3g}; report this"
-            )
-        temporary.rename(path)
-    except OSError as fault:
-        raise UserError(f"{path} must be writable; {fault.strerror}; check the path and its folder") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with evaluating(model), _quietly():
+        example = (torch.zeros(3, 2, dtype=torch.int64), *state_tensors(model(torch.zeros(3, 2).long())[1]))
+        form.write(model, path, example, tokenizer)
+    worst = _worst(model, form, path)
+    if worst is not None and not worst <= TOLERANCE:
+        raise UserError(
+            f"the file must compute what the run's model does; got a difference of {worst:.3g}; report this"
+        )
     return worst
 
 

@@ -7,7 +7,7 @@ from lm.evaluator import measured, perplexity
 from lm.events import Diverged, EpochEnded, Event, Interrupted, Started, Stepped, Validated
 from lm.tokenizers import Unit
 
-_FORMAT = "{desc} {percentage:3.0f}%|{bar:20}| {rate_fmt}{postfix}, {remaining} left"
+_FORMAT = "training {percentage:3.0f}%|{bar:20}| {desc}, {rate_fmt}{postfix}, {remaining} left"
 
 
 class ProgressBar:
@@ -80,7 +80,7 @@ class ProgressBar:
         )
 
     def _move(self, event: Stepped) -> None:
-        self._bar.set_description(f"epoch {event.epoch}/{self._epochs}", refresh=False)
+        self._bar.set_description_str(f"epoch {event.epoch}/{self._epochs}", refresh=False)
         self._bar.set_postfix_str(self._ppl(event.epoch_nll, event.epoch_tokens), refresh=False)
         self._bar.update(event.tokens)
 

@@ -2,6 +2,7 @@
 command line."""
 
 import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from lm.config import Config, DataConfig, TrainConfig
 from lm.distributed import Team
 from lm.errors import UserError
 from lm.evaluator import Score, evaluate
-from lm.events import Scored
+from lm.events import Event, Scored, Stepped
 from lm.internals import STEPS, Internals
 from lm.lock import Lock
 from lm.machine import require_backend, require_device, require_memory, resolve_device, resolve_precision
@@ -43,6 +44,10 @@ class Outcome:
     step: int
     score: Score | None
     speed: str
+
+
+_END_OF = {"epochs": "all epochs", "max_steps": "train.max_steps", "patience": "train.patience"}
+_MORE = "raise what ended it, as by --set train.epochs=N, or begin another run with its weights: --init-from"
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ def train(settings: Config, path: Path, *, resume: str = "auto", overwrite: bool
         _describe(say, settings, text, model)
         where = f"resuming after step {trainer.state.step}" if saved else "a new run"
         where += "" if start is None else f", from the best weights of {settings.train.init_from}"
+        if saved and (ended := trainer.ended()):
+            where = f"finished after step {trainer.state.step} ({_END_OF[ended]}): nothing is left to train; {_MORE}"
         say(f"run folder {folder}: {where}" + (f", {team.size} processes" if team.size > 1 else ""))
         return _run(trainer, settings, folder, text)
 
@@ -323,11 +330,13 @@ def _score_best(model: LanguageModel, settings: Config, folder: RunFolder, text:
 
 @contextmanager
 def _signals(trainer: Trainer) -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM end the run after its present step; a second one ends it at once."""
+    """Inside, Ctrl-C and the signals of schedulers end the run after its present step; a second one ends it at once.
+    Those that were ignored before, as SIGHUP is under nohup, still are."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
 
     def ask(number: int, _: Any) -> None:
         trainer.stop(signal.Signals(number).name)
@@ -340,3 +349,58 @@ def _signals(trainer: Trainer) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+def rehearse(settings: Config, say: Say = print) -> None:
+    """Says what `train` would train, and how large and fast it is by one timed step. No run is written, none resumed.
+
+    Raises:
+        UserError: settings or a text that cannot work here.
+    """
+    _require(settings, Team())
+    settings = _placed(settings, None, Team(), say)
+    text = _text(settings, None, _start(settings.train, say), say)
+    require_memory(settings.model, text.tokenizer.size)
+    torch.manual_seed(settings.train.seed)
+    device = require_device(settings.train.device)
+    model = LanguageModel(settings.model, text.tokenizer.size, settings.train.backend).to(device)
+    trainer = _trainer(model, settings, text, Team())
+    steps: list[Stepped] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Stepped):
+            steps.append(event)
+            if len(steps) >= 2:  # the first one compiles and allocates
+                trainer.stop("rehearsal")
+
+    trainer.listeners.append(watch)
+    trainer.fit()
+    _describe(say, settings, text, model)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    kept = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    state = sum(value.nbytes for value in kept if isinstance(value, Tensor))
+    say(
+        f"memory: weights {_mib(weights)}, gradients {_mib(weights)}, optimizer {_mib(state)}; "
+        f"this process used {_mib(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)} at most"
+    )
+    last, options = steps[-1], settings.train
+    rate = last.tokens / last.seconds
+    epoch = trainer.data.active(0, trainer.data.steps)
+    say(
+        f"one step: {last.seconds:.3f} s for {last.tokens:,} tokens, {rate:,.0f} tokens/s; an epoch of {epoch:,} "
+        f"tokens takes about {_duration(epoch / rate)}, {options.epochs} epochs "
+        f"{_duration(options.epochs * epoch / rate)}, validations not counted"
+    )
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:,.0f} minutes" if seconds < 6000 else f"{seconds / 3600:,.1f} hours"

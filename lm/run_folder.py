@@ -128,8 +128,15 @@ class RunFolder:
         names = [name for name in sorted(ours) if theirs[name] != ours[name] and not _may_change(name, settings)]
         if names:
             differences = "; ".join(f"{name} is {theirs[name]} there and {ours[name]} here" for name in names)
+            fixed = ""
+            if set(names) <= {"train.epochs", "train.max_steps"} and settings.train.schedule == "cosine":
+                fixed = (
+                    "the schedule cosine is planned for so many epochs; to train on, begin another run with these "
+                    f"weights: --init-from {self}; or "
+                )
             raise UserError(
-                f"a run must be resumed with its own settings; got others than {self} has: {differences}; {_WAYS}"
+                f"a run must be resumed with its own settings; got others than {self} has: {differences}; "
+                f"{fixed}{_WAYS}"
             )
 
     def require_vocabulary(self, tokenizer: Tokenizer) -> None:

@@ -247,6 +247,10 @@ class Trainer:
         return asked
 
     def _ended(self) -> str | None:
+        return self.ended() or self.team.agree(self._stop)
+
+    def ended(self) -> str | None:
+        """Returns why the run is over for good, one of `ENDS`; None where it can go on."""
         config, state = self.config, self.state
         if state.epoch >= config.epochs:
             return "epochs"
@@ -256,7 +260,7 @@ class Trainer:
             return "patience"
         if config.stop_patience is not None and optim.worsened(state.valid, config.stop_patience):
             return "patience"
-        return self.team.agree(self._stop)
+        return None
 
     def _step(self, start: int, stop: int) -> None:
         began = time.perf_counter()

@@ -247,11 +247,12 @@ def _last_line(path: str) -> str:
 
 @contextmanager
 def _signals(runs: _Runs) -> Iterator[None]:
-    """Inside, Ctrl-C, SIGTERM and a closed terminal stop the runs."""
+    """Inside, Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal stop the runs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    known = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    numbers = [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
     before = {
         number: signal.signal(number, lambda number, _: runs.stop(signal.Signals(number).name)) for number in numbers
     }

@@ -37,8 +37,6 @@ class Triton:
     runs_special = False
     wide_weights = False
     losses: tuple[torch.dtype, ...] = ()
-    online_norm = staticmethod(channels.online_norm)
-    online_norm_backward = staticmethod(channels.online_norm_backward)
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
         if device.type != "cuda" and not (device.type == "cpu" and interpreted()):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lm import config
 from lm.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +100,13 @@ def test_train_eval_sample(process, corpus):
     again, _ = process("sample", "runs/default-text", "--prompt", "the cat", "--length", "12", "--seed", "3")
     assert first == again
     assert first.startswith("the cat")
+
+
+def test_a_dry_run(call, corpus, tmp_path):
+    out, _ = call("train", "--data", "text", "--dry-run", *QUICK)
+    assert "1x8 lstm" in out
+    assert "one step: " in out
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
 def test_a_run_resumes_from_its_folder_alone(call, trained):
@@ -337,8 +345,15 @@ def test_config_prints_a_preset_that_can_be_given_back(call, corpus, tmp_path):
 def test_help_names_every_option_and_key(process, call):
     assert {"train", "eval", "sample", "data", "tokenizer", "config"} <= set(process("--help")[0].split())
     out, _ = call("train", "--help")
-    for word in ("--preset", "--resume", "[default: auto]", "--backend", "train.lr=0.003", "model.alpha_fwd="):
+    for word in ("--preset", "--resume", "[default: auto]", "--backend", "train.lr=0.004", "model.alpha_fwd="):
         assert word in out
+    keys = out.partition("Every key of --set")[2]
+    assert re.search(r"^  \[train\]$", keys, re.MULTILINE)
+    assert {"train.epochs=4", 'train.schedule="cosine"'} <= {*keys.split()}, "those of a plain train"
+    assert max(map(len, out.splitlines())) <= 110
+    assert {line.split(".")[1].split("=")[0] for line in keys.splitlines() if re.match(r"    train\.", line)} == {
+        *config.TrainConfig.model_fields
+    }
     assert "[default: 1.0]" in call("sample", "--help")[0]
     assert "0.1.0" in call("--version")[0]
 

@@ -214,8 +214,13 @@ def test_a_section_on_a_base_that_is_no_table(tmp_path, text):
 
 def test_every_key_is_described():
     found = list(config.describe())
-    assert len(found) == len(config.flatten(config.Config()))
-    assert all(len(line.split("  ", 1)[1]) > 3 for line in found)
+    default = config.flatten(config.build(config.preset("default")))
+    told = dict(line.strip().split("  ", 1) for line in found if re.match(r"  \w+\.", line))
+    assert [name.partition("=")[0] for name in told] == [*default]
+    assert {name.partition("=")[2].strip('"') for name in told if name.startswith("train.epochs")} == {"4"}
+    assert all(len(meaning) > 3 for meaning in told.values())
+    assert [line for line in found if line.startswith("[")] == [f"[{name}]" for name in config.Config.model_fields]
+    assert max(map(len, found)) <= 106
 
 
 @pytest.mark.parametrize("text", ["9" * 5000, "[" * 5000, "0x" + "f" * 5000])

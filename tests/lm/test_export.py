@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_model
 
 from lm import config, export, tokenizers
 from lm.errors import UserError
+from lm.model import LanguageModel
 from lm.trained import TrainedModel
 
 
@@ -116,3 +119,34 @@ def test_what_cannot_be_run_here_is_said(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "FORMATS", {"torchscript": replace(form, check_needs=("a_runtime_of_elsewhere",))})
     assert export.export(trained(), "torchscript", tmp_path / "file") is None
     assert (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_alone_load_without_this_program(trained, tmp_path, tied):
+    source, path = trained(tied=tied), tmp_path / "new/weights.safetensors"
+    assert export.export(source, "safetensors", path) is None
+    with safe_open(path, "pt") as file:
+        found = file.metadata()
+    assert tokenizers.from_state(json.loads(found["tokenizer"])).sha256 == source.tokenizer.sha256
+    assert config.build(json.loads(found["settings"])) == source.config
+    other = LanguageModel(source.config.model, source.tokenizer.size)
+    load_model(other, path)
+    for name, value in source.model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+    with pytest.raises(UserError, match="must be written to a new file"):
+        export.export(source, "safetensors", path)
+
+
+def test_embeddings_are_word2vec_s_text(trained, tmp_path):
+    source = trained()
+    export.export(source, "embeddings", tmp_path / "words.txt")
+    head, *rows = (tmp_path / "words.txt").read_text().splitlines()
+    assert head == f"{source.tokenizer.size} 12"
+    assert [row.split(" ")[0] for row in rows] == [source.tokenizer.piece(i) for i in range(source.tokenizer.size)]
+    found = torch.tensor([[float(value) for value in row.split(" ")[1:]] for row in rows])
+    assert torch.equal(found, source.model.embedding.weight)
+    characters = replace(source, tokenizer=tokenizers.train("char", ["a b\t\u00a0cdefg"]))
+    export.export(characters, "embeddings", tmp_path / "characters.txt")
+    rows = (tmp_path / "characters.txt").read_text().split("\n")[1:-1]
+    assert {"<0x20>", "<0x09>", "<0xA0>"} <= {row.split(" ")[0] for row in rows}
+    assert {len(row.split()) for row in rows} == {13}

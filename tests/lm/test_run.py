@@ -13,6 +13,7 @@ from safetensors.torch import load_file, load_model
 from lm import checkpoint, config, run, stream, tokenizers
 from lm.errors import UserError
 from lm.evaluator import evaluate
+from lm.events import Stepped
 from lm.lock import Lock
 from lm.machine import resolve_device
 from lm.model import LanguageModel
@@ -368,10 +369,12 @@ def test_a_best_checkpoint_that_is_of_no_use_gives_way(train, tmp_path, validati
     assert checkpoint.load(best)["trainer"]["step"] == 4
 
 
-def test_a_finished_run_only_scores_again(train, tmp_path):
+def test_a_finished_run_only_scores_again_and_says_so(train, tmp_path):
     first = train()
     before = checkpoint.load(tmp_path / "run/checkpoints/last.safetensors")
-    again = train()
+    said = []
+    again = train(say=said.append)
+    assert re.search(r"finished after step \d+ \(all epochs\): nothing is left to train; .*--init-from", said[-1])
     assert (again.score, again.step, again.speed) == (first.score, first.step, "no step taken")
     assert_equal(checkpoint.load(tmp_path / "run/checkpoints/last.safetensors"), before, "last")
 
@@ -396,8 +399,11 @@ def test_a_folder_of_another_configuration_is_refused(train, tmp_path, assignmen
 
 def test_a_cosine_schedule_fixes_the_number_of_epochs(train):
     train("train.schedule=cosine")
-    with pytest.raises(UserError, match=r"train\.epochs is 2 there and 3 here"):
+    told = r"train\.epochs is 2 there and 3 here; the schedule cosine is planned for .*: --init-from \S+run; or choose"
+    with pytest.raises(UserError, match=told):
         train("train.schedule=cosine", "train.epochs=3")
+    with pytest.raises(UserError, match=r"train\.lr is .* here; choose"):
+        train("train.schedule=cosine", "train.lr=0.1")
 
 
 def test_when_averaging_begins_is_fixed_where_weights_are_averaged(train):
@@ -883,10 +889,49 @@ def test_a_tokenizer_file_is_taken(train, tmp_path, lines):
     assert load(tmp_path / "run").tokenizer.size == 4
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
 def test_signal_handlers_are_put_back(train):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(number) for number in STOPPING]
     train("train.max_steps=1")
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert [signal.getsignal(number) for number in STOPPING] == before
+
+
+@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_signal_stops_and_saves_unless_it_was_ignored(train, tmp_path, monkeypatch, number, ignored):
+    fit = run.Trainer.fit
+
+    def is_second(event):
+        return isinstance(event, Stepped) and event.step == 2
+
+    def signalled(self):
+        self.listeners.insert(0, lambda event: signal.raise_signal(number) if is_second(event) else None)
+        return fit(self)
+
+    monkeypatch.setattr(run.Trainer, "fit", signalled)
+    before = signal.signal(number, signal.SIG_IGN) if ignored else None
+    try:
+        outcome = train("train.epochs=1")
+    finally:
+        if ignored:
+            signal.signal(number, before)
+    assert outcome.reason == ("epochs" if ignored else number.name)
+    if not ignored:
+        assert checkpoint.load(tmp_path / "run/checkpoints/last.safetensors")["trainer"]["step"] == 2
+
+
+def test_a_rehearsal_writes_nothing(settings, tmp_path):
+    before, said = {*tmp_path.rglob("*")}, []
+    run.rehearse(settings(), say=said.append)
+    assert {*tmp_path.rglob("*")} == before
+    assert re.search(r"tokens to train on", said[0])
+    assert re.search(r"memory: weights [\d.]+ MiB, gradients [\d.]+ MiB, optimizer 0\.0 MiB; .* at most", said[2])
+    assert re.search(
+        r"one step: [\d.]+ s for \d+ tokens, .*; an epoch of [34]\d\d tokens takes about .*, 2 epochs ", said[3]
+    )
+    run.rehearse(settings("train.max_steps=1", "train.optimizer=adam"), say=said.append)
 
 
 def test_a_run_in_a_thread_needs_no_signals(train):

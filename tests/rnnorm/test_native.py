@@ -418,7 +418,8 @@ def test_linear_cross_entropy_refuses_what_it_cannot_read(M, half):
     }
 
     def call(**changed):
-        return torch.ops.rnnorm_cpu.linear_cross_entropy(*{**given, **changed}.values(), True, True, True, True, half, 0)
+        tensors = {**given, **changed}.values()
+        return torch.ops.rnnorm_cpu.linear_cross_entropy(*tensors, True, True, True, True, half, 0)
 
     assert all(found.isfinite().all() for found in call())
     for name, tensor in given.items():
