@@ -489,6 +489,12 @@ def flatten(config: Config) -> dict[str, Any]:
     }
 
 
+def telling(config: Config) -> dict[str, Any]:
+    """Returns what `flatten` does, the settings that differ from the default preset's first."""
+    plain, found = flatten(build(preset("default"))), flatten(config)
+    return dict(sorted(found.items(), key=lambda item: item[1] == plain[item[0]]))
+
+
 def to_toml(config: Config) -> str:
     """Returns the whole configuration as TOML, each key under its description; `build` reads it back."""
     lines: list[str] = []

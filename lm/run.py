@@ -268,11 +268,11 @@ def _run(trainer: Trainer, settings: Config, folder: RunFolder, text: _Text) -> 
     internals = Internals(trainer.model, columns.gather(0, min(STEPS, columns.steps))[0])
     json_lines = JsonLines(folder.metrics, *shared, text.tokens_per_unit, internals)
     tensorboard = TensorBoard(
-        folder.tensorboard,
+        folder.events,
         *shared,
         trainer.model,
         text.tokenizer,
-        config.flatten(settings),
+        config.telling(settings),
         text.tokens_per_unit,
         internals,
     )

@@ -47,6 +47,15 @@ class RunFolder:
         return str(self.path)
 
     @property
+    def events(self) -> Path:
+        """Where TensorBoard's files are: in a folder that has the run's name, by which TensorBoard calls it; of a run
+        that was renamed or begun by version 0.1, where they were."""
+        held = [path for path in self.tensorboard.glob("*") if path.is_dir() and path.name != "valid"]
+        if any(self.tensorboard.glob("events.*")):
+            return self.tensorboard
+        return held[0] if len(held) == 1 else self.tensorboard / self.path.resolve().name
+
+    @property
     def best(self) -> Path:
         """Where the weights of the best validation are kept."""
         return self.checkpoints / checkpoint.BEST

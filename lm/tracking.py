@@ -118,8 +118,26 @@ def _of_epoch(event: EpochEnded, tokens_per_unit: float) -> dict[str, float]:
     return {"loss": mean, "ppl": perplexity(mean * tokens_per_unit, 1)}
 
 
+# What each scalar is, by its tag or its group; TensorBoard shows it beside the chart, groups in this order.
+_DESCRIPTIONS = {
+    "perplexity": "Perplexity per unit of the tokenizer after each epoch: on the training text (the mean over the "
+    "epoch, in training mode) and, as the run `valid`, on the validation text.",
+    "saturated": "Share of a gate's values within 5 % of an end of its range, at each validation.",
+    "score": "Perplexity of the best checkpoint, at the end.",
+    "train/loss": "Nats per token of one step.",
+    "train/ppl": "Perplexity per unit of one step.",
+    "train/lr": "Learning rate.",
+    "train/grad_norm": "Norm of the gradient before clipping.",
+    "train/tokens_per_second": "Speed of one step.",
+    "valid/loss": "Nats per token on the validation text, read in columns.",
+    "valid/ppl": "Perplexity per unit on the validation text, read in columns.",
+}
+
+
 class TensorBoard:
     """Writes scalars, histograms of the normalization's statistics, sampled text and hyper-parameters.
+
+    Perplexity after each epoch has one tag in two runs, `folder` (training) and its `valid`: one chart shows both.
 
     Arguments:
         folder: of the event files; what they hold of steps after `step` is marked as void.
@@ -142,7 +160,7 @@ class TensorBoard:
 
         self.model, self.tokenizer = model, tokenizer
         self.log_every, self.tokens_per_unit, self.internals = log_every, tokens_per_unit, internals
-        self.file = EventFile(folder, void_from=step + 1 if step else 0)
+        self.file, self.valid = (EventFile(place, step + 1 if step else 0) for place in (folder, folder / "valid"))
         if step == 0:
             # it holds no lists
             plain = {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}
@@ -156,6 +174,7 @@ class TensorBoard:
             case Validated():
                 loss = event.score.nll / event.score.tokens
                 self._scalars(event, "valid", {"loss": loss, "ppl": event.score.ppl})
+                self._scalars(event, "perplexity", {"epoch": event.score.ppl}, self.valid)
                 self._statistics(event)
                 if self.internals is not None:
                     gates = self.internals.at(event.step)["gates"]
@@ -163,20 +182,26 @@ class TensorBoard:
                 text = sample(self.model, self.tokenizer, length=SAMPLE_LENGTH, seed=event.step)
                 self._text(event, "sample", "    " + text.replace("\n", "\n    "))
             case EpochEnded():
-                self._scalars(event, "epoch", _of_epoch(event, self.tokens_per_unit))
+                self._scalars(event, "perplexity", {"epoch": _of_epoch(event, self.tokens_per_unit)["ppl"]})
             case Scored():
                 # One step on, where a run that resumes voids it: its own final score comes later.
                 event = replace(event, step=event.step + 1)
-                self._scalars(event, "final", {f"{event.split}_ppl_{event.score.protocol}": event.score.ppl})
+                self._scalars(event, "score", {f"{event.split}_ppl_{event.score.protocol}": event.score.ppl})
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the files."""
         self.file.close()
+        self.valid.close()
 
-    def _scalars(self, event: Event, group: str, values: Mapping[str, float]) -> None:
+    def _scalars(self, event: Event, group: str, values: Mapping[str, float], file: "EventFile | None" = None) -> None:
         from torch.utils.tensorboard.summary import scalar
 
-        self.file.add(event.step, *(scalar(f"{group}/{name}", value) for name, value in values.items()))
+        for name, value in values.items():
+            summary = scalar(tag := f"{group}/{name}", value)
+            metadata = summary.value[0].metadata
+            metadata.summary_description = _DESCRIPTIONS.get(tag) or _DESCRIPTIONS[group]
+            metadata.plugin_data.plugin_name = "scalars"
+            (file or self.file).add(event.step, summary)
 
     def _text(self, event: Event, name: str, value: str) -> None:
         from torch.utils.tensorboard.summary import text

@@ -151,7 +151,7 @@ def shown(folder: Path) -> list[tuple[str, int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports every restart
-    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    found = EventAccumulator(str(folder / "tensorboard" / folder.name), size_guidance={"scalars": 0})
     found.Reload()
     tags = [tag for tag in found.Tags()["scalars"] if not tag.endswith("per_second")]
     return [(tag, event.step, event.value) for tag in tags for event in found.Scalars(tag)]

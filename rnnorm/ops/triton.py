@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnorm.ops import channels
 from rnnorm.ops.call import CallSpec, Operands, Results
 from rnnorm.ops.errors import Failure
 

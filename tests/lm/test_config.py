@@ -258,3 +258,9 @@ def test_paths_hold_no_nul():
 @pytest.mark.parametrize(("old", "new"), [("none", "float32"), ("bfloat16", "bfloat16")])
 def test_a_run_that_names_its_precision_as_version_0_1_does_still_loads(old, new):
     assert config.TrainConfig(autocast=old).precision == new
+
+
+def test_settings_that_differ_lead():
+    found = config.telling(config.build(config.override(config.preset("default"), ["train.lr=1", "model.cell=gru"])))
+    assert [*found][:2] == ["model.cell", "train.lr"]
+    assert len(found) == len(config.flatten(config.Config()))

@@ -770,6 +770,18 @@ def test_divergence_after_the_last_step_inside_an_epoch(train, tmp_path, monkeyp
         train("train.max_steps=4")
 
 
+def test_tensorboard_calls_a_run_by_its_folder(train, tmp_path):
+    train("train.epochs=1")
+    assert {path.parent.name for path in (tmp_path / "run").rglob("events.*")} == {"run", "valid"}
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    train("train.epochs=2", folder="renamed")
+    assert {path.name for path in (tmp_path / "renamed/tensorboard").iterdir()} == {"run"}
+    for path in (tmp_path / "renamed/tensorboard/run").iterdir():  # as version 0.1 kept them
+        path.rename(tmp_path / "renamed/tensorboard" / path.name)
+    train("train.epochs=3", folder="renamed")
+    assert len([*(tmp_path / "renamed/tensorboard").glob("events.*")]) == 3
+
+
 def test_another_corpus_is_scored_with_the_same_vocabulary(train, tmp_path, lines):
     train("train.max_steps=2")
     other = tmp_path / "other"

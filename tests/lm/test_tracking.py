@@ -144,7 +144,13 @@ def test_tensorboard_files_are_read_back(tmp_path, board):
     found = read(tmp_path)
     tags = found.Tags()
     assert {"train/loss", "train/ppl", "train/lr", "train/grad_norm", "train/tokens_per_second"} <= set(tags["scalars"])
-    assert {"valid/loss", "valid/ppl", "epoch/ppl", "final/valid_ppl_columns"} <= set(tags["scalars"])
+    assert {"valid/loss", "valid/ppl", "perplexity/epoch", "score/valid_ppl_columns"} <= set(tags["scalars"])
+    assert sorted(tags["scalars"])[0] == "perplexity/epoch", "the first chart"
+    valid = read(tmp_path / "valid")
+    assert [(event.step, event.value) for event in valid.Scalars("perplexity/epoch")] == [(2, 50.0)]
+    assert valid.Tags()["scalars"] == ["perplexity/epoch"]
+    for tag in tags["scalars"]:
+        assert len(found.SummaryMetadata(tag).summary_description) > 10, tag
     assert [event.step for event in found.Scalars("train/loss")] == [1, 2]
     assert found.Scalars("valid/ppl")[0].value == 50.0
     statistics = {f"statistics/norm_{name}_l0" for name in ("mean", "var", "u", "v")}
@@ -171,7 +177,8 @@ def test_tensorboard_continues_without_double(tmp_path, board):
     found = read(tmp_path)
     assert [event.step for event in found.Scalars("train/loss")] == [1, 2, 3, 4]
     assert [event.step for event in found.Scalars("valid/ppl")] == [4]
-    assert len(found.Scalars("final/valid_ppl_columns")) == 1
+    assert [event.step for event in read(tmp_path / "valid").Scalars("perplexity/epoch")] == [4]
+    assert len(found.Scalars("score/valid_ppl_columns")) == 1
 
 
 def test_importing_the_toolkit_loads_no_sink_and_no_corpus_library():
