@@ -21,7 +21,7 @@ from lm.corpora import Split
 from lm.errors import UserError
 from lm.evaluator import Group, ProtocolName, Score, headline, record
 from lm.files import write_chunks
-from lm.run_folder import TEXT, Which
+from lm.run_folder import TEXT, RunFolder, Which
 from lm.sample import LONGEST
 from lm.text import Text
 from lm.trained import TrainedModel, load
@@ -295,6 +295,8 @@ def evaluate(
             score = trained.score_adapted(split, means, rms=rms, data=data, groups=by_frequency or by_position)
         frequency, position = by_frequency and score.by_frequency, by_position and score.by_position
         scores.append((split, replace(score, by_frequency=frequency or None, by_position=position or None)))
+    if data is None and which == "best":
+        RunFolder(folder).keep_scores(trained.step, [(split, record(score)) for split, score in scores])
     if as_json:
         records = [{"split": split, **record(score)} for split, score in scores]
         click.echo(json.dumps(records[0] if len(records) == 1 else records, indent=2))

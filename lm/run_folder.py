@@ -4,9 +4,10 @@ config.toml  tokenizer.json  metrics.jsonl  tensorboard/  checkpoints/{last,prev
 text.txt, where the text was the standard input
 """
 
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from lm.lock import Lock
 from lm.tokenizers import Tokenizer
 
 TEXT = "text.txt"  # what was read from the standard input, kept so that the run can resume
+SCORES = "scores.jsonl"  # what `eval` has scored of the run's own text, for its report
 Say = Callable[[str], None]
 Which = Literal["best", "last"]
 
@@ -126,6 +128,12 @@ class RunFolder:
             if which == "best" and checkpoint.is_whole(self.checkpoints / checkpoint.LAST):
                 raise UserError(f"{fault}; the last one is whole: give --checkpoint last") from None
             raise
+
+    def keep_scores(self, step: int, scores: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        """Appends scores of the weights of a step, by split, where the folder can be written."""
+        with suppress(OSError), (self.path / SCORES).open("a", encoding="utf-8") as file:
+            for split, record in scores:
+                file.write(json.dumps({"step": step, "split": split, **record}) + "\n")
 
     def require_same_run(self, settings: Config, saved: Mapping[str, Any] | None) -> None:
         """Raises UserError where the folder holds a run of other settings."""

@@ -25,6 +25,10 @@ _CURVES = (
     "perplexity on the validation text after each epoch (in columns). Median over seeds, band from the lower to the "
     "upper quartile; a cross is a run that diverged, at its last epoch: from then on it counts as infinitely bad."
 )
+_OF_RUNS = (
+    "perplexity after each epoch: with points on the validation text (in columns), thin on the training text, the mean "
+    "over the epoch in training mode. A cross is a run that diverged, at its last epoch."
+)
 _FIRST_WINDOWS = (
     "perplexity at the best checkpoint against T0, the length of the run's first window; each run a point, arms "
     "side by side. "
@@ -76,7 +80,7 @@ def all_of(source: Source) -> dict[str, tuple["Figure", str]]:
     found: dict[str, tuple[Figure | None, str]] = {}
     cells = list(dict.fromkeys(arm["cell"] for arm in source.selected))
     for cell in cells:
-        found[f"curves-{cell}"] = curves(source, cell), f"{_CELLS[cell]}: {_CURVES}"
+        found[f"curves-{cell}"] = curves(source, cell), f"{_CELLS[cell]}: {_CURVES if source.folder else _OF_RUNS}"
     for measure, caption in _FINALS.items():
         found[measure.replace("_", "-")] = finals(source, measure), caption
     for cell in cells:
@@ -112,14 +116,17 @@ def curves(source: Source, cell: str) -> "Figure | None":
     lines = [(arm, quartiles) for arm, quartiles in lines if quartiles or arm["diverged"]]
     if not lines:
         return None
+    trained = {arm["arm"]: _trained(source, arm) for arm in arms}
     plotted = [ppl for _, quartiles in lines for low, middle, _ in quartiles.values() for ppl in (low, middle)]
-    top = _scale(axes, "y", plotted)
+    top = _scale(axes, "y", [*plotted, *(ppl for curve in trained.values() for ppl in curve.values())])
     for arm, quartiles in lines:
         low, middle, high = np.array([*quartiles.values()]).reshape(-1, 3).T
         label = _label(arm) + (f" ({arm['diverged']} of {arm['runs']} diverged)" if arm["diverged"] else "")
         label += " (beyond the axis)" if top < middle.min(initial=math.inf) < math.inf else ""
         look: Any = {"color": _color(arm), "ls": _line(arm, arms), "marker": ".", "ms": 4, "lw": 1.5}
         axes.plot([*quartiles], middle, **look, label=label)
+        if curve := trained[arm["arm"]]:
+            axes.plot([*curve], [*curve.values()], color=_color(arm), ls=_line(arm, arms), lw=0.7, marker="_", ms=4)
         band: Any = {"color": _color(arm), "alpha": 0.18, "lw": 0}
         axes.fill_between([*quartiles], np.minimum(low, top), np.minimum(high, top), **band)
     for arm in arms:
@@ -129,10 +136,16 @@ def curves(source: Source, cell: str) -> "Figure | None":
                 look = {"marker": "x", "ms": 7, "mew": 2, "color": _color(arm), "ls": ""}
                 axes.plot([epoch], [min(ppl, top)], **look, clip_on=False, zorder=5)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("perplexity, validation")
+    axes.set_ylabel("perplexity, validation" if source.folder else "perplexity")
     _whole(axes)
     figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     return figure
+
+
+def _trained(source: Source, arm: Mapping[str, Any]) -> dict[int, float]:
+    """A run's training perplexity by epoch; nothing of a study, whose arms have many runs."""
+    rows = [] if source.folder else [row for entry in source.of(arm) for row in entry.result["epochs"]]
+    return {row["epoch"]: row["train_ppl"] for row in rows if row["train_ppl"] is not None}
 
 
 def _by_epoch(entries: Sequence[Entry]) -> dict[int, list[float]]:
@@ -351,10 +364,13 @@ def _grid(height: float, rows: int, columns: int) -> tuple["Figure", Any]:
 
 
 def _whole(axes: "Axes") -> None:
-    """Epochs: whole numbers at the ticks."""
+    """Epochs: whole numbers at the ticks, also where there is one epoch alone."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    low, high = axes.get_xlim()
+    if high - low < 1:
+        axes.set_xlim(round(low + high) / 2 - 0.6, round(low + high) / 2 + 0.6)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
 def _scale(axes: "Axes", name: str, values: Sequence[float], widest: float = 8.0) -> float:

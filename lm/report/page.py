@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm import files
+from lm import config, files
 from lm.report import figures
 from lm.report.sources import Source
 from lm.study.statistics import shown, shown_finishing, shown_median
@@ -41,6 +41,7 @@ pre { font-size: .8rem; background: #f5f5f5; padding: .75rem; white-space: pre-w
 }
 """
 _MEASURES = {"test": "test_exact", "valid": "valid_exact", "valid, chunk-mean": "valid_chunk_mean"}
+_BITS = {"bits per character": "bits_per_character", "bits per byte": "bits_per_byte"}
 _TABLES = ("runs.csv", "arms.csv", "epochs.csv", "summary.json")
 
 
@@ -91,15 +92,20 @@ def _section(source: Source, images: Sequence[str]) -> str:
         parts.append(f"<p><strong>Not complete: {missing} of {summary['runs_planned']} runs are missing.</strong></p>")
     heads, rows = _results(source)
     parts += ["<h2>Results</h2>", _table(heads, rows), f'<p class="note">{html.escape(_note(source))}</p>']
-    parts += ["<h2>Figures</h2>", '<div class="figures">', *images, "</div>"]
-    parts += [*_sign_tests(summary), *_runs(source), *_bands(source), *_provenance(source)]
+    if not any(entry.result["epochs"] for entry in source.entries):
+        parts.append("<p><strong>No epoch has ended yet: there is nothing to draw.</strong></p>")
+    if images:
+        parts += ["<h2>Figures</h2>", '<div class="figures">', *images, "</div>"]
+    parts += [*_settings(source), *_sign_tests(summary), *_runs(source), *_bands(source), *_provenance(source)]
     return "\n".join(parts)
 
 
 def _note(source: Source) -> str:
     """What one must know to read the table of arms."""
     arms = source.summary["arms"]
-    said = ["Perplexity per word." if source.folder is None else "Medians over seeds, quartiles in brackets; per word."]
+    said = [f"Perplexity per {source.unit}; test is what `eval RUN --split test` has scored of the best checkpoint."]
+    if source.folder is not None:
+        said = [f"Medians over seeds, quartiles in brackets; per {source.unit}."]
     if any(arm["diverged"] for arm in arms):
         said.append(
             "A run whose loss, gradient or validation was not finite, or whose perplexity is beyond e^700, diverged: "
@@ -131,13 +137,18 @@ def _compared(arms: Sequence[Mapping[str, Any]]) -> bool:
 def _results(source: Source) -> tuple[list[str], list[list[str]]]:
     """The heads and rows of the table of arms."""
     arms = source.summary["arms"]
-    measures = {head: name for head, name in _MEASURES.items() if any(arm[name]["median"] for arm in arms)}
+    always = () if source.folder else ("test_exact",)
+    measures = {
+        head: name for head, name in _MEASURES.items() if name in always or any(arm[name]["median"] for arm in arms)
+    }
     published, compared = any(arm["published"] for arm in arms), _compared(arms)
     grid = any(not arm["selected"] for arm in arms)
+    bits = {head: found for head, key in _BITS.items() if (found := _bits(source, key))}
     heads = [
         *("arm", "runs", "diverged"),
         *(["finishing runs"] if compared else []),
         *measures,
+        *bits,
         *(["their chunk-mean"] if compared else []),
         *(["published", "ours / published"] if published else []),
         "tokens/s",
@@ -147,12 +158,47 @@ def _results(source: Source) -> tuple[list[str], list[list[str]]]:
         row = [arm["arm"] + (" *" if grid and arm["selected"] else ""), str(arm["runs"]), str(arm["diverged"])]
         row += [shown_finishing(arm)] if compared else []
         row += [_spread(arm, name) for name in measures.values()]
+        row += [found.get(arm["arm"], "") for found in bits.values()]
         row += [_spread(arm["finishing"], "valid_chunk_mean")] if compared else []
         if published:
             ours, theirs = arm["valid_chunk_mean"]["median"], arm["published"]
             row += [f"{theirs:g}" if theirs else "", shown(ours / theirs, 3) if ours and theirs else ""]
         rows.append([*row, f"{arm['tokens_per_second']:,.0f}" if arm["tokens_per_second"] else ""])
     return heads, rows
+
+
+def _bits(source: Source, key: str) -> dict[str, str]:
+    """By arm: the exact bits of runs whose tokens are not words, of test where it was scored, else of valid."""
+    fits = {"character": "bits_per_character", "token": "bits_per_byte", "byte": "bits_per_byte"}
+    if source.folder is not None or fits.get(source.unit) != key:
+        return {}
+    found: dict[str, str] = {}
+    for entry in source.entries:
+        exact = {score["split"]: score for score in entry.result["scores"] if score["protocol"] == "exact"}
+        for split in ("test", "valid"):
+            if split in exact and exact[split].get(key) is not None:
+                found.setdefault(entry.arm, f"{exact[split][key]:.3f} ({split})")
+    return found
+
+
+def _settings(source: Source) -> list[str]:
+    """What was trained on which text, and the settings in which the runs differ from the default preset."""
+    if not source.settings:
+        return []
+    default = config.flatten(config.build(config.preset("default")))
+    of = source.settings
+    named = {"text": [_place(flat["data.source"]) for flat in of.values()]}
+    for key, usual in default.items():
+        if key not in ("data.source", "data.dir") and any(flat[key] != usual for flat in of.values()):
+            named[f"{key} (default {usual})"] = [str(flat[key]) for flat in of.values()]
+    told = "The text, and each setting that differs from the default preset."
+    rows = [[name, *values] for name, values in named.items()]
+    return ["<h2>Settings</h2>", f'<p class="note">{told}</p>', _table(["setting", *of], rows, wrap=True)]
+
+
+def _place(source: str) -> str:
+    """A text's name: of a file or folder, the last parts of its path."""
+    return "/".join(Path(source).parts[-2:]) if "/" in source else source
 
 
 def _spread(arm: Mapping[str, Any], measure: str) -> str:

@@ -1,12 +1,14 @@
 """What a report is made from: the results of a study, or of run folders by themselves."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lm import config
+from lm import checkpoint, config
 from lm.errors import UserError
+from lm.run_folder import SCORES
 from lm.study import SUMMARY, Arm, Job, Study, provenance, results, statistics, summarize
 
 _SUMMARY = {
@@ -46,12 +48,20 @@ class Source:
         name: of the study, and its folder's where a report shows several of that name.
         folder: of a study; None for runs.
         summary: as `lm.study.summarize` returns it.
+        settings: of runs: every setting, by arm.
     """
 
     name: str
     folder: Path | None
     summary: Mapping[str, Any]
     entries: tuple[Entry, ...]
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """What the perplexities are per; units of different tokenizers in one study are named together."""
+        found = {score.get("unit", "word") for entry in self.entries for score in entry.result["scores"]}
+        return " or ".join(sorted(found)) or "word"
 
     @property
     def selected(self) -> list[Mapping[str, Any]]:
@@ -64,7 +74,7 @@ class Source:
 
 
 def load(folders: Sequence[Path]) -> list[Source]:
-    """Reads study folders, each by itself, and run folders, all together.
+    """Reads study folders, each by itself, and run folders, those on one text together.
 
     Raises:
         UserError: a folder that is neither, or that is given twice; a study that has no result yet, or is damaged.
@@ -77,7 +87,7 @@ def load(folders: Sequence[Path]) -> list[Source]:
                 f"a report must be of run folders and of studies that have a result; got {folder}, which is neither; "
                 "check the path"
             )
-    return _apart(studies + ([_runs(runs)] if runs else []))
+    return _apart(studies + _runs(runs))
 
 
 def _apart(sources: list[Source]) -> list[Source]:
@@ -107,22 +117,42 @@ def _study(folder: Path) -> Source:
     return Source(summary["study"], folder, summary, tuple(entries))
 
 
-def _runs(folders: Sequence[Path]) -> Source:
-    """Each run as a separate arm."""
-    entries, arms = [], []
-    for folder, name in zip(folders, _names(folders), strict=True):
+def _runs(folders: Sequence[Path]) -> list[Source]:
+    """Each run as a separate arm; runs on other texts, or with perplexities per another unit, apart."""
+    found: dict[tuple[str, str], list[tuple[Arm, Entry]]] = {}
+    for folder, name in zip(folders, _names(folders) if folders else (), strict=True):
         settings = config.build(config.read_toml(folder / "config.toml", "a run's configuration"))
         arm = Arm(name, name, f"{folder}/config.toml", (), None, settings)
         log = results.metrics(folder)
-        scores = [row for row in log if row["kind"] == "final"]
+        finals = [row for row in log if row["kind"] == "final"]
         diverged = next((row["what"] for row in log if row["kind"] == "diverged"), None)
+        scores = [*finals, *(score for score in _evaluated(folder, log) if score["split"] == "test")]
         gathered = results.gather(Job(arm, settings.train.seed), log, scores, diverged)
-        entries.append(Entry({**gathered, "versions": provenance.versions()}, _internals(log)))
-        arms.append(arm)
-    summary = summarize(Study("runs", "", tuple(arms), 1), [dict(entry.result) for entry in entries])
+        valid = next((row for row in log if row["kind"] in ("final", "valid")), {})
+        key = str(valid.get("data_sha256", settings.data.source)), str(valid.get("unit", "word"))
+        entry = Entry({**gathered, "versions": provenance.versions()}, _internals(log))
+        found.setdefault(key, []).append((arm, entry))
+    names = [Path(pairs[0][0].settings.data.source).name or "text" for pairs in found.values()]
+    told = [f"runs on {name}" for name in names] if len(found) > 1 else ["runs"]
+    told = [name if told.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(told, 1)]
+    return [_of_one_text(name, pairs) for name, pairs in zip(told, found.values(), strict=True)] if folders else []
+
+
+def _of_one_text(name: str, pairs: Sequence[tuple[Arm, Entry]]) -> Source:
+    arms, entries = [arm for arm, _ in pairs], tuple(entry for _, entry in pairs)
+    summary = summarize(Study(name, "", tuple(arms), 1), [dict(entry.result) for entry in entries])
     again = [["train", "--preset", arm.preset, "--run", "ANOTHER"] for arm in arms]
     summary["arms"] = [{**arm, "command": command} for arm, command in zip(summary["arms"], again, strict=True)]
-    return Source(summary["study"], None, summary, tuple(entries))
+    return Source(name, None, summary, entries, {arm.name: config.flatten(arm.settings) for arm in arms})
+
+
+def _evaluated(folder: Path, log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What `eval` has scored of the run's best weights, each split and protocol once: the last."""
+    best = [row["step"] for row in log if row["kind"] == "valid" and row["best"]]
+    with suppress(UserError):
+        best = [checkpoint.load(folder / "checkpoints" / checkpoint.BEST)["trainer"]["step"]]
+    kept = [row for row in results.logged_scores(folder / SCORES) if row["step"] in best[-1:]]
+    return [*{(row["split"], row["protocol"]): row for row in kept}.values()]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

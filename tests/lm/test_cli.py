@@ -246,6 +246,14 @@ def test_eval_shows_counts_and_units(call, trained, corpus):
     assert re.match(r"valid \d\.\d{3} bits per character \(exact, \d+ tokens\)\n  unit +characters", out)
 
 
+def test_a_report_shows_what_eval_has_scored(call, trained, tmp_path):
+    record = json.loads(call("eval", trained, "--split", "test", "--json")[0])
+    call("eval", trained, "--split", "test", "--data", "text")
+    assert len((trained / "scores.jsonl").read_text().splitlines()) == 1, "of its own text alone"
+    call("report", trained, "--out", "page")
+    assert f"{record['ppl']:,.2f}" in (tmp_path / "page/table.md").read_text()
+
+
 def test_data_prepare_and_stats(process, call, tmp_path):
     raw = "It's a <unk> day, isn't it? In 1,234 Cases.\n" * 150 + "Seen once\n" + "Never again\n" * 20
     (tmp_path / "raw.txt").write_text(raw)

@@ -355,7 +355,7 @@ def test_runs_by_themselves(folder, tmp_path, monkeypatch):
     assert (tmp_path / "out/runs/figures/curves-lstm.png").exists()
     assert (tmp_path / "out/paper/runs.csv").exists()
     table = (tmp_path / "out/runs/table.md").read_text()
-    assert table.splitlines()[0] == "| arm | runs | diverged | valid | tokens/s |"
+    assert table.splitlines()[0] == "| arm | runs | diverged | test | valid | tokens/s |"
     assert "| one | 1 | 0 | 50.00 | 1,000 |" in table
     assert "train --preset one/config.toml --run ANOTHER" in text
     assert "python -m lm study paper.toml --seeds 3 --data FOLDER" in text
@@ -484,3 +484,64 @@ def test_a_browser_shows_it(written, tmp_path, width):
 def test_every_norm_has_a_color_and_every_cell_a_label():
     assert {*figures._COLORS} == {*rnnorm.norms.KINDS}
     assert {*figures._CELLS} == {*rnnorm.CELLS}
+
+
+def run_of(place, name, epochs=2, text="book", unit="word", *assignments):
+    """A run's folder with a log that is written here."""
+    folder = place / name
+    folder.mkdir()
+    settings = config.override(config.preset("default"), [f"data.source=/texts/{text}", *assignments])
+    (folder / "config.toml").write_text(config.to_toml(config.build(settings)))
+    arm = study.Arm(name, name, "default", (), None, config.build(settings))
+    rows = [row | ({"unit": unit} if row["kind"] == "valid" else {}) for row in lines_of(arm, 1, epochs)]
+    score = {"protocol": "exact", "ppl": 50.0, "unit": unit, "data_sha256": text, "vocabulary_sha256": "v"}
+    bits = {"bits_per_character": 1.25, "bits_per_byte": 1.5}
+    if epochs:
+        rows.append({"kind": "final", "split": "valid", "step": 10 * epochs, "epoch": epochs, **score, **bits})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder, {"split": "test", **score, **bits}
+
+
+def test_runs_on_different_texts_share_no_axis(tmp_path):
+    one, _ = run_of(tmp_path, "one")
+    other, _ = run_of(tmp_path, "other", 3, "book", "word", "model.norm=layer")
+    chinese, _ = run_of(tmp_path, "chinese", 2, "chinese", "character", "data.tokenizer=char")
+    pieces, _ = run_of(tmp_path, "pieces", 2, "book", "token", "data.tokenizer=bpe")
+    found = report.load([one, other, chinese, pieces])
+    assert [source.name for source in found] == ["runs on book (1)", "runs on chinese", "runs on book (3)"]
+    assert [[arm["arm"] for arm in source.selected] for source in found] == [["one", "other"], ["chinese"], ["pieces"]]
+    assert [source.unit for source in found] == ["word", "character", "token"]
+    text = report.write(found, tmp_path / "page").read_text()
+    for told in ("Perplexity per character;", "bits per character", "1.250 (valid)", "1.500 (valid)", "texts/chinese"):
+        assert told in text
+    assert report.load([one])[0].name == "runs"
+
+
+def test_a_run_has_its_training_curve_settings_text_and_test_column(tmp_path):
+    folder, score = run_of(tmp_path, "one", 2, "book", "word", "train.lr=0.5")
+    (source,) = report.load([folder])
+    axes = figures.curves(source, "lstm").axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[58.0, 57.0], [55.0, 55.0]]
+    assert axes.get_ylabel() == "perplexity"
+    heads, rows = page._results(source)
+    assert dict(zip(heads, rows[0], strict=True))["test"] == "-"
+    text = report.write([source], tmp_path / "page").read_text()
+    assert "train.lr (default 0.004)</td><td>0.5" in text
+    assert "texts/book" in text
+    lines = [{"step": 10, **score, "ppl": 9.0}, {"step": 20, **score, "ppl": 8.0}, {"step": 20, **score, "ppl": 7.0}]
+    (folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
+    heads, rows = page._results(report.load([folder])[0])
+    assert dict(zip(heads, rows[0], strict=True))["test"] == "7.00", "the last, of the best checkpoint's step"
+
+
+def test_one_epoch_has_one_label_and_none_says_so(tmp_path):
+    (source,) = report.load([run_of(tmp_path, "one", 1)[0]])
+    for figure in (figures.curves(source, "lstm"), figures.statistics(source, source.selected[0])):
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            low, high = axes.get_xlim()
+            assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+    text = report.write(report.load([run_of(tmp_path, "none", 0)[0]]), tmp_path / "page").read_text()
+    assert "No epoch has ended yet" in text
+    assert "<h2>Figures</h2>" not in text
+    assert "No epoch has ended" not in report.write([source], tmp_path / "other").read_text()
