@@ -4,6 +4,7 @@
     python scripts/benchmark.py --quick          # few rounds, small sizes only
     python scripts/benchmark.py --json FILE      # also write the results as JSON
     python scripts/benchmark.py --only LSTM      # only rows whose name contains TEXT
+    python scripts/benchmark.py --train FOLDER   # tokens/s of `lm train` on FOLDER/train.txt and of torch's parts
     python scripts/benchmark.py --device cuda    # the rows for a GPU, against cuDNN, in one process
     TRITON_INTERPRET=1 python scripts/benchmark.py --tiny    # those rows on the CPU: that they run, not how fast
 
@@ -21,8 +22,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,15 +48,22 @@ class Row(NamedTuple):
     goal: float | None = None
 
 
-def _layer_work(layer: nn.Module, T: int, N: int, size: int, **call: Any) -> Work:
-    """Forward and backward of a layer, the input's gradient included, on the device and in the dtype of its weights."""
+def _autocast(half: bool) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16, enabled=half)
+
+
+def _layer_work(layer: nn.Module, T: int, N: int, size: int, half: bool = False, **call: Any) -> Work:
+    """Forward and backward of a layer, the input's gradient included, on the device and in the dtype of its weights, or
+    with `half` under autocast in bfloat16."""
     like = next(layer.parameters())
     x = torch.randn(T, N, size).to(like).requires_grad_()
-    grad = torch.randn(T, N, size).to(like)
+    grad = torch.randn(T, N, size).to(torch.bfloat16 if half else like.dtype).to(like.device)
 
     def work() -> None:
         layer.zero_grad()
-        layer(x, **call)[0].backward(grad)
+        with _autocast(half):
+            y = layer(x, **call)[0]
+        y.backward(grad)
         if like.is_cuda:
             torch.cuda.synchronize()
 
@@ -96,31 +106,34 @@ class EagerLayerNormLSTM(nn.Module):
 class TorchLanguageModel(nn.Module):
     """The usual word-level model of torch's modules: tied weights, one LSTM, full logits."""
 
-    def __init__(self, vocabulary: int, size: int) -> None:
+    def __init__(self, vocabulary: int, size: int, num_layers: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, size)
-        self.layers = nn.LSTM(size, size)
+        self.layers = nn.LSTM(size, size, num_layers, dropout=dropout)
+        self.dropout = nn.Dropout(dropout)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
 
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        hidden, _ = self.layers(self.embedding(inputs))
-        logits = F.linear(hidden, self.embedding.weight, self.bias)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    def loss(self, inputs: Tensor, targets: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        hidden, state = self.layers(self.dropout(self.embedding(inputs)), state)
+        logits = F.linear(self.dropout(hidden), self.embedding.weight, self.bias)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), state
 
 
-def _step_work(model: nn.Module, loss: Callable[[], Tensor]) -> Work:
+def _step_work(model: nn.Module, loss: Callable[[], Tensor], half: bool) -> Work:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def work() -> None:
         optimizer.zero_grad()
-        loss().backward()
+        with _autocast(half):
+            found = loss()
+        found.backward()
         optimizer.step()
 
     return work
 
 
-def _decoder_works(M: int, E: int, V: int) -> tuple[Work, Work]:
+def _decoder_works(M: int, E: int, V: int, half: bool = False, their_half: bool = False) -> tuple[Work, Work]:
     hidden = torch.randn(M, E, requires_grad=True)
     weight = (0.1 * torch.randn(V, E)).requires_grad_()
     bias = torch.zeros(V, requires_grad=True)
@@ -131,12 +144,15 @@ def _decoder_works(M: int, E: int, V: int) -> tuple[Work, Work]:
 
     def ours() -> None:
         fresh()
-        nats, count = linear_cross_entropy(hidden, weight, bias, targets)
+        with _autocast(half):
+            nats, count = linear_cross_entropy(hidden, weight, bias, targets)
         (nats / count).backward()
 
     def torchs() -> None:
         fresh()
-        F.cross_entropy(F.linear(hidden, weight, bias), targets).backward()
+        with _autocast(their_half):
+            loss = F.cross_entropy(F.linear(hidden, weight, bias), targets)
+        loss.backward()
 
     return ours, torchs
 
@@ -156,7 +172,7 @@ def _norm_works(shape: tuple[int, ...]) -> tuple[Work, Work]:
     return work_of(rnnorm.OnlineNorm(shape[1])), work_of(torchs(shape[1]))
 
 
-def _step_works(V: int, size: int, T: int, N: int) -> tuple[Work, Work]:
+def _step_works(V: int, size: int, T: int, N: int, half: bool = False, their_half: bool = False) -> tuple[Work, Work]:
     inputs, targets = torch.randint(V, (T, N)), torch.randint(V, (T, N))
     ours = LanguageModel(ModelConfig(hidden_size=size), V)
     plain = TorchLanguageModel(V, size)
@@ -165,7 +181,7 @@ def _step_works(V: int, size: int, T: int, N: int) -> tuple[Work, Work]:
         nats, count = ours.loss(ours(inputs)[0], targets)
         return nats / count
 
-    return _step_work(ours, our_loss), _step_work(plain, lambda: plain.loss(inputs, targets))
+    return _step_work(ours, our_loss, half), _step_work(plain, lambda: plain.loss(inputs, targets)[0], their_half)
 
 
 def _masked_works(T: int, N: int, H: int) -> tuple[Work, Work]:
@@ -189,9 +205,15 @@ def rows(quick: bool) -> Iterator[Row]:
     small = T, N, H = sizes[0]
     at = f"{T},{N},{H}"
 
-    def pair(ours: Callable[[int], nn.Module], torchs: Callable[[int], nn.Module], size: tuple[int, int, int]) -> Any:
+    def pair(
+        ours: Callable[[int], nn.Module],
+        torchs: Callable[[int], nn.Module],
+        size: tuple[int, int, int],
+        half: bool = False,
+        their_half: bool = False,
+    ) -> Any:
         T, N, H = size
-        return lambda: (_layer_work(ours(H), T, N, H), _layer_work(torchs(H), T, N, H))
+        return lambda: (_layer_work(ours(H), T, N, H, half), _layer_work(torchs(H), T, N, H, their_half))
 
     def lstm(**options: Any) -> Callable[[int], nn.Module]:
         return lambda H: rnnorm.LSTM(H, H, **options)
@@ -215,8 +237,34 @@ def rows(quick: bool) -> Iterator[Row]:
     yield Row("LSTM online / TorchScript (scripted)", at, pair(lstm(), scripted, small))
     yield Row("LSTM online, scripted / reference", at, pair(scripted, reference, small), 0.20)
     yield Row("LSTM layer / eager per step", at, pair(lstm(norm="layer"), EagerLayerNormLSTM, small))
-    yield Row("linear_cross_entropy / torch's pair", "1280,200,10000", lambda: _decoder_works(1280, 200, 10000), 0.52)
-    yield Row("training step, 1x200 tied / torch's parts", at, lambda: _step_works(10000, 200, T, N), 0.57)
+    decoder = functools.partial(_decoder_works, 1280, 200, 10000)
+    step = functools.partial(_step_works, 10000, 200, T, N)
+    yield Row("linear_cross_entropy / torch's pair", "1280,200,10000", decoder, 0.52)
+    yield Row("training step, 1x200 tied / torch's parts", at, step, 0.57)
+    # In bfloat16, to torch's time in float32 and in bfloat16.
+    wide, narrow = {"half": True}, {"half": True, "their_half": True}
+    goals16 = {
+        "none": ((0.60, 0.85), (0.50, 0.55), (0.43, 0.38)),
+        **dict.fromkeys(("online", "layer"), ((0.65, 0.90), (0.55, 0.60), (0.45, 0.40))),
+    }
+    for norm, both in goals16.items():
+        for size, (to_wide, to_narrow) in zip(sizes, both, strict=False):
+            where = ",".join(map(str, size))
+            works = functools.partial(pair, lstm(norm=norm), torchs("LSTM"), size)
+            yield Row(f"LSTM {norm}, bfloat16 / nn.LSTM, float32", where, works(**wide), to_wide)
+            yield Row(f"LSTM {norm}, bfloat16 / nn.LSTM, bfloat16", where, works(**narrow), to_narrow)
+    for size, goal in zip(sizes, (0.35, 0.32, 0.25), strict=False):
+        works = pair(lambda H: rnnorm.GRU(H, H), torchs("GRU"), size, **wide)
+        yield Row("GRU online, bfloat16 / nn.GRU, float32", ",".join(map(str, size)), works, goal)
+    works = pair(lambda H: rnnorm.RNN(H, H), torchs("RNN"), small, **wide)
+    yield Row("RNN tanh online, bfloat16 / nn.RNN, float32", at, works, 0.38)
+    for name, works, to_wide, to_narrow in (
+        ("linear_cross_entropy, bfloat16 / torch's pair", decoder, 0.30, 0.60),
+        ("training step, 1x200 tied, bfloat16 / torch's parts", step, 0.33, 0.60),
+    ):
+        where = "1280,200,10000" if works is decoder else at
+        yield Row(f"{name}, float32", where, functools.partial(works, **wide), to_wide)
+        yield Row(f"{name}, bfloat16", where, functools.partial(works, **narrow), to_narrow)
     lengths, begins = torch.randint(1, T + 1, (N,)), torch.rand(T, N) < 1 / 32
     padded = lambda: _layer_work(lstm()(H), T, N, H)  # noqa: E731
     yield Row(
@@ -299,6 +347,97 @@ def growth(T: int, N: int, H: int, rounds: int) -> dict[str, Any]:
     return {"T": T, "N": N, "H": H, "ms": statistics.median(times[2:]) * 1e3}
 
 
+class Program(NamedTuple):
+    """A whole training program: dropout on words, between layers and on the output; SGD; the gradient clipped."""
+
+    num_layers: int
+    size: int
+    dropout: float
+    N: int
+    T: int
+    lr: float
+    clip: float
+
+
+PROGRAMS = {
+    "1x200 tied, batch 20, window 64": Program(1, 200, 0.0, 20, 64, 1.0, 5.0),
+    "2x200 tied, dropout 0.2, batch 20, window 35": Program(2, 200, 0.2, 20, 35, 20.0, 0.25),
+}
+
+
+def plain_program(folder: str, form: list[Any], steps: int, half: bool) -> None:
+    """The usual word-level script of torch's parts: vocabulary, columns, windows, a state that is carried on."""
+    program = Program(*form)
+    ids: dict[str, int] = {}
+    words = (word for line in (Path(folder) / "train.txt").open() for word in [*line.split(), "<eos>"])
+    text = torch.tensor([ids.setdefault(word, len(ids)) for word in words])
+    columns = text[: len(text) // program.N * program.N].view(program.N, -1).t().contiguous()
+    model = TorchLanguageModel(len(ids), program.size, program.num_layers, program.dropout)
+    optimizer, state = torch.optim.SGD(model.parameters(), lr=program.lr), None
+    for step in range(steps):
+        start = step * program.T % (len(columns) - program.T)
+        window = columns[start : start + program.T + 1]
+        optimizer.zero_grad()
+        with _autocast(half):
+            loss, state = model.loss(window[:-1], window[1:], state)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), program.clip)
+        optimizer.step()
+        state = tuple(part.detach() for part in state)
+        loss.item()
+
+
+def _seconds(command: list[str]) -> float:
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)} must end; got exit code {done.returncode}:\n{done.stderr}")
+    return time.perf_counter() - start
+
+
+def programs(folder: str, quick: bool, threads: int) -> Iterator[dict[str, Any]]:
+    """Tokens/s of whole programs: from the time that more steps take, so that start and end cancel."""
+    few, many, rounds = (5, 15, 1) if quick else (20, 220, 3)
+
+    def ours(program: Program, norm: str, precision: str, steps: int) -> float:
+        settings = {
+            **{"model.norm": norm, "model.num_layers": program.num_layers, "model.hidden_size": program.size},
+            **{
+                "model.tied": "true",
+                "model.dropout": program.dropout,
+                "train.optimizer": "sgd",
+                "train.lr": program.lr,
+            },
+            **{"train.clip": program.clip, "train.batch_size": program.N, "train.window": program.T},
+            **{"train.schedule": "constant", "train.precision": precision, "train.max_steps": steps},
+        }
+        assignments = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+        with tempfile.TemporaryDirectory() as run:
+            return _seconds(
+                [sys.executable, "-m", "lm", "train", "--data", folder, *assignments, "--run", f"{run}/run"]
+            )
+
+    def theirs(program: Program, half: bool, steps: int) -> float:
+        task = f"loop:{json.dumps([folder, program, steps, half])}"
+        return _seconds([sys.executable, __file__, "--one", task, "--threads", str(threads)])
+
+    def rate(program: Program, seconds: Callable[[int], float]) -> float:
+        return (many - few) * program.N * program.T / (seconds(many) - seconds(few))
+
+    for (name, program), norm in itertools.product(PROGRAMS.items(), ("none", "online")):
+        sides = {
+            "ours": functools.partial(ours, program, norm, "float32"),
+            "ours_bfloat16": functools.partial(ours, program, norm, "bfloat16"),
+            "torch": functools.partial(theirs, program, False),
+            "torch_bfloat16": functools.partial(theirs, program, True),
+        }
+        found: dict[str, list[float]] = {side: [] for side in sides}
+        for _ in range(rounds):
+            for side, seconds in sides.items():
+                found[side].append(rate(program, seconds))
+        yield {"name": name, "norm": norm, **{side: statistics.median(rates) for side, rates in found.items()}}
+
+
 def machine(device: str) -> dict[str, Any]:
     if device == "cuda":
         return {
@@ -320,17 +459,20 @@ def one(task: str, quick: bool, threads: int) -> dict[str, Any]:
     """What a separate process measures: a row by its number, or a size of the growth table."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    kind, number = task.split(":")
+    kind, number = task.split(":", 1)
     if kind == "growth":
         return growth(*GROWTH[int(number)], 3 if quick else 15)
+    if kind == "loop":
+        plain_program(*json.loads(number))
+        return {}
     row = list(rows(quick))[int(number)]
     slow = "1500" in row.size or "reference" in row.name
     return measure(row, 3 if quick else 5 if slow else 15)
 
 
-def apart(task: str, chosen: argparse.Namespace) -> dict[str, Any]:
+def apart(task: str, chosen: argparse.Namespace, threads: int | None = None) -> dict[str, Any]:
     """`one` in a separate process."""
-    command = [sys.executable, __file__, "--one", task, "--threads", str(chosen.threads)]
+    command = [sys.executable, __file__, "--one", task, "--threads", str(threads or chosen.threads)]
     done = subprocess.run(
         [*command, *(["--quick"] if chosen.quick else [])], capture_output=True, text=True, check=False
     )
@@ -349,6 +491,11 @@ def main() -> None:
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the rows for a GPU, not the CPU"
     )
     parser.add_argument("--tiny", action="store_true", help="the rows for a GPU at a tiny size, one round")
+    parser.add_argument(
+        "--train",
+        metavar="FOLDER",
+        help="only tokens/s of whole programs on FOLDER/train.txt: `lm train`, torch's parts",
+    )
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
@@ -356,6 +503,17 @@ def main() -> None:
         return
     here = machine(chosen.device) | {"threads": chosen.threads}
     print(f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, Python {here['python']}\n")
+    if chosen.train:
+        os.environ["OMP_NUM_THREADS"] = str(chosen.threads)
+        print(
+            "| program | norm | ours | bfloat16 | torch's parts | bfloat16 |  ratios |\n|---|---|---|---|---|---|---|"
+        )
+        for found in programs(chosen.train, chosen.quick, chosen.threads):
+            rates = [found[side] for side in ("ours", "ours_bfloat16", "torch", "torch_bfloat16")]
+            ratios = f"{rates[0] / rates[2]:.2f}, {rates[1] / rates[2]:.2f}"
+            cells = [found["name"], found["norm"], *(f"{rate:,.0f}" for rate in rates), ratios]
+            print(f"| {' | '.join(cells)} |", flush=True)
+        return
     print("| what | T,N,H or M,E,V | ours ms | yardstick ms | ratio | goal |\n|---|---|---|---|---|---|")
     figures = []
     on_device = chosen.device == "cuda" or chosen.tiny
@@ -371,11 +529,16 @@ def main() -> None:
             f"| {figure['ratio']:.2f} | {goal} |",
             flush=True,
         )
-    sizes = [] if chosen.only or on_device else [apart(f"growth:{number}", chosen) for number in range(len(GROWTH))]
+    counts = [] if chosen.only or on_device else sorted({1, chosen.threads})
+    sizes = [
+        apart(f"growth:{number}", chosen, threads) | {"threads": threads}
+        for number in range(len(GROWTH))
+        for threads in counts
+    ]
     if sizes:
-        print("\n| online LSTM: T | N | H | ms |\n|---|---|---|---|")
+        print("\n| online LSTM: T | N | H | threads | ms |\n|---|---|---|---|---|")
         for size in sizes:
-            print(f"| {size['T']} | {size['N']} | {size['H']} | {size['ms']:.2f} |")
+            print(f"| {size['T']} | {size['N']} | {size['H']} | {size['threads']} | {size['ms']:.2f} |")
     if chosen.json:
         chosen.json.write_text(json.dumps({"machine": here, "rows": figures, "growth": sizes}, indent=1) + "\n")
 
