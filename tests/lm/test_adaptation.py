@@ -156,6 +156,19 @@ def test_a_text_of_one_subject_is_scored_better(net, text, tokenizer, rms):
         assert nlls(net, ids, tokenizer, means, rms).mean() < plain - 0.1
 
 
+@pytest.mark.parametrize("count", [2, 3, 5, 6])
+def test_short_texts_and_large_constants(net, text, tokenizer, count):
+    """A segment and a window beyond the text; statistics of gradients over as few tokens."""
+    ids = text(9, seed=1).ids[:count]
+    rms = adaptation.gradient_rms(net, ids, tokenizer.eos, 999)
+    assert len(rms) == len([*net.parameters()])
+    means = Adaptation(1.1, replace(DYNAMIC, segment=999), replace(CACHE, window=10**9))
+    scores = nlls(net, ids, tokenizer, means, rms)
+    assert scores.shape == (count,)
+    assert np.isfinite(scores).all()
+    assert scores[0] == pytest.approx(nlls(net, ids, tokenizer, Adaptation(1.1), rms)[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [True, False])
 def test_tuning_is_never_worse_than_where_it_began(net, text, tokenizer, rms, temperature):
