@@ -524,4 +524,6 @@ def _meaning(section: str, key: str) -> str:
 
 
 def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"  # on one line
     return tomli_w.dumps({"": "none" if value is None else value}).partition(" = ")[2].strip()

@@ -61,6 +61,15 @@ def test_the_written_form_is_read_back_equal():
     assert 'max_steps = "none"' in text
 
 
+def test_a_list_is_written_on_one_line_and_read_back():
+    built = config.build(config.preset("awd-ptb"))
+    assert "\nlayer_sizes = [1150, 1150, 400]\n" in config.to_toml(built)
+    assert config.build(tomllib.loads(config.to_toml(built))) == built
+    given = config.assignment("model.layer_sizes", [7, 5])
+    assert given == "model.layer_sizes=[7, 5]"
+    assert config.override({}, [given]) == {"model": {"layer_sizes": [7, 5]}}
+
+
 def test_rnn_is_short_for_rnn_tanh():
     assert config.build({"model": {"cell": "rnn"}}).model.cell == "rnn_tanh"
 
