@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -334,11 +335,13 @@ def shown(split: str, score: Score) -> str:
     lines += [f"  {name:18} {number:12,}" for name, number in counts.items() if number is not None]
     if score.unk is not None and score.eos is not None:
         lines[-1] += f"  {score.unk / max(1, score.tokens - score.eos):.2%}"
+    of_one = {"unigram model": score.unigram_ppl}
+    of_one |= {"without <eos>": score.ppl_without_eos, "without <unk>": score.ppl_without_unk}
+    if score.unit in ("character", "byte"):  # in bits, as the headline
+        of_one = {name: ppl and math.log2(ppl) for name, ppl in of_one.items()}
     rows = {
-        "unigram model": score.unigram_ppl,
+        **of_one,
         "per token": score.ppl_per_token if score.ppl_per_token != score.ppl else None,
-        "without <eos>": score.ppl_without_eos,
-        "without <unk>": score.ppl_without_unk,
         "bits per word": score.bits_per_word if score.unit in ("word", "token") else None,
         "bits per character": score.bits_per_character,
         "bits per byte": score.bits_per_byte,

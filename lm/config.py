@@ -489,10 +489,15 @@ def flatten(config: Config) -> dict[str, Any]:
     }
 
 
+_LEADING = ("data.source", "data.tokenizer", "model.cell", "model.norm", "model.hidden_size", "train.lr", "train.seed")
+
+
 def telling(config: Config) -> dict[str, Any]:
-    """Returns what `flatten` does, the settings that differ from the default preset's first."""
+    """Returns, as `flatten` does, what tells runs apart: a few settings, then those that differ from the default
+    preset's."""
     plain, found = flatten(build(preset("default"))), flatten(config)
-    return dict(sorted(found.items(), key=lambda item: item[1] == plain[item[0]]))
+    names = [*_LEADING, *(name for name in found if found[name] != plain[name])]
+    return {name: found[name] for name in names if name != "data.dir"}
 
 
 def to_toml(config: Config) -> str:

@@ -197,10 +197,8 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import scalar
 
         for name, value in values.items():
-            summary = scalar(tag := f"{group}/{name}", value)
-            metadata = summary.value[0].metadata
-            metadata.summary_description = _DESCRIPTIONS.get(tag) or _DESCRIPTIONS[group]
-            metadata.plugin_data.plugin_name = "scalars"
+            summary = scalar(tag := f"{group}/{name}", value, new_style=True)  # the old one takes no description
+            summary.value[0].metadata.summary_description = _DESCRIPTIONS.get(tag) or _DESCRIPTIONS[group]
             (file or self.file).add(event.step, summary)
 
     def _text(self, event: Event, name: str, value: str) -> None:

@@ -148,13 +148,13 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 def shown(folder: Path) -> list[tuple[str, int, float]]:
     """Returns every scalar in TensorBoard except times."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports every restart
-    found = EventAccumulator(str(folder / "tensorboard" / folder.name), size_guidance={"scalars": 0})
+    found = EventAccumulator(str(folder / "tensorboard" / folder.name), tensor_size_guidance={"scalars": 0})
     found.Reload()
-    tags = [tag for tag in found.Tags()["scalars"] if not tag.endswith("per_second")]
-    return [(tag, event.step, event.value) for tag in tags for event in found.Scalars(tag)]
+    tags = [tag for tag in found.PluginTagToContent("scalars") if not tag.endswith("per_second")]
+    return [(tag, event.step, event.tensor_proto.float_val[0]) for tag in tags for event in found.Tensors(tag)]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Texts by name, by file or by folder: train, valid and test."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def _open(source: str, data_dir: Path, needed: tuple[str, ...], options: Reading
     if source and place.exists():
         return _split(place.name.partition(".")[0], open_text(place, options, cache), options)
     if is_pattern(source):
-        return _split(Path(source.partition("*")[0]).name or "text", join(source, options, cache), options)
+        return _split(Path(re.split(r"[*?\[]", source)[0]).name or "text", join(source, options, cache), options)
     raise UserError(
         f"data must be one of {', '.join(CORPORA)}, or a folder or file of text, a pattern such as 'src/**/*.py', or "
         f"hf:NAME; got {source!r}, which is none of these; check it; where a run's text was moved, give --data NEW"

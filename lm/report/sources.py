@@ -126,7 +126,8 @@ def _runs(folders: Sequence[Path]) -> list[Source]:
         log = results.metrics(folder)
         finals = [row for row in log if row["kind"] == "final"]
         diverged = next((row["what"] for row in log if row["kind"] == "diverged"), None)
-        scores = [*finals, *(score for score in _evaluated(folder, log) if score["split"] == "test")]
+        tested = [score for score in _evaluated(folder, log) if score["split"] == "test"]
+        scores = [*finals, *(score for score in tested if score["protocol"] in ("exact", "chunk-mean"))]
         gathered = results.gather(Job(arm, settings.train.seed), log, scores, diverged)
         valid = next((row for row in log if row["kind"] in ("final", "valid")), {})
         key = str(valid.get("data_sha256", settings.data.source)), str(valid.get("unit", "word"))

@@ -269,7 +269,8 @@ def test_a_run_that_names_its_precision_as_version_0_1_does_still_loads(old, new
     assert config.TrainConfig(autocast=old).precision == new
 
 
-def test_settings_that_differ_lead():
-    found = config.telling(config.build(config.override(config.preset("default"), ["train.lr=1", "model.cell=gru"])))
-    assert [*found][:2] == ["model.cell", "train.lr"]
-    assert len(found) == len(config.flatten(config.Config()))
+def test_what_tells_runs_apart():
+    given = ["train.epochs=9", "model.cell=gru", "data.dir=/elsewhere"]
+    found = config.telling(config.build(config.override(config.preset("default"), given)))
+    assert {*found} == {*config._LEADING, "train.epochs"}
+    assert (found["model.cell"], found["train.epochs"], found["train.lr"]) == ("gru", 9, 0.004)

@@ -103,6 +103,7 @@ def test_a_pattern_joins_files_in_order(tmp_path: Path):
     write(tmp_path / "src/c.txt", b"no")
     found = corpora.load(f"{tmp_path}/src/**/*.py", tmp_path / "data")
     assert found.name == "src"
+    assert corpora.load(f"{tmp_path}/src/[a-b]*.py", tmp_path).name == "src"
     assert whole(found) == b"import b\r\n" * 200 + b"def z():\n\treturn 1\n"
     with pytest.raises(UserError, match=r"a pattern must find files; got \S+\*\.c', which finds none"):
         corpora.load(f"{tmp_path}/src/*.c", tmp_path)

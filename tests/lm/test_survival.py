@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from lm import checkpoint, run
 from lm.cli import main
@@ -76,6 +76,9 @@ def logged(folder):
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
 
 
+ALL = {"scalars": 0, "histograms": 0, "text": 0}
+
+
 def names_in(folder):
     """The names of its files and folders, but TensorBoard's files and their folder, which has the run's name."""
     found = {path.name for path in folder.rglob("*") if not path.name.startswith("events.")}
@@ -84,14 +87,13 @@ def names_in(folder):
 
 def scalars(folder):
     """Every scalar that TensorBoard shows, but the times."""
-    found = EventAccumulator(
-        str(folder / "tensorboard" / folder.name), size_guidance={"scalars": 0, "histograms": 0, "tensors": 0}
-    )
+    found = EventAccumulator(str(folder / "tensorboard" / folder.name), tensor_size_guidance=ALL)
     found.Reload()
-    tags = found.Tags()
-    shown = {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in tags["scalars"] if "per_second" not in tag}
-    shown |= {tag: [e.step for e in found.Histograms(tag)] for tag in tags["histograms"]}
-    return shown | {tag: [e.step for e in found.Tensors(tag)] for tag in tags["tensors"] if tag.startswith("sample")}
+    numbers = [tag for tag in found.PluginTagToContent("scalars") if "per_second" not in tag]
+    shown = {tag: [(e.step, e.tensor_proto.float_val[0]) for e in found.Tensors(tag)] for tag in numbers}
+    assert "perplexity/epoch" in shown
+    others = {*found.Tags()["tensors"]} - {*found.PluginTagToContent("scalars")}
+    return shown | {tag: [e.step for e in found.Tensors(tag)] for tag in others}
 
 
 def bytes_of(folder):
