@@ -13,7 +13,7 @@ def linear_cross_entropy(
 
     `sum_m mask[m] * -log_softmax(hidden[m] @ weight.T + bias)[targets[m]]`, block by block: from some hundred rows on,
     memory beyond inputs and gradients stays below an eighth of the logits [M, V]. Gradients are computed in the forward
-    pass. On the CPU one C++ operator computes all; elsewhere, and under autocast, torch's own operators run on chunks
+    pass. On the CPU one C++ operator computes all; elsewhere torch's own operators run on chunks
     of rows.
 
     Arguments:
