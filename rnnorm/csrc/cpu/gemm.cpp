@@ -9,20 +9,39 @@
 
 namespace rnnorm {
 
+#if defined(CPUBLAS_BRGEMM_F32F32F32)
+// One small product, of integers, so that every sum is exact: the layout of pairs is not part of torch's documentation.
+template <typename Product>
+static bool tried() {
+  constexpr bool half = std::is_same_v<Product, Half>;
+  constexpr int n = 16;
+  Product a[n * n], b[n * n];
+  float c[n * n];
+  for (int i = 0; i < n; ++i)
+    for (int k = 0; k < n; ++k) {
+      a[i * n + k] = static_cast<float>(i - k);
+      b[half ? k / 2 * 2 * n + 2 * i + k % 2 : k * n + i] = static_cast<float>(2 * k - i);
+    }
+  try {
+    at::native::cpublas::brgemm(n, n, n, n, n, n, false, a, b, c, half);
+    at::native::cpublas::brgemm_release(half);
+  } catch (const std::exception&) {
+    return false;
+  }
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; ++j) {
+      int sum = 0;
+      for (int k = 0; k < n; ++k) sum += (i - k) * (2 * k - j);
+      if (c[i * n + j] != static_cast<float>(sum)) return false;
+    }
+  return true;
+}
+#endif
+
 template <>
 bool micro_kernel_works<float>() {
 #if defined(CPUBLAS_BRGEMM_F32F32F32)
-  static const bool works = [] {
-    try {
-      const float a[16 * 16] = {}, b[16 * 16] = {};
-      float c[16 * 16];
-      at::native::cpublas::brgemm(16, 16, 16, 16, 16, 16, false, a, b, c, false);
-      at::native::cpublas::brgemm_release(false);
-      return true;
-    } catch (const std::exception&) {
-      return false;
-    }
-  }();
+  static const bool works = tried<float>();
   return works;
 #else
   return false;
@@ -32,31 +51,8 @@ bool micro_kernel_works<float>() {
 template <>
 bool micro_kernel_works<Half>() {
 // Without the instructions oneDNN emulates them, slower than float32.
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__AVX512BF16__)
-  static const bool works = [] {
-    try {
-      // Small integers, so that every sum is exact: the layout of pairs is not part of the function's documentation.
-      constexpr int n = 16;
-      Half a[n * n], b[n * n];
-      float c[n * n];
-      for (int i = 0; i < n; ++i)
-        for (int k = 0; k < n; ++k) {
-          a[i * n + k] = static_cast<float>(i - k);
-          b[k / 2 * 2 * n + 2 * i + k % 2] = static_cast<float>(2 * k - i);
-        }
-      at::native::cpublas::brgemm(n, n, n, n, n, n, false, a, b, c, true);
-      at::native::cpublas::brgemm_release(true);
-      for (int i = 0; i < n; ++i)
-        for (int j = 0; j < n; ++j) {
-          float sum = 0;
-          for (int k = 0; k < n; ++k) sum += static_cast<float>((i - k) * (2 * k - j));
-          if (c[i * n + j] != sum) return false;
-        }
-      return true;
-    } catch (const std::exception&) {
-      return false;
-    }
-  }();
+#if defined(CPUBLAS_BRGEMM_F32F32F32) && defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__AVX512BF16__)
+  static const bool works = tried<Half>();
   return works;
 #else
   return false;
