@@ -8,7 +8,8 @@ zeros for them, so nothing that is kept depends on uninitialized memory.
 
 Tensors with a time axis are found through `table`, their addresses on the device, and the step through `counter`, so
 that a captured graph serves every call and every step. A program never reads what it or another program of the same
-launch has written; there are no atomics, so runs repeat to the bit.
+launch has written; there are no atomics, so runs repeat to the bit. Loads stand before stores: the compiler moves none
+across a store, and each that waits behind one costs the time of a trip to memory.
 
 A float constant is rounded to float32 unless it stands in the same expression as a tensor of float64: constants are
 used where they are needed, never held in a variable, and `tl.maximum` and `tl.minimum`, which also drop NaN, are not
@@ -90,8 +91,17 @@ def publish(
 
 
 @triton.jit
-def _at(table, slot: tl.constexpr, dtype: tl.constexpr):
-    return tl.load(table + slot).to(tl.pointer_type(dtype))
+def _addresses(table):
+    """All addresses, loaded before anything is stored; those without use cost nothing."""
+    found = ()
+    for slot in tl.static_range(19):
+        found += (tl.load(table + slot),)
+    return found
+
+
+@triton.jit
+def _at(addresses, slot: tl.constexpr, dtype: tl.constexpr):
+    return addresses[slot].to(tl.pointer_type(dtype))
 
 
 @triton.jit
@@ -131,7 +141,7 @@ def stream(
 
     `d = x - mean`, `y = d / sqrt(var + eps)`, then `var = a var + a (1 - a) d^2`, `mean = mean + (1 - a) d`.
     """
-    t = tl.load(counter) + offset * direction
+    table, t = _addresses(table), tl.load(counter) + offset * direction
     c = low + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     lanes = c < high
     source, y_kept, rstd_kept = _at(table, SOURCE, K.wide), _at(table, KEPT, K.wide), _at(table, KEPT + 1, K.wide)
@@ -188,7 +198,7 @@ def stream_backward(
     `e = g - (1 - a) v y`, `v = (1 - (1 - a) y^2) v + g y`, `dx = e / s - (1 - a) u`, `u = u + dx`. Sums the gradients
     of scale and shift; writes those of the recurrent part to `operand`.
     """
-    t = tl.load(counter) + offset * direction
+    table, t = _addresses(table), tl.load(counter) + offset * direction
     c = low + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     lanes = c < high
     grads, y_kept, rstd_kept = _at(table, D, K.wide), _at(table, KEPT, K.wide), _at(table, KEPT + 1, K.wide)
@@ -335,13 +345,14 @@ def _split(grad, table, at, ok, STAY: tl.constexpr, SLOT: tl.constexpr, K: tl.co
 def _leave(table, new, old, entering, h_state, mask, s, n, h, P, cells, ok, K: tl.constexpr):
     """End a step with its new h: zoneout, output, state, and what enters the next step's product."""
     new = _zoned(new, old, table, s * P + h, ok, K.stay_h, STAY_H, K)
+    enters = new
+    if mask is not None:
+        enters = new * tl.load(mask + n * P + h, mask=ok, other=0.0)
+    tl.store(entering + n * P + h, enters.to(K.narrow), mask=ok)
     tl.store(h_state + n * P + h, new, mask=ok)
     tl.store(_at(table, OUT, K.narrow) + s * P + h, tl.where(ok, new, 0.0).to(K.narrow), mask=cells)
     if K.save:
         tl.store(_at(table, OLD_H, K.wide) + s * P + h, old, mask=cells)
-    if mask is not None:
-        new = new * tl.load(mask + n * P + h, mask=ok, other=0.0)
-    tl.store(entering + n * P + h, new.to(K.narrow), mask=ok)
 
 
 @triton.jit
@@ -370,6 +381,7 @@ def lstm(
     PART: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`hidden`: operand of the projection, None without one; then `projected` ends the step."""
+    table = _addresses(table)
     s, n, inside, active, carries = _step(table, counter, lengths, offset, direction, N, K, ROWS)
     h = tl.arange(0, BLOCK)[None, :]
     cells, ok = inside & (h < H), active & (h < H)
@@ -377,7 +389,7 @@ def lstm(
     c_old = tl.load(c_state + n * H + h, mask=ok & carries, other=0.0)
     if PART != LAST:
         xs = ()
-        for g in tl.static_range(4):  # all loads before the stores
+        for g in tl.static_range(4):
             xs += (_pre(table, part, s, n, g * H + h, C, ok, carries, tl.constexpr(K.kind), K),)
         normed = ()
         for g in tl.static_range(4):
@@ -385,31 +397,32 @@ def lstm(
         acts = (_sigmoid(normed[0][3]), _sigmoid(normed[1][3]), _tanh(normed[2][3]), _sigmoid(normed[3][3]))
         o = acts[3]
         c = tl.where(ok, acts[1] * c_old + acts[0] * acts[2], 0.0)
-        for g in tl.static_range(4):
-            y, r, guard, _ = normed[g]
-            _keep(table, s, g, 4, h, H, y, r, guard, inside, cells, NORM, tl.constexpr(K.kind), K)
-            if K.save or (PART == FIRST and g == 3):
-                tl.store(gates + s * C + g * H + h, acts[g], mask=cells)
     if PART == FIRST:
         tl.store(extra + s * H + h, c, mask=cells)
     else:
         if PART == LAST:
             c = tl.load(_at(table, CELL, K.wide) + s * H + h, mask=ok, other=0.0)
             o = tl.load(gates + s * C + 3 * H + h, mask=ok, other=0.0)
-        y, r, guard, c = _normalized(
+        y_c, r_c, guard_c, c = _normalized(
             c, 0, h, ok, H, cell_scale, cell_shift, cell_mean, cell_rstd, tl.constexpr(K.cell_kind), K
         )
-        _keep(table, s, 0, 1, h, H, y, r, guard, inside, cells, CELL, tl.constexpr(K.cell_kind), K)
-        t = _tanh(c)
-        if K.save:
-            tl.store(extra + s * H + h, t, mask=cells)
-            tl.store(_at(table, OLD_C, K.wide) + s * H + h, c_old, mask=cells)
-        tl.store(c_state + n * H + h, _zoned(c, c_old, table, s * H + h, ok, K.stay_c, STAY_C, K), mask=ok)
+        t, c_new = _tanh(c), _zoned(c, c_old, table, s * H + h, ok, K.stay_c, STAY_C, K)
         if hidden is not None:
             tl.store(hidden + n * H + h, tl.where(ok, o * t, 0.0).to(K.narrow), mask=cells)
         else:
             old = tl.load(h_state + n * H + h, mask=ok & carries, other=0.0)
             _leave(table, o * t, old, entering, h_state, mask, s, n, h, H, cells, ok, K)
+        tl.store(c_state + n * H + h, c_new, mask=ok)
+        if K.save:
+            tl.store(extra + s * H + h, t, mask=cells)
+            tl.store(_at(table, OLD_C, K.wide) + s * H + h, c_old, mask=cells)
+        _keep(table, s, 0, 1, h, H, y_c, r_c, guard_c, inside, cells, CELL, tl.constexpr(K.cell_kind), K)
+    if PART != LAST:
+        for g in tl.static_range(4):
+            y, r, guard, _ = normed[g]
+            _keep(table, s, g, 4, h, H, y, r, guard, inside, cells, NORM, tl.constexpr(K.kind), K)
+            if K.save or (PART == FIRST and g == 3):
+                tl.store(gates + s * C + g * H + h, acts[g], mask=cells)
 
 
 @_kernel
@@ -417,6 +430,7 @@ def projected(
     table, counter, product, entering, h_state, mask, lengths, offset, direction, N, P,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    table = _addresses(table)
     s, n, inside, active, carries = _step(table, counter, lengths, offset, direction, N, K, ROWS)
     h = tl.arange(0, BLOCK)[None, :]
     ok = active & (h < P)
@@ -431,6 +445,7 @@ def gru(
     PART: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`bias` [H]: of the recurrent part of n, None without one."""
+    table = _addresses(table)
     s, n, inside, active, carries = _step(table, counter, lengths, offset, direction, N, K, ROWS)
     h = tl.arange(0, BLOCK)[None, :]
     cells, ok = inside & (h < H), active & (h < H)
@@ -448,6 +463,19 @@ def gru(
         y_z, r_z, guard_z, z = _normalized(x_z, 1, h, ok, H, scale, shift, mean, rstd, tl.constexpr(K.kind), K)
         r, z = _sigmoid(r), _sigmoid(z)
         x = tl.where(ok, x + r * apart, 0.0)
+    if PART == FIRST:
+        tl.store(gates + 2 * H, x, mask=cells)
+    else:
+        if PART == LAST:
+            x = tl.load(_at(table, NORM, K.wide) + s * C + at, mask=ok, other=0.0)
+            z = tl.load(gates + H, mask=ok, other=0.0)
+        y_n, r_n, guard_n, q = _normalized(x, 2, h, ok, H, scale, shift, mean, rstd, tl.constexpr(K.kind), K)
+        new = _tanh(q)
+        _leave(table, new + z * (old - new), old, entering, h_state, mask, s, n, h, H, cells, ok, K)
+        _keep(table, s, 2, 3, h, H, y_n, r_n, guard_n, inside, cells, NORM, tl.constexpr(K.kind), K)
+        if K.save:
+            tl.store(gates + 2 * H, new, mask=cells)
+    if PART != LAST:
         _keep(table, s, 0, 3, h, H, y_r, r_r, guard_r, inside, cells, NORM, tl.constexpr(K.kind), K)
         _keep(table, s, 1, 3, h, H, y_z, r_z, guard_z, inside, cells, NORM, tl.constexpr(K.kind), K)
         if K.save:
@@ -455,18 +483,6 @@ def gru(
             tl.store(gates, r, mask=cells)
         if K.save or PART == FIRST:
             tl.store(gates + H, z, mask=cells)
-    if PART == FIRST:
-        tl.store(gates + 2 * H, x, mask=cells)
-    else:
-        if PART == LAST:
-            x = tl.load(_at(table, NORM, K.wide) + s * C + at, mask=ok, other=0.0)
-            z = tl.load(gates + H, mask=ok, other=0.0)
-        y, r, guard, q = _normalized(x, 2, h, ok, H, scale, shift, mean, rstd, tl.constexpr(K.kind), K)
-        _keep(table, s, 2, 3, h, H, y, r, guard, inside, cells, NORM, tl.constexpr(K.kind), K)
-        new = _tanh(q)
-        if K.save:
-            tl.store(gates + 2 * H, new, mask=cells)
-        _leave(table, new + z * (old - new), old, entering, h_state, mask, s, n, h, H, cells, ok, K)
 
 
 @_kernel
@@ -474,20 +490,21 @@ def rnn(
     table, counter, part, entering, h_state, mask, lengths, scale, shift, mean, rstd, offset, direction, N, H,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    table = _addresses(table)
     s, n, inside, active, carries = _step(table, counter, lengths, offset, direction, N, K, ROWS)
     h = tl.arange(0, BLOCK)[None, :]
     cells, ok = inside & (h < H), active & (h < H)
     old = tl.load(h_state + n * H + h, mask=ok & carries, other=0.0)
     x = _pre(table, part, s, n, h, H, ok, carries, tl.constexpr(K.kind), K)
     y, r, guard, q = _normalized(x, 0, h, ok, H, scale, shift, mean, rstd, tl.constexpr(K.kind), K)
-    _keep(table, s, 0, 1, h, H, y, r, guard, inside, cells, NORM, tl.constexpr(K.kind), K)
     if K.relu:
         q = tl.where(q < 0, 0.0, q)
     else:
         q = _tanh(q)
+    _leave(table, q, old, entering, h_state, mask, s, n, h, H, cells, ok, K)
+    _keep(table, s, 0, 1, h, H, y, r, guard, inside, cells, NORM, tl.constexpr(K.kind), K)
     if K.save:
         tl.store(_at(table, GATES, K.wide) + s * H + h, q, mask=cells)
-    _leave(table, q, old, entering, h_state, mask, s, n, h, H, cells, ok, K)
 
 
 @triton.jit
@@ -509,6 +526,7 @@ def projected_backward(
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`operand`: the gradient of the projected h, for the product with the projection."""
+    table = _addresses(table)
     s, n, inside, active, carries = _step(table, counter, lengths, offset, direction, N, K, ROWS)
     h = tl.arange(0, BLOCK)[None, :]
     cells, ok = inside & (h < P), active & (h < P)
@@ -526,6 +544,7 @@ def lstm_backward(
     PART: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`hidden`: the gradient of h before its projection, None without one. `d_hidden`: it, from the first part."""
+    table = _addresses(table)
     s, n, inside, active, carries = _step(table, counter, lengths, offset, direction, N, K, ROWS)
     h = tl.arange(0, BLOCK)[None, :]
     cells, ok = inside & (h < H), active & (h < H)
@@ -533,6 +552,11 @@ def lstm_backward(
     gates, t = _at(table, GATES, K.wide) + s * C + h, tl.load(_at(table, EXTRA, K.wide) + at, mask=ok, other=0.0)
     o = tl.load(gates + 3 * H, mask=ok, other=0.0)
     dc_new, dc_old = _split(tl.load(grad_c + n * H + h, mask=ok, other=0.0), table, at, ok, K.stay_c, STAY_C, K)
+    if PART != FIRST:
+        i = tl.load(gates, mask=ok, other=0.0)
+        f = tl.load(gates + H, mask=ok, other=0.0)
+        c = tl.load(gates + 2 * H, mask=ok, other=0.0)
+        c_old = tl.load(_at(table, OLD_C, K.wide) + at, mask=ok, other=0.0)
     if PART == LAST:
         dh = tl.load(d_hidden + n * H + h, mask=cells, other=0.0)
         dc = tl.load(_at(table, D_CELL, K.wide) + at, mask=ok, other=0.0)
@@ -542,34 +566,32 @@ def lstm_backward(
         else:
             later, out = _arrive(table, direct, product, mask, s, n, h, H, cells, ok, K)
             dh, through = _split(out, table, at, ok, K.stay_h, STAY_H, K)
-            _pass(direct, later, through, n, h, H, cells, active, carries)
         dc = dc_new + dh * o * (1.0 - t * t)
-        dc, dz = _denormalized(
-            dc, table, s, 0, 1, h, inside, ok, H, cell_scale, cell_shift, cell_rstd, CELL, tl.constexpr(K.cell_kind), K
-        )
-        if PART == FIRST or (K.cell_kind != "none" and cell_scale is not None):
-            tl.store(_at(table, D_CELL, K.wide) + at, dz, mask=cells)
-        if PART == FIRST:
-            tl.store(d_hidden + n * H + h, dh, mask=cells)
+        dc, dz_c = _denormalized(
+            dc, table, s, 0, 1, h, inside, ok, H, cell_scale, cell_shift, cell_rstd,
+            CELL, tl.constexpr(K.cell_kind), K,
+        )  # fmt: skip
     if PART != FIRST:
-        i = tl.load(gates, mask=ok, other=0.0)
-        f = tl.load(gates + H, mask=ok, other=0.0)
-        c = tl.load(gates + 2 * H, mask=ok, other=0.0)
-        c_old = tl.load(_at(table, OLD_C, K.wide) + at, mask=ok, other=0.0)
         dqs = (
             dc * c * i * (1.0 - i), dc * c_old * f * (1.0 - f), dc * i * (1.0 - c * c), dh * t * o * (1.0 - o)
         )  # fmt: skip
         ds = ()
         for g in tl.static_range(4):
-            ds += (
-                _denormalized(
-                    dqs[g], table, s, g, 4, h, inside, ok, H, scale, shift, rstd, NORM, tl.constexpr(K.kind), K
-                ),
-            )
+            gate = _denormalized(
+                dqs[g], table, s, g, 4, h, inside, ok, H, scale, shift, rstd, NORM, tl.constexpr(K.kind), K
+            )  # fmt: skip
+            ds += (gate,)
         for g in tl.static_range(4):
             d, dz = ds[g]
             _write(d, dz, table, operand, s, n, g * H + h, C, cells, carries, scale, tl.constexpr(K.kind), K)
         tl.store(grad_c + n * H + h, tl.where(carries, dc * f + dc_old, 0.0), mask=ok)
+    if PART != LAST:
+        if hidden is None:
+            _pass(direct, later, through, n, h, H, cells, active, carries)
+        if PART == FIRST or (K.cell_kind != "none" and cell_scale is not None):
+            tl.store(_at(table, D_CELL, K.wide) + at, dz_c, mask=cells)
+        if PART == FIRST:
+            tl.store(d_hidden + n * H + h, dh, mask=cells)
 
 
 @_kernel
@@ -577,6 +599,7 @@ def gru_backward(
     table, counter, direct, product, d_hidden, operand, mask, lengths, scale, shift, rstd, offset, direction, N, H,
     PART: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    table = _addresses(table)
     s, n, inside, active, carries = _step(table, counter, lengths, offset, direction, N, K, ROWS)
     h = tl.arange(0, BLOCK)[None, :]
     cells, ok = inside & (h < H), active & (h < H)
@@ -584,39 +607,25 @@ def gru_backward(
     gates = _at(table, GATES, K.wide) + s * C + h
     z = tl.load(gates + H, mask=ok, other=0.0)
     new = tl.load(gates + 2 * H, mask=ok, other=0.0)
+    if PART != FIRST:
+        r = tl.load(gates, mask=ok, other=0.0)
+        apart = tl.load(_at(table, EXTRA, K.wide) + at, mask=ok, other=0.0)
+        old = tl.load(_at(table, OLD_H, K.wide) + at, mask=ok, other=0.0)
     if PART == LAST:
         dh = tl.load(d_hidden + n * H + h, mask=cells, other=0.0)
         dn = tl.load(_at(table, D_PRE, K.wide) + s * C + 2 * H + h, mask=ok, other=0.0)
     else:
         later, out = _arrive(table, direct, product, mask, s, n, h, H, cells, ok, K)
         dh, through = _split(out, table, at, ok, K.stay_h, STAY_H, K)
-        _pass(direct, later, through + dh * z, n, h, H, cells, active, carries)
-        dn = dh * (1.0 - z) * (1.0 - new * new)
-        dn, dz = _denormalized(dn, table, s, 2, 3, h, inside, ok, H, scale, shift, rstd, NORM, tl.constexpr(K.kind), K)
-        _write(dn, dz, table, None, s, n, 2 * H + h, C, cells, carries, scale, tl.constexpr(K.kind), K)
-        if PART == FIRST:
-            tl.store(d_hidden + n * H + h, dh, mask=cells)
+        dn, dz_n = _denormalized(
+            dh * (1.0 - z) * (1.0 - new * new), table, s, 2, 3, h, inside, ok, H, scale, shift, rstd,
+            NORM, tl.constexpr(K.kind), K,
+        )  # fmt: skip
     if PART != FIRST:
-        r = tl.load(gates, mask=ok, other=0.0)
-        apart = tl.load(_at(table, EXTRA, K.wide) + at, mask=ok, other=0.0)
-        old = tl.load(_at(table, OLD_H, K.wide) + at, mask=ok, other=0.0)
         dr, dz_r = _denormalized(
-            dn * apart * r * (1.0 - r),
-            table,
-            s,
-            0,
-            3,
-            h,
-            inside,
-            ok,
-            H,
-            scale,
-            shift,
-            rstd,
-            NORM,
-            tl.constexpr(K.kind),
-            K,
-        )
+            dn * apart * r * (1.0 - r), table, s, 0, 3, h, inside, ok, H, scale, shift, rstd,
+            NORM, tl.constexpr(K.kind), K,
+        )  # fmt: skip
         dz, dz_z = _denormalized(
             dh * (old - new) * z * (1.0 - z), table, s, 1, 3, h, inside, ok, H, scale, shift, rstd,
             NORM, tl.constexpr(K.kind), K,
@@ -625,6 +634,11 @@ def gru_backward(
         _write(dz, dz_z, table, operand, s, n, H + h, C, cells, carries, scale, tl.constexpr(K.kind), K)
         tl.store(_at(table, D_APART, K.wide) + at, dn * r, mask=cells)
         tl.store(operand + n * C + 2 * H + h, tl.where(carries, dn * r, 0.0).to(K.narrow), mask=cells)
+    if PART != LAST:
+        _pass(direct, later, through + dh * z, n, h, H, cells, active, carries)
+        _write(dn, dz_n, table, None, s, n, 2 * H + h, C, cells, carries, scale, tl.constexpr(K.kind), K)
+        if PART == FIRST:
+            tl.store(d_hidden + n * H + h, dh, mask=cells)
 
 
 @_kernel
@@ -632,16 +646,19 @@ def rnn_backward(
     table, counter, direct, product, operand, mask, lengths, scale, shift, rstd, offset, direction, N, H,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    table = _addresses(table)
     s, n, inside, active, carries = _step(table, counter, lengths, offset, direction, N, K, ROWS)
     h = tl.arange(0, BLOCK)[None, :]
     cells, ok = inside & (h < H), active & (h < H)
     a = tl.load(_at(table, GATES, K.wide) + s * H + h, mask=ok, other=0.0)
     later, out = _arrive(table, direct, product, mask, s, n, h, H, cells, ok, K)
     d, through = _split(out, table, s * H + h, ok, K.stay_h, STAY_H, K)
-    _pass(direct, later, through, n, h, H, cells, active, carries)
     if K.relu:
         d = tl.where(a > 0, d, 0.0)
     else:
         d = d * (1.0 - a * a)
-    d, dz = _denormalized(d, table, s, 0, 1, h, inside, ok, H, scale, shift, rstd, NORM, tl.constexpr(K.kind), K)
+    d, dz = _denormalized(
+        d, table, s, 0, 1, h, inside, ok, H, scale, shift, rstd, NORM, tl.constexpr(K.kind), K
+    )  # fmt: skip
+    _pass(direct, later, through, n, h, H, cells, active, carries)
     _write(d, dz, table, operand, s, n, h, H, cells, carries, scale, tl.constexpr(K.kind), K)
