@@ -60,14 +60,16 @@ def test_command_line_lists_them() -> None:
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert re.fullmatch(rf"rnnorm {re.escape(rnnorm.__version__)}, torch \S+, \d+ threads", lines[0])
-    assert [line.split()[1] for line in lines[1:] if line.split()[0] == "cpu"] == registry.names()
-    assert all("runs" in line or "cannot run: " in line for line in lines[1:])
+    own = {line.split()[1]: line for line in lines[1:] if line.split()[0] == "cpu"}
+    assert [*own] == [*registry.names(), "bfloat16"]
+    assert all("runs" in own[name] or "cannot run: " in own[name] for name in registry.names())
 
 
 def test_public_names() -> None:
     assert set(rnnorm.__all__) == {
         *("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "OnlineNorm", "norms", "backends"),
         *("BackendUnavailable", "distributed", "functional", "gates", "CELLS", "Options", "convert_batchnorm"),
+        "why_not_bfloat16",
     }
     assert all(hasattr(rnnorm, name) for name in rnnorm.__all__)
 
