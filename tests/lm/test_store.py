@@ -93,3 +93,16 @@ def test_a_line_says_what_is_done_where_there_is_no_terminal(tmp_path: Path, lar
     store.encoded(text, store.tokenizer("word", text, None, 1, 1000))
     told = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
     assert told == ["reading"] * 3 + ["making", "encoding"], "facts of each split, then the rest"
+
+
+def test_what_is_kept_is_of_its_text_and_tokenizer(tmp_path: Path, large):
+    """Vocabularies of other settings, and ids of other vocabularies, are others."""
+    (tmp_path / "book.txt").write_bytes(LINES.encode())
+    text = opened(tmp_path)
+    given = [(None, 1), (None, 2), (30, 1)]
+    tables = [store.tokenizer("word", text, size, least, 1000) for size, least in given]
+    assert [table.sha256 for table in tables] == [
+        tokenizers.train("word", text, size, min_count=least).sha256 for size, least in given
+    ]
+    for table in tables:
+        assert np.array_equal(store.encoded(text, table).ids, stream.encode(text, table).ids)
