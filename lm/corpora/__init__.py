@@ -25,11 +25,13 @@ class Corpus:
         name: a name of `CORPORA`, or the folder's or file's own.
         splits: "train" | "valid" | "test" to texts; those that there are. A blank line is a line.
         note: how one file was split, for a person; empty where none was.
+        by_name: whether it was asked for by a name of `CORPORA`.
     """
 
     name: str
     splits: Splits
     note: str = ""
+    by_name: bool = False
 
     def sha256(self, split: str) -> str:
         """Returns the sha256 of the UTF-8 bytes of each line and a line feed."""
@@ -38,7 +40,7 @@ class Corpus:
     def min_count(self, kind: str) -> int:
         """Returns how often the training text must hold a word of the vocabulary where nothing is set: twice, so that
         `<unk>` is trained; once in a text that has its own `<unk>`, and in a corpus by name."""
-        raw = kind == "word" and self.name not in CORPORA and "unk" not in self.splits["train"].facts.found
+        raw = kind == "word" and not self.by_name and "unk" not in self.splits["train"].facts.found
         return 2 if raw else 1
 
     def require(self, kind: str) -> list[str]:
@@ -108,7 +110,7 @@ def load(
 def _open(source: str, data_dir: Path, needed: tuple[str, ...], options: Reading) -> Corpus:
     cache, place = data_dir / CACHE, Path(source)
     if source in CORPORA:
-        return Corpus(source, CORPORA[source].load(data_dir / source))
+        return Corpus(source, CORPORA[source].load(data_dir / source), by_name=True)
     if source.startswith("hf:"):
         splits = hub.dataset(source.removeprefix("hf:"), data_dir, options)
         return _with_all(Corpus(source.removeprefix("hf:").replace(":", "-").split("/")[-1], splits), needed, options)

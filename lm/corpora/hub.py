@@ -1,6 +1,9 @@
 """Penn Treebank and WikiText-2: files the user placed, else the hub through `datasets`; always verified."""
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,8 @@ class Source:
     family: str
     known: Mapping[str, Known]
 
+
+_SPLITS = {"train": "train", "dev": "valid", "valid": "valid", "validation": "valid", "test": "test"}
 
 SOURCES = {
     "ptb": Source(
@@ -109,12 +114,17 @@ def dataset(source: str, data_dir: Path, options: Reading) -> dict[str, Text]:
         found = _ask(f"hf:{source}", name, chosen, f"or kept in {folder}", how)
         if not isinstance(found, Mapping):
             found = {"train": found}
-        names = {"train": "train", "validation": "valid", "valid": "valid", "dev": "valid", "test": "test"}
-        for key, split in names.items():
-            if key in found and split not in found.keys() - {key}:
-                column = text_column(found[key].column_names, options.column, f"hf:{source}")
-                batches = found[key].iter(batch_size=10_000)
-                write_chunks(folder / f"{split}.txt", (rows(batch[column]) for batch in batches))
+        staging = folder.with_name(f".{folder.name}.{os.getpid()}")  # renamed when all splits are there
+        try:
+            for key, split in _SPLITS.items():
+                if key in found:
+                    column = text_column(found[key].column_names, options.column, f"hf:{source}")
+                    batches = found[key].iter(batch_size=10_000)
+                    write_chunks(staging / f"{split}.txt", (rows(batch[column]) for batch in batches))
+            with suppress(OSError):  # another process was first
+                staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return read(folder, (), options, data_dir / "cache")
 
 
