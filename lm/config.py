@@ -490,14 +490,21 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 _LEADING = ("data.source", "data.tokenizer", "model.cell", "model.norm", "model.hidden_size", "train.lr", "train.seed")
+_WHERE = {"data.source", "data.dir", "train.device", "train.backend", "train.log_every"}  # not what is trained
+
+
+def differing(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns which settings differ from the default preset's, with its value; not where a run is and what it logs."""
+    plain = flatten(build(preset("default")))
+    named = (name for name in plain if name not in _WHERE and not name.startswith("checkpoint."))
+    return {name: plain[name] for name in named if flat[name] != plain[name]}
 
 
 def telling(config: Config) -> dict[str, Any]:
-    """Returns, as `flatten` does, what tells runs apart: a few settings, then those that differ from the default
+    """Returns, as `flatten` does, what tells runs apart: a few settings, and those that differ from the default
     preset's."""
-    plain, found = flatten(build(preset("default"))), flatten(config)
-    names = [*_LEADING, *(name for name in found if found[name] != plain[name])]
-    return {name: found[name] for name in names if name != "data.dir"}
+    found = flatten(config)
+    return {name: found[name] for name in [*_LEADING, *differing(found)]}
 
 
 def to_toml(config: Config) -> str:

@@ -103,7 +103,7 @@ def _section(source: Source, images: Sequence[str]) -> str:
 def _note(source: Source) -> str:
     """What one must know to read the table of arms."""
     arms = source.summary["arms"]
-    said = [f"Perplexity per {source.unit}; test is what `eval RUN --split test` has scored of the best checkpoint."]
+    said = [f"Perplexity per {source.unit}; test is what eval --split test has scored of the best checkpoint."]
     if source.folder is not None:
         said = [f"Medians over seeds, quartiles in brackets; per {source.unit}."]
     if any(arm["diverged"] for arm in arms):
@@ -185,12 +185,13 @@ def _settings(source: Source) -> list[str]:
     """What was trained on which text, and the settings in which the runs differ from the default preset."""
     if not source.settings:
         return []
-    default = config.flatten(config.build(config.preset("default")))
     of = source.settings
+    default: dict[str, Any] = {}
+    for flat in of.values():
+        default |= config.differing(flat)
     named = {"text": [_place(flat["data.source"]) for flat in of.values()]}
     for key, usual in default.items():
-        if key not in ("data.source", "data.dir") and any(flat[key] != usual for flat in of.values()):
-            named[f"{key} (default {usual})"] = [str(flat[key]) for flat in of.values()]
+        named[f"{key} (default {usual})"] = [str(flat[key]) for flat in of.values()]
     told = "The text, and each setting that differs from the default preset."
     rows = [[name, *values] for name, values in named.items()]
     return ["<h2>Settings</h2>", f'<p class="note">{told}</p>', _table(["setting", *of], rows, wrap=True)]

@@ -270,7 +270,7 @@ def test_a_run_that_names_its_precision_as_version_0_1_does_still_loads(old, new
 
 
 def test_what_tells_runs_apart():
-    given = ["train.epochs=9", "model.cell=gru", "data.dir=/elsewhere"]
+    given = ["train.epochs=9", "model.cell=gru", "data.dir=/elsewhere", "train.device=cpu"]
     found = config.telling(config.build(config.override(config.preset("default"), given)))
     assert {*found} == {*config._LEADING, "train.epochs"}
     assert (found["model.cell"], found["train.epochs"], found["train.lr"]) == ("gru", 9, 0.004)

@@ -356,7 +356,7 @@ def test_runs_by_themselves(folder, tmp_path, monkeypatch):
     assert (tmp_path / "out/paper/runs.csv").exists()
     table = (tmp_path / "out/runs/table.md").read_text()
     assert table.splitlines()[0] == "| arm | runs | diverged | test | valid | tokens/s |"
-    assert "| one | 1 | 0 | 50.00 | 1,000 |" in table
+    assert "| one | 1 | 0 | - | 50.00 | 1,000 |" in table
     assert "train --preset one/config.toml --run ANOTHER" in text
     assert "python -m lm study paper.toml --seeds 3 --data FOLDER" in text
     with pytest.raises(UserError, match="a report shows each run and study once"):
