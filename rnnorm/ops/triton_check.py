@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from rnnorm import norms
-from rnnorm.ops import triton_steps
+from rnnorm.ops import triton_online_norm, triton_steps
 from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, statistics_dtype
 from rnnorm.ops.errors import Failure
 from rnnorm.ops.scripted import Scripted
-from rnnorm.ops.triton import Triton
 
 T, N, I = 3, 3, 2  # noqa: E741
 # Of the largest value of each tensor. Products may be of a lower precision than their dtype.
@@ -71,7 +70,8 @@ def compare_online_norm(device: torch.device, dtype: torch.dtype) -> Failure | N
         for guard in norms.GUARDS:
             for D, channels_last in ((1, False), (I, False), (I, True)):
                 found, expected = (
-                    _online_norm(row, device, dtype, guard, D, channels_last) for row in (Triton(), Scripted())
+                    _online_norm(row, device, dtype, guard, D, channels_last)
+                    for row in (triton_online_norm, Scripted())
                 )
                 if fault := _difference(
                     found, expected, _BOUNDS[dtype], f"OnlineNorm with guard {guard!r} on {device}"
@@ -110,7 +110,7 @@ def _online_norm(
     statistics = draw(T), draw(T).abs()
     u, v = draw(T), draw(T)
     options = guard, [*norms.Online(0.9, 0.8).constants]
-    with torch.no_grad():
+    with torch.no_grad(), torch.cuda.device_of(x):
         affine = draw(T), draw(T)
         y, mean, var = row.online_norm(x, *affine, *statistics, *options)
         dx, *of_affine = row.online_norm_backward(grad, x, *affine, *statistics, u, v, *options, True)
