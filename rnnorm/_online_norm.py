@@ -115,7 +115,7 @@ class OnlineNorm(RunningStatsModule):
         if self.training:
             call = (input, weight, bias, mean, var, self.u, self.v, self.guard, self._constants, self.backend)
             if torch.jit.is_scripting():
-                y, new_mean, new_var = torch.ops.rnnorm.online_norm(*call)
+                y, new_mean, new_var, _, _ = torch.ops.rnnorm.online_norm(*call)
             else:
                 y, new_mean, new_var = ops.run_online_norm(*call)
             mean.copy_(new_mean.detach())

@@ -43,8 +43,17 @@ def _forward(
     return backend.online_norm(x, *_widened(weight, bias, mean), mean, var, guard, constants)
 
 
+def _operator(*args: Any) -> tuple[Tensor, ...]:
+    """The results, and copies of the statistics before the call, which the module moves before the backward pass.
+
+    Results of the same operator: a compiler would make the copies of another one in the backward pass.
+    """
+    mean, var = args[3:5]
+    return *_forward(*args), mean.clone(), var.clone()
+
+
 def _fake(x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return like(x), torch.empty_like(mean), torch.empty_like(var)
+    return like(x), *(torch.empty_like(of) for of in (mean, var, mean, var))
 
 
 def _backward(
@@ -82,15 +91,15 @@ class _OnlineNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: Sequence[Any], unobserved: bool
     ) -> tuple[Tensor, ...]:
         if unobserved:
-            results = _forward(x, weight, bias, *rest)
+            results = _operator(x, weight, bias, *rest)
         else:
             with _torch.below_autograd():
                 results = online_norm(x, weight, bias, *rest)
-        mean, var, *ctx.rest = rest
-        # Copies: the module moves its statistics.
-        ctx.save_for_backward(x, weight, bias, mean.clone(), var.clone())
+        ctx.rest = rest[2:]
+        ctx.save_for_backward(x, weight, bias, *results[3:])
         ctx.unobserved, ctx.spent = unobserved, False
         ctx.set_materialize_grads(False)
+        results = results[:3] if unobserved else results  # each one takes time
         ctx.mark_non_differentiable(*results[1:])
         return results
 
@@ -124,8 +133,8 @@ def _recorded(*args: Any) -> Any:
 _OPTIONS = "str guard, float[] constants, str wanted"
 online_norm = library.operator(
     "online_norm",
-    f"({_TENSORS}, Tensor u, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    _forward,
+    f"({_TENSORS}, Tensor u, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _operator,
     _fake,
     _recorded,
 )
@@ -145,7 +154,7 @@ def run_online_norm(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return by_name(wanted).online_norm(*args[:-1])
     library.refuse_transforms(args[:3])
     if not library.is_unobserved(args[:7]):
-        return online_norm(*args)
+        return online_norm(*args)[:3]
     if library.needs_gradient(args[:3]):
-        return _OnlineNorm.apply(*args[:3], args[3:], True)
+        return _OnlineNorm.apply(*args[:3], args[3:], True)[:3]
     return _forward(*args)
