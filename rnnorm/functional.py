@@ -12,8 +12,8 @@ def linear_cross_entropy(
     """Summed negative log-likelihood of a linear decoder, for M rows, E units and V classes.
 
     `sum_m mask[m] * -log_softmax(hidden[m] @ weight.T + bias)[targets[m]]`, block by block: from some hundred rows on,
-    memory beyond inputs and gradients stays below an eighth of the logits [M, V], in bfloat16 plus two rounded copies of
-    `weight`. Gradients are computed in the forward pass. On the CPU one C++ operator computes all; elsewhere torch's
+    memory beyond inputs and gradients stays below an eighth of the logits [M, V], in bfloat16 plus two rounded copies
+    of `weight`. Gradients are computed in the forward pass. On the CPU one C++ operator computes all; elsewhere torch's
     own operators run on chunks of rows.
 
     Arguments:
