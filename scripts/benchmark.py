@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,49 +199,28 @@ def _masked_works(T: int, N: int, H: int) -> tuple[Work, Work]:
     return masked, drawn
 
 
-def rows(quick: bool) -> Iterator[Row]:
-    """Every row; nothing is made before its `works` is called."""
-    sizes = [(64, 20, 200), (35, 20, 650), (35, 20, 1500)][: 1 if quick else None]
-    small = T, N, H = sizes[0]
-    at = f"{T},{N},{H}"
+def _pair(
+    ours: Callable[[int], nn.Module],
+    torchs: Callable[[int], nn.Module],
+    size: tuple[int, int, int],
+    half: bool = False,
+    their_half: bool = False,
+) -> Any:
+    T, N, H = size
+    return lambda: (_layer_work(ours(H), T, N, H, half), _layer_work(torchs(H), T, N, H, their_half))
 
-    def pair(
-        ours: Callable[[int], nn.Module],
-        torchs: Callable[[int], nn.Module],
-        size: tuple[int, int, int],
-        half: bool = False,
-        their_half: bool = False,
-    ) -> Any:
-        T, N, H = size
-        return lambda: (_layer_work(ours(H), T, N, H, half), _layer_work(torchs(H), T, N, H, their_half))
 
-    def lstm(**options: Any) -> Callable[[int], nn.Module]:
-        return lambda H: rnnorm.LSTM(H, H, **options)
+def _lstm(**options: Any) -> Callable[[int], nn.Module]:
+    return lambda H: rnnorm.LSTM(H, H, **options)
 
-    def torchs(kind: str) -> Callable[[int], nn.Module]:
-        return lambda H: getattr(nn, kind)(H, H)
 
-    goals = {"none": (1.00, 0.97, 0.79), "online": (1.05, 0.98, 0.80), "layer": (1.05, 0.98, 0.80)}
-    for norm, each in goals.items():
-        for size, goal in zip(sizes, each, strict=False):
-            works = pair(lstm(norm=norm), torchs("LSTM"), size)
-            yield Row(f"LSTM {norm} / nn.LSTM", ",".join(map(str, size)), works, goal)
-    for size, goal in zip(sizes, (0.56, 0.56, 0.42), strict=False):
-        works = pair(lambda H: rnnorm.GRU(H, H), torchs("GRU"), size)
-        yield Row("GRU online / nn.GRU", ",".join(map(str, size)), works, goal)
-    yield Row("RNN tanh online / nn.RNN", at, pair(lambda H: rnnorm.RNN(H, H), torchs("RNN"), small), 0.55)
-    evaluation = lambda: (_evaluation_work(lstm()(H), 512, H), _evaluation_work(nn.LSTM(H, H), 512, H))  # noqa: E731
-    yield Row("LSTM online, evaluation / nn.LSTM", f"512,1,{H}", evaluation, 1.0)
-    reference, scripted = lstm(backend="reference"), lstm(backend="scripted")
-    yield Row("LSTM online / eager per step (reference)", at, pair(lstm(), reference, small), 0.03)
-    yield Row("LSTM online / TorchScript (scripted)", at, pair(lstm(), scripted, small))
-    yield Row("LSTM online, scripted / reference", at, pair(scripted, reference, small), 0.20)
-    yield Row("LSTM layer / eager per step", at, pair(lstm(norm="layer"), EagerLayerNormLSTM, small))
-    decoder = functools.partial(_decoder_works, 1280, 200, 10000)
-    step = functools.partial(_step_works, 10000, 200, T, N)
-    yield Row("linear_cross_entropy / torch's pair", "1280,200,10000", decoder, 0.52)
-    yield Row("training step, 1x200 tied / torch's parts", at, step, 0.57)
-    # In bfloat16, to torch's time in float32 and in bfloat16.
+def _torchs(kind: str) -> Callable[[int], nn.Module]:
+    return lambda H: getattr(nn, kind)(H, H)
+
+
+def _bfloat16_rows(sizes: Sequence[tuple[int, int, int]], decoder: Any, step: Any) -> Iterator[Row]:
+    """In bfloat16, to torch's time in float32 and in bfloat16."""
+    small, at = sizes[0], ",".join(map(str, sizes[0]))
     wide, narrow = {"half": True}, {"half": True, "their_half": True}
     goals16 = {
         "none": ((0.60, 0.85), (0.50, 0.55), (0.43, 0.38)),
@@ -250,13 +229,13 @@ def rows(quick: bool) -> Iterator[Row]:
     for norm, both in goals16.items():
         for size, (to_wide, to_narrow) in zip(sizes, both, strict=False):
             where = ",".join(map(str, size))
-            works = functools.partial(pair, lstm(norm=norm), torchs("LSTM"), size)
+            works = functools.partial(_pair, _lstm(norm=norm), _torchs("LSTM"), size)
             yield Row(f"LSTM {norm}, bfloat16 / nn.LSTM, float32", where, works(**wide), to_wide)
             yield Row(f"LSTM {norm}, bfloat16 / nn.LSTM, bfloat16", where, works(**narrow), to_narrow)
     for size, goal in zip(sizes, (0.35, 0.32, 0.25), strict=False):
-        works = pair(lambda H: rnnorm.GRU(H, H), torchs("GRU"), size, **wide)
+        works = _pair(lambda H: rnnorm.GRU(H, H), _torchs("GRU"), size, **wide)
         yield Row("GRU online, bfloat16 / nn.GRU, float32", ",".join(map(str, size)), works, goal)
-    works = pair(lambda H: rnnorm.RNN(H, H), torchs("RNN"), small, **wide)
+    works = _pair(lambda H: rnnorm.RNN(H, H), _torchs("RNN"), small, **wide)
     yield Row("RNN tanh online, bfloat16 / nn.RNN, float32", at, works, 0.38)
     for name, works, to_wide, to_narrow in (
         ("linear_cross_entropy, bfloat16 / torch's pair", decoder, 0.30, 0.60),
@@ -265,12 +244,41 @@ def rows(quick: bool) -> Iterator[Row]:
         where = "1280,200,10000" if works is decoder else at
         yield Row(f"{name}, float32", where, functools.partial(works, **wide), to_wide)
         yield Row(f"{name}, bfloat16", where, functools.partial(works, **narrow), to_narrow)
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    """Every row; nothing is made before its `works` is called."""
+    sizes = [(64, 20, 200), (35, 20, 650), (35, 20, 1500)][: 1 if quick else None]
+    small = T, N, H = sizes[0]
+    at = f"{T},{N},{H}"
+
+    goals = {"none": (1.00, 0.97, 0.79), "online": (1.05, 0.98, 0.80), "layer": (1.05, 0.98, 0.80)}
+    for norm, each in goals.items():
+        for size, goal in zip(sizes, each, strict=False):
+            works = _pair(_lstm(norm=norm), _torchs("LSTM"), size)
+            yield Row(f"LSTM {norm} / nn.LSTM", ",".join(map(str, size)), works, goal)
+    for size, goal in zip(sizes, (0.56, 0.56, 0.42), strict=False):
+        works = _pair(lambda H: rnnorm.GRU(H, H), _torchs("GRU"), size)
+        yield Row("GRU online / nn.GRU", ",".join(map(str, size)), works, goal)
+    yield Row("RNN tanh online / nn.RNN", at, _pair(lambda H: rnnorm.RNN(H, H), _torchs("RNN"), small), 0.55)
+    evaluation = lambda: (_evaluation_work(_lstm()(H), 512, H), _evaluation_work(nn.LSTM(H, H), 512, H))  # noqa: E731
+    yield Row("LSTM online, evaluation / nn.LSTM", f"512,1,{H}", evaluation, 1.0)
+    reference, scripted = _lstm(backend="reference"), _lstm(backend="scripted")
+    yield Row("LSTM online / eager per step (reference)", at, _pair(_lstm(), reference, small), 0.03)
+    yield Row("LSTM online / TorchScript (scripted)", at, _pair(_lstm(), scripted, small))
+    yield Row("LSTM online, scripted / reference", at, _pair(scripted, reference, small), 0.20)
+    yield Row("LSTM layer / eager per step", at, _pair(_lstm(norm="layer"), EagerLayerNormLSTM, small))
+    decoder = functools.partial(_decoder_works, 1280, 200, 10000)
+    step = functools.partial(_step_works, 10000, 200, T, N)
+    yield Row("linear_cross_entropy / torch's pair", "1280,200,10000", decoder, 0.52)
+    yield Row("training step, 1x200 tied / torch's parts", at, step, 0.57)
+    yield from _bfloat16_rows(sizes, decoder, step)
     lengths, begins = torch.randint(1, T + 1, (N,)), torch.rand(T, N) < 1 / 32
-    padded = lambda: _layer_work(lstm()(H), T, N, H)  # noqa: E731
+    padded = lambda: _layer_work(_lstm()(H), T, N, H)  # noqa: E731
     yield Row(
         "lengths uniform in 1..64 / padded, ours",
         at,
-        lambda: (_layer_work(lstm()(H), T, N, H, lengths=lengths), padded()),
+        lambda: (_layer_work(_lstm()(H), T, N, H, lengths=lengths), padded()),
         1.0,
     )
     yield Row("dropout inside the loop / without, ours", at, lambda: _masked_works(T, N, H), 1.05)
@@ -279,7 +287,7 @@ def rows(quick: bool) -> Iterator[Row]:
     for shape, aim in list(shapes.items())[: 1 if quick else None]:
         works = lambda shape=shape: _norm_works(shape)  # noqa: E731
         yield Row("OnlineNorm / nn.BatchNorm", ",".join(map(str, shape)), works, aim)
-    yield Row("reset / without, ours", at, lambda: (_layer_work(lstm()(H), T, N, H, reset=begins), padded()), 1.03)
+    yield Row("reset / without, ours", at, lambda: (_layer_work(_lstm()(H), T, N, H, reset=begins), padded()), 1.03)
 
 
 # Of cuDNN's time, for kernels that are launched for each step.
