@@ -100,6 +100,8 @@ class Columns:
         last: columns active in the last row; B when all are, 0 only in a part of wider columns.
         eos: the input of the first token of the stream.
         device: where windows are.
+        held: on another device than the CPU, the columns there, [T + 1, B] int32 with the first inputs before them, so
+            that windows cross nothing.
     """
 
     ids: np.ndarray
@@ -108,6 +110,7 @@ class Columns:
     last: int
     eos: int
     device: torch.device = torch.device("cpu")  # noqa: RUF009
+    held: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -126,9 +129,7 @@ class Columns:
         inputs = self.ids[position - 1].astype(np.int64)
         inputs[position == 0] = self.eos
         inputs[padded] = targets[padded] = 0
-        first, second = torch.from_numpy(inputs), torch.from_numpy(targets)
-        # from memory that is not pinned, this waits for no work on the device
-        return first.to(self.device, non_blocking=True), second.to(self.device, non_blocking=True)
+        return torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device)
 
     def window(self, start: int, stop: int) -> Window:
         """Returns rows start … stop - 1. A last window of one ragged row is refused: a length would be 0."""
@@ -138,17 +139,32 @@ class Columns:
         ragged = stop == steps and self.last < width
         if ragged and stop - start == 1:
             raise ValueError("a window over the ragged last row must have two rows or more; join it to the one before")
-        inputs, targets = self.gather(start, stop)
+        if self.held is None:
+            inputs, targets = self.gather(start, stop)
+        else:
+            inputs, targets = self.held[start:stop].long(), self.held[start + 1 : stop + 1].long()
         if not ragged:
             return Window(inputs, targets, None, None)
         lengths = torch.full((width,), stop - start)
         lengths[self.last :] -= 1
-        mask = torch.arange(stop - start)[:, None] < lengths
-        return Window(inputs, targets, lengths, mask.to(targets.device))
+        mask = torch.ones(stop - start, width, dtype=torch.bool, device=self.device)
+        mask[-1, self.last :] = False
+        return Window(inputs * mask, targets, lengths, mask)
 
     def to(self, device: torch.device) -> "Columns":
-        """Returns the columns with windows on a device."""
-        return replace(self, device=device)
+        """Returns the columns on a device, from which windows are taken."""
+        if device == self.device:
+            return self
+        moved = replace(self, device=device, held=None)
+        if device.type == "cpu":
+            return moved
+        table = np.empty((self.steps + 1, self.width), np.int32)
+        here = replace(self, device=torch.device("cpu"), held=None)
+        for start in range(0, self.steps, rows := max(1, _SOME // max(1, self.width))):
+            stop = min(start + rows, self.steps)
+            inputs, targets = here.gather(start, stop)
+            table[start], table[start + 1 : stop + 1] = inputs[0], targets
+        return replace(moved, held=torch.from_numpy(table).to(device))
 
     def active(self, start: int, stop: int) -> int:
         """Returns how many targets of the window count."""
@@ -157,7 +173,8 @@ class Columns:
     def part(self, first: int, stop: int) -> "Columns":
         """Returns the columns first … stop - 1."""
         last = min(max(self.last - first, 0), stop - first)
-        return replace(self, starts=self.starts[first:stop], last=last)
+        held = None if self.held is None else self.held[:, first:stop].contiguous()
+        return replace(self, starts=self.starts[first:stop], last=last, held=held)
 
 
 def parts(width: int, count: int) -> list[tuple[int, int]]:

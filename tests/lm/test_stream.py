@@ -1,5 +1,6 @@
 """The stream by hand; the windows of any plan over any columns partition it."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -174,3 +175,20 @@ def test_a_window_outside_or_too_short_is_refused(start: int, stop: int):
     cut = stream.columns(np.arange(11), 4, eos=0)
     with pytest.raises(ValueError, match="must"):
         cut.window(start, stop)
+
+
+def test_columns_that_are_held_elsewhere_give_the_same_windows(monkeypatch):
+    """As on another device: windows are slices of a table."""
+    monkeypatch.setattr(stream, "_SOME", 8)
+    for count in (11, 12, 29):
+        cut = stream.columns(np.arange(5, 5 + count), 4, eos=3)
+        table = torch.cat([cut.gather(0, 1)[0], cut.gather(0, cut.steps)[1]]).int()
+        held = dataclasses.replace(cut, held=table)
+        for ours, theirs in ((held, cut), (held.part(1, 4), cut.part(1, 4))):
+            for start, stop in ((0, 2), (0, cut.steps), (cut.steps - 2, cut.steps)):
+                for one, other in zip(
+                    vars(ours.window(start, stop)).values(), vars(theirs.window(start, stop)).values(), strict=True
+                ):
+                    assert (one is None and other is None) or torch.equal(one, other)
+        moved = cut.to(torch.device("meta"))
+        assert (moved.held.shape, moved.window(0, 2).targets.device.type) == ((cut.steps + 1, 4), "meta")
