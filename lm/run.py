@@ -331,12 +331,13 @@ def _score_best(model: LanguageModel, settings: Config, folder: RunFolder, text:
 @contextmanager
 def _signals(trainer: Trainer) -> Iterator[None]:
     """Inside, Ctrl-C and the signals of schedulers end the run after its present step; a second one ends it at once.
-    Those that were ignored before, as SIGHUP is under nohup, still are."""
+    SIGHUP and SIGUSR1 stay ignored where they were, as under nohup."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in _STOPPING}
-    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    ignored = [number for number in _OF_SCHEDULERS if before[number] is signal.SIG_IGN]
+    before = {number: handler for number, handler in before.items() if number not in ignored}
 
     def ask(number: int, _: Any) -> None:
         trainer.stop(signal.Signals(number).name)
@@ -351,7 +352,8 @@ def _signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_OF_SCHEDULERS = (signal.SIGHUP, signal.SIGUSR1)
+_STOPPING = (signal.SIGINT, signal.SIGTERM, *_OF_SCHEDULERS)
 
 
 def rehearse(settings: Config, say: Say = print) -> None:

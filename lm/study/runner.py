@@ -251,8 +251,9 @@ def _signals(runs: _Runs) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    known = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    numbers = [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
+    schedulers = (signal.SIGHUP, signal.SIGUSR1)  # ignored under nohup
+    heard = [number for number in schedulers if signal.getsignal(number) is not signal.SIG_IGN]
+    numbers = (signal.SIGINT, signal.SIGTERM, *heard)
     before = {
         number: signal.signal(number, lambda number, _: runs.stop(signal.Signals(number).name)) for number in numbers
     }
