@@ -108,7 +108,9 @@ def train(source, run, *assignments):
 
 
 def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All files but the scores that `eval` adds."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "scores.jsonl"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="module")
