@@ -405,7 +405,7 @@ def _seconds(command: list[str]) -> float:
 
 def programs(folder: str, quick: bool, threads: int) -> Iterator[dict[str, Any]]:
     """Tokens/s of whole programs: from the time that more steps take, so that start and end cancel."""
-    few, many, rounds = (5, 15, 1) if quick else (20, 220, 3)
+    few, many, rounds = (5, 15, 1) if quick else (20, 120, 2)
 
     def ours(program: Program, norm: str, precision: str, steps: int) -> float:
         settings = {
