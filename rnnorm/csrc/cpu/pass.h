@@ -53,10 +53,10 @@ struct Pass {
     to.write(row, 0, from, P);
   }
 
-  // Call `function` with the values of a tensor of bool or T.
+  // Call `function` with the values of a tensor of bool, as bytes, whose conversion to T the compiler vectorizes, or of T.
   template <typename Function>
   static void with_values(const Tensor& tensor, const Function& function) {
-    if (tensor.scalar_type() == at::kBool) function(tensor.template data_ptr<bool>());
+    if (tensor.scalar_type() == at::kBool) function(reinterpret_cast<uint8_t*>(tensor.template data_ptr<bool>()));
     else function(tensor.template data_ptr<T>());
   }
 
@@ -83,7 +83,7 @@ struct Pass {
     const Tensor& given = call.tensors[which];
     if (!given.defined() || walk.dense) return given;
     const Tensor rows = pooled({S, width}, given.scalar_type());
-    with_values(given, [&]<typename V>(V* values) { gather(values, width, walk.position, rows.template data_ptr<V>()); });
+    with_values(given, [&]<typename V>(V* values) { gather(values, width, walk.position, static_cast<V*>(rows.data_ptr())); });
     return rows;
   }
 
