@@ -373,11 +373,18 @@ PROGRAMS = {
 }
 
 
+def _train_text(folder: str) -> Path:
+    found = sorted(Path(folder).glob("*train.txt"))
+    if not found:
+        sys.exit(f"error: --train must name a folder that holds train.txt or NAME.train.txt; got {folder}")
+    return found[0]
+
+
 def plain_program(folder: str, form: list[Any], steps: int, half: bool) -> None:
     """The usual word-level script of torch's parts: vocabulary, columns, windows, a state that is carried on."""
     program = Program(*form)
     ids: dict[str, int] = {}
-    words = (word for line in (Path(folder) / "train.txt").open() for word in [*line.split(), "<eos>"])
+    words = (word for line in _train_text(folder).open() for word in [*line.split(), "<eos>"])
     text = torch.tensor([ids.setdefault(word, len(ids)) for word in words])
     columns = text[: len(text) // program.N * program.N].view(program.N, -1).t().contiguous()
     model = TorchLanguageModel(len(ids), program.size, program.num_layers, program.dropout)
@@ -512,6 +519,7 @@ def main() -> None:
     here = machine(chosen.device) | {"threads": chosen.threads}
     print(f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, Python {here['python']}\n")
     if chosen.train:
+        _train_text(chosen.train)
         os.environ["OMP_NUM_THREADS"] = str(chosen.threads)
         print(
             "| program | norm | ours | bfloat16 | torch's parts | bfloat16 |  ratios |\n|---|---|---|---|---|---|---|"
