@@ -416,6 +416,7 @@ def programs(folder: str, quick: bool, threads: int) -> Iterator[dict[str, Any]]
 
     def ours(program: Program, norm: str, precision: str, steps: int) -> float:
         settings = {
+            **({"model.control_floor": 1e-5} if norm == "online" else {}),  # without it the first steps may diverge
             **{"model.norm": norm, "model.num_layers": program.num_layers, "model.hidden_size": program.size},
             **{
                 "model.tied": "true",
