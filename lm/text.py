@@ -180,10 +180,10 @@ def watched(text: Text, what: str) -> Iterator[Text]:
     if text.size < LARGE:
         yield text
         return
-    told = f"{what} {text.name}"
-    with tqdm(total=text.size, desc=told, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    label = f"{what} {text.name}"
+    with tqdm(total=text.size, desc=label, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         if bar.disable:  # no terminal
-            print(f"{told}: {text.size / 1e6:,.0f} MB", file=sys.stderr, flush=True)
+            print(f"{label}: {text.size / 1e6:,.0f} MB", file=sys.stderr, flush=True)
         yield replace(text, watch=bar.update)
 
 

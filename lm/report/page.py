@@ -192,9 +192,9 @@ def _settings(source: Source) -> list[str]:
     named = {"text": [_place(flat["data.source"]) for flat in of.values()]}
     for key, usual in default.items():
         named[f"{key} (default {usual})"] = [str(flat[key]) for flat in of.values()]
-    told = "The text, and each setting that differs from the default preset."
+    explanation = "The text, and each setting that differs from the default preset."
     rows = [[name, *values] for name, values in named.items()]
-    return ["<h2>Settings</h2>", f'<p class="note">{told}</p>', _table(["setting", *of], rows, wrap=True)]
+    return ["<h2>Settings</h2>", f'<p class="note">{explanation}</p>', _table(["setting", *of], rows, wrap=True)]
 
 
 def _place(source: str) -> str:
@@ -245,14 +245,14 @@ def _sign_tests(summary: Mapping[str, Any]) -> list[str]:
         [f"{p['first']} against {p['second']}", str(p["lower"]), str(p["higher"]), str(p["ties"]), f"{p['p']:.3g}"]
         for p in pairs
     ]
-    told = (
+    explanation = (
         "Exact two-sided sign test over the seeds that both arms have: on how many the first arm has the lower exact "
         "test perplexity, on how many the higher; arms of one cell (summary.json has all). With n seeds, p is at least "
         "2 / 2^n."
     )
     return [
         "<h2>Paired sign tests</h2>",
-        f'<p class="note">{told}</p>',
+        f'<p class="note">{explanation}</p>',
         _table(["arms", "lower", "higher", "ties", "p"], rows),
     ]
 
@@ -274,13 +274,13 @@ def _runs(source: Source) -> list[str]:
         **{head: [shown(result["row"][name]) for result in found] for head, name in _MEASURES.items()},
     }
     shown_heads = {head: column for head, column in heads.items() if {*column} - {"", "-"}}
-    told = (
+    explanation = (
         "T0 is the length of the first window; largest loss and gradient (its norm before clipping) are of the first "
         f"{START} steps; ‖W_hh‖ is the norm of the recurrent weights after the first epoch; overflow is the first step "
         f"whose loss exceeds {LARGEST_EXPONENT:g}."
     )
     rows = zip(*shown_heads.values(), strict=True)
-    note = [f'<p class="note">{html.escape(told)}</p>'] if "T0" in shown_heads else []
+    note = [f'<p class="note">{html.escape(explanation)}</p>'] if "T0" in shown_heads else []
     return ["<h2>Runs</h2>", *note, _table([*shown_heads], rows)]
 
 

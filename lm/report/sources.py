@@ -95,8 +95,10 @@ def _apart(sources: list[Source]) -> list[Source]:
     names = [source.name for source in sources]
     for name in {name for name in names if names.count(name) > 1}:
         folders = [source.folder for source in sources if source.name == name and source.folder is not None]
-        told = {folder: f"{name} in {end}" for folder, end in zip(folders, _names(folders), strict=True)}
-        sources = [replace(source, name=told[source.folder]) if source.folder in told else source for source in sources]
+        labels = {folder: f"{name} in {end}" for folder, end in zip(folders, _names(folders), strict=True)}
+        sources = [
+            replace(source, name=labels[source.folder]) if source.folder in labels else source for source in sources
+        ]
     return sources
 
 
@@ -134,9 +136,9 @@ def _runs(folders: Sequence[Path]) -> list[Source]:
         entry = Entry({**gathered, "versions": provenance.versions()}, _internals(log))
         found.setdefault(key, []).append((arm, entry))
     names = [Path(pairs[0][0].settings.data.source).name or "text" for pairs in found.values()]
-    told = [f"runs on {name}" for name in names] if len(found) > 1 else ["runs"]
-    told = [name if told.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(told, 1)]
-    return [_of_one_text(name, pairs) for name, pairs in zip(told, found.values(), strict=True)] if folders else []
+    labels = [f"runs on {name}" for name in names] if len(found) > 1 else ["runs"]
+    labels = [name if labels.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(labels, 1)]
+    return [_of_one_text(name, pairs) for name, pairs in zip(labels, found.values(), strict=True)] if folders else []
 
 
 def _of_one_text(name: str, pairs: Sequence[tuple[Arm, Entry]]) -> Source:

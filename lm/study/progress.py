@@ -36,10 +36,10 @@ class StudyProgress:
         """Says how a run ended."""
         self.done.add(job)
         row = result["row"]
-        told = f"diverged ({result['diverged']})" if row["diverged"] else f"best of {row['epochs']} epochs"
+        outcome = f"diverged ({result['diverged']})" if row["diverged"] else f"best of {row['epochs']} epochs"
         reached = ", ".join(f"{split} {shown(row[f'{split}_exact'])}" for split in ("valid", "test"))
         self.diverged += row["diverged"]
-        self.line(f"[{len(self.done)}/{len(self.jobs)}] {job}: {told}: {reached} (exact)")
+        self.line(f"[{len(self.done)}/{len(self.jobs)}] {job}: {outcome}: {reached} (exact)")
 
     def line(self, text: str) -> None:
         """Says a line above the moving one."""

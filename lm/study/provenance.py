@@ -27,10 +27,10 @@ def versions() -> dict[str, str]:
 def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        printed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     except OSError:  # no git here
         return "none"
-    return told.strip() or "none"
+    return printed.strip() or "none"
 
 
 def _processor() -> str:

@@ -68,10 +68,10 @@ def load(folder: Path, job: Job) -> dict[str, Any] | None:
     ours, theirs = _settings(job), result["settings"]
     # a setting added after the result was written had its default then
     theirs = {**config.flatten(config.Config()), **theirs}
-    told = [f"{k} is {theirs[k]} there and {v} here" for k, v in ours.items() if theirs[k] != v]
-    if told:
+    others = [f"{k} is {theirs[k]} there and {v} here" for k, v in ours.items() if theirs[k] != v]
+    if others:
         raise UserError(
-            f"a study's settings must be those of its results; {folder} holds {job} with others: {'; '.join(told)}; "
+            f"a study's settings must be those of its results; {folder} holds {job} with others: {'; '.join(others)}; "
             "choose another folder with --run"
         )
     return result
@@ -116,10 +116,10 @@ def read_whole(path: Path, what: str, keys: Mapping[str, type]) -> dict[str, Any
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as fault:
         raise UserError(f"{what} must be a file of JSON; {path}: {fault}; {_AGAIN}") from None
-    told = found if isinstance(found, dict) else {}
-    if lost := [key for key, kind in keys.items() if not isinstance(told.get(key), kind)]:
+    record = found if isinstance(found, dict) else {}
+    if lost := [key for key, kind in keys.items() if not isinstance(record.get(key), kind)]:
         raise UserError(f"{what} must be JSON with {', '.join(lost)}; {path} is not; {_AGAIN}")
-    return told
+    return record
 
 
 def save(folder: Path, job: Job, scores: Sequence[Mapping[str, Any]], diverged: str | None) -> dict[str, Any]:
@@ -250,9 +250,12 @@ def write(folder: Path, study: Study, results: Sequence[dict[str, Any]]) -> dict
         "epochs": [row for result in results for row in result["epochs"]],
         "arms": [
             {key: arm[key] for key in ("arm", "base", "selected", "runs", "diverged", "published")}
-            | {"measure": name, **{told: math.inf if found is None else found for told, found in arm[name].items()}}
+            | {
+                "measure": name,
+                **{statistic: math.inf if found is None else found for statistic, found in arm[name].items()},
+            }
             | {"finishing": arm["finishing"]["runs"], "finishing_unknown": arm["finishing"]["unknown"]}
-            | {f"finishing_{told}": found for told, found in arm["finishing"][name].items()}
+            | {f"finishing_{statistic}": found for statistic, found in arm["finishing"][name].items()}
             for arm in summary["arms"]
             for name in MEASURES
         ],

@@ -136,9 +136,9 @@ def _check(missing: Sequence[Job], devices: Sequence[str]) -> None:
 
 def _described(study: Study) -> str:
     """The study as the commands that it consists of."""
-    told = [*f"{study.name}: {study.description}".splitlines(), f"seeds 1 to {study.seeds}"]
+    comments = [*f"{study.name}: {study.description}".splitlines(), f"seeds 1 to {study.seeds}"]
     commands = [arm.command("SEED", f"runs/{arm.name}/seed-SEED") for arm in study.arms]
-    lines = [*(f"# {line}" for line in told), *("python -m lm " + shlex.join(words) for words in commands)]
+    lines = [*(f"# {line}" for line in comments), *("python -m lm " + shlex.join(words) for words in commands)]
     return "\n".join(lines) + "\n"
 
 
@@ -150,7 +150,7 @@ class _Runs:
         self.stopped: str | None = None
         self.live: dict[Job, subprocess.Popen[str]] = {}
         self._asked = 0
-        self._told: dict[subprocess.Popen[str], int] = {}
+        self._signalled: dict[subprocess.Popen[str], int] = {}
         names = [*devices] or [""]
         self._devices: queue.SimpleQueue[str] = queue.SimpleQueue()
         for number in range(jobs):
@@ -165,8 +165,8 @@ class _Runs:
     def pass_on(self) -> None:
         """Tells the running processes what `stop` asked for."""
         for process in list(self.live.values()):
-            if self._told.get(process, 0) < self._asked:
-                self._told[process] = self._asked
+            if self._signalled.get(process, 0) < self._asked:
+                self._signalled[process] = self._asked
                 process.send_signal(signal.SIGINT if self._asked == 1 else signal.SIGKILL)
 
     def work(self, job: Job) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _measures(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
     shares = {"median": 0.5, "q1": 0.25, "q3": 0.75, "min": 0.0, "max": 1.0}
     values = {name: [value(row, name) for row in rows] for name in MEASURES}
     return {
-        name: {told: quantile(found, share) if found else None for told, share in shares.items()}
+        name: {label: quantile(found, share) if found else None for label, share in shares.items()}
         for name, found in values.items()
     }
 
