@@ -16,7 +16,9 @@ struct Backward : Pass<T> {
 
   States<T> h, c;
   Tensor grad_y, grad_h, grad_c;             // [S, P] or undefined, [N, P], [N, H]; the last two updated in place
-  Matrix<T> grad_input_part, grad_hidden_part;  // [S, C]; the same memory unless a recurrent part is separate
+  // Of the pre-activations: a block [S, G * units] for each thread, which writes no memory near another's. The recurrent part's
+  // gradient is that of the input part unless the last gate's is separate.
+  std::vector<Matrix<T>> grad_input_part, grad_hidden_part;
   Matrix<T> grad_hidden, projected;             // with a projection: [S, P], [S, H]
   Matrix<T> entered;                            // [S, P] h as it entered the recurrent product, if that differs from h
   Tensor grad_affine, grad_cell_affine;      // [2, C], [2, H]
@@ -33,8 +35,6 @@ struct Backward : Pass<T> {
     }
     grad_h = grads.h.defined() ? grads.h.clone() : call.zeros({N, P});
     grad_c = grads.c.defined() ? grads.c.clone() : call.cell.has_c ? call.zeros({N, H}) : call.empty({0});
-    grad_input_part = {gemm, S, C};
-    grad_hidden_part = call.cell.apart ? Matrix<T>(gemm, S, C) : grad_input_part;
     if (call.has(Operand::weight_hr)) {
       grad_hidden = {gemm, S, P};
       projected = {gemm, S, H};
@@ -72,19 +72,35 @@ struct Backward : Pass<T> {
   void work(int id, Team& team, Exchange<T>& exchange) {
     const Range units = part_of(H, id, team.size()), outputs = part_of(P, id, team.size());
     const int64_t u = units.size(), p = outputs.size();
-    if (id == 0) take_over(team.size());
+    if (id == 0) {
+      take_over(team.size());
+      for (int t = 0; t < team.size(); ++t) {
+        const int64_t width = G * part_of(H, t, team.size()).size();
+        grad_input_part.emplace_back(gemm, S, width);
+        grad_hidden_part.push_back(Chosen::apart ? Matrix<T>(gemm, S, width) : grad_input_part[t]);
+      }
+    }
     team.wait();
     Worker<T> me(id, team, exchange, units, norm, cell_norm, 2 * N * G);
     T *bias_ih = pointer<T>(grad_bias_ih), *bias_hh = Chosen::apart ? pointer<T>(grad_bias_hh) : nullptr;
     me.own.take(bias_ih, true);
     me.own.take(bias_hh, true);
-    Panels<T> recurrent(gemm, C, p), projection(gemm, P, projected.defined() ? u : 0);
-    recurrent.pack_columns(get(Operand::weight_hh) + outputs.begin, P);
-    if (projected.defined()) projection.pack_columns(get(Operand::weight_hr) + units.begin, H);
+    std::vector<Panels<T>> recurrent;  // for each thread's block of gradients
+    for (int t = 0; t < team.size(); ++t) {
+      const T* columns = get(Operand::weight_hh) + outputs.begin;
+      recurrent.emplace_back(gemm, grad_hidden_part[t].width(), p);
+      recurrent[t].pack_columns([&](int64_t k) { return columns + channel(t, team.size(), k) * P; });
+    }
+    Panels<T> projection(gemm, P, projected.defined() ? u : 0);
+    if (const T* columns = get(Operand::weight_hr); columns != nullptr)
+      projection.pack_columns([&](int64_t k) { return columns + units.begin + k * H; });
 
     // This thread's part of a step: gradients of h (own outputs), of the projection's input (own units), of pre-activations, and
     // of h other than through its product. Copies, since shared rows would cause false sharing.
-    std::vector<T> dh(N * p), d_out(projected.defined() ? N * u : 0), spare(projected.defined() ? N * u : 0), q(N * G * u), grads(N * G * u), dc(N * u);
+    std::vector<T> dh(N * p), d_out(projected.defined() ? N * u : 0), spare(projected.defined() ? N * u : 0), q(N * G * u), dc(N * u);
+    // Gradients of pre-activations are written to this thread's block in place, unless rounded, or changed for the recurrent part.
+    T* const block = Chosen::apart ? nullptr : grad_input_part[id].values();
+    std::vector<T> grads(block == nullptr ? N * G * u : 0);
     std::vector<T> direct(Chosen::reads_h ? N * u : 0);
     std::vector<T> later = own_columns(grad_h, outputs), carried = own_columns(grad_c, units);  // by sequence
     T* const new_c = get(this->stays_c.defined() ? Kept::cell_new : Kept::cell_state);
@@ -105,7 +121,7 @@ struct Backward : Pass<T> {
       BackwardStep<T, kind> at(me, step, h, c, new_c);
       at.dh = {projected.defined() ? d_out.data() : dh.data(), 0, u};
       at.q = {q.data(), 0, G * u};
-      at.d = {grads.data(), G * u, u};
+      at.d = {block == nullptr ? grads.data() : block + step.first * G * u, G * u, u};
       at.dc = {dc.data(), 0, u};
       at.direct = {direct.data(), 0, u};
       at.apart = {get(Kept::apart), own, H};
@@ -114,16 +130,17 @@ struct Backward : Pass<T> {
       Chosen::backward(at);
       for (int64_t i = 0; i < step.count && projected.defined(); ++i)
         projected.write(step.first + i, units.begin, at.projected(i), u);
-      store(at, grad_input_part, bias_ih);
+      store(at, grad_input_part[id], bias_ih);
       if constexpr (Chosen::apart) {
         Chosen::recurrent_gradient(at);
-        store(at, grad_hidden_part, bias_hh);
+        store(at, grad_hidden_part[id], bias_hh);
       }
       team.wait();
       // Own columns of the gradient of h before the step; written in place if all rows are active.
       const bool in_place = walk.dense && !call.has(Operand::reset) && !call.has(Operand::recurrent_mask) &&
                             !this->stays_h.defined() && !Chosen::reads_h;
-      recurrent.multiply(step.count, grad_hidden_part.left(step.first), in_place ? later.data() : dh.data(), p, false);
+      for (int t = 0; t < team.size(); ++t)
+        recurrent[t].multiply(step.count, grad_hidden_part[t].left(step.first), in_place ? later.data() : dh.data(), p, t > 0);
       if (!in_place) finish_h(step, outputs, dh, Chosen::reads_h ? direct.data() : nullptr, past_h, later);
       if constexpr (Chosen::has_c) finish_c(step, u, past_c, carried);
     }
@@ -239,19 +256,25 @@ struct Backward : Pass<T> {
     }
   }
 
-  // Copy a step's gradients of pre-activations to `parts` [S, C], and add them to `sums` [G, units], the gradients of a bias.
+  // The channel of column k of a thread's block.
+  int64_t channel(int thread, int threads, int64_t k) const {
+    const Range units = part_of(H, thread, threads);
+    return k / units.size() * H + units.begin + k % units.size();
+  }
+
+  // Copy a step's gradients of pre-activations to `block` [S, G * units], unless they are there, and add them to `sums`
+  // [G, units], the gradients of a bias.
   template <Kind kind>
-  void store(const BackwardStep<T, kind>& at, const Matrix<T>& parts, T* sums) const {
-    const int64_t u = at.units();
-    for (int64_t i = 0; i < at.count(); ++i)
-      for (int64_t g = 0; g < G; ++g) {
-        const T* __restrict from = at.d.at(i, g);
-        parts.write(at.step.first + i, g * H + at.me.units.begin, from, u);
-        if (sums == nullptr) continue;
-        T* __restrict sum = sums + g * u;
+  void store(const BackwardStep<T, kind>& at, const Matrix<T>& block, T* sums) const {
+    const int64_t width = block.width();
+    for (int64_t i = 0; i < at.count(); ++i) {
+      const T* from = at.d.at(i, 0);
+      const int64_t s = at.step.first + i;
+      if (block.values() == nullptr || from != block.values() + s * width) block.write(s, 0, from, width);
+      if (sums == nullptr) continue;
 #pragma omp simd
-        for (int64_t j = 0; j < u; ++j) sum[j] += from[j];
-      }
+      for (int64_t k = 0; k < width; ++k) sums[k] += from[k];
+    }
   }
 
   // grad_x: this thread's share of the samples times the input weights.
@@ -260,64 +283,80 @@ struct Backward : Pass<T> {
     const Range share = part_of(S, id, threads);
     const T* weight = get(Operand::weight_ih);
     const Array<T> packed(block_depth * Slices::widest);
-    for (int64_t k = 0; k < C; k += block_depth) {
-      const int64_t depth = std::min(block_depth, C - k);
-      for (int64_t slice = 0; slice < slices.count(); ++slice) {
-        const int64_t column = slices.begin(slice), width = slices.width(slice);
-        pack(gemm, depth, width, packed.data(), [&](int64_t i) { return weight + (k + i) * I + column; });
-        for (int64_t s = share.begin; s < share.end; s += block_rows)
-          gemm(std::min(block_rows, share.end - s), width, gemm.depth(depth), grad_input_part.left().at(s, k),
-               packed.data(), grad_x.data_ptr<T>() + s * I + column, I, k > 0);
+    bool add = false;
+    for (int t = 0; t < threads; ++t)
+      for (int64_t k = 0; k < grad_input_part[t].width(); k += block_depth, add = true) {
+        const int64_t depth = std::min(block_depth, grad_input_part[t].width() - k);
+        for (int64_t slice = 0; slice < slices.count(); ++slice) {
+          const int64_t column = slices.begin(slice), width = slices.width(slice);
+          pack(gemm, depth, width, packed.data(),
+               [&](int64_t i) { return weight + channel(t, threads, k + i) * I + column; });
+          for (int64_t s = share.begin; s < share.end; s += block_rows)
+            gemm(std::min(block_rows, share.end - s), width, gemm.depth(depth), grad_input_part[t].left(s).at(0, k),
+                 packed.data(), grad_x.data_ptr<T>() + s * I + column, I, add);
+        }
       }
-    }
   }
 
   struct Product {
     std::vector<Left<T>> right;  // [S] rows
     int64_t K;                   // their width
-    Tensor& gradient;            // [columns of left, K]
+    Tensor& gradient;            // [*, K]
   };
 
-  // For each product: gradient = left' [., S] right [S, K], for this thread's columns of `left` [S, columns].
-  void multiply_transposed(int id, int threads, const Matrix<T>& left, const std::vector<Product>& products) {
-    const int64_t columns = left.width();
-    const Range share = part_of(columns, id, threads);
+  // Columns of a left operand that give neighbouring rows of a gradient.
+  struct Columns {
+    int64_t begin, count, row;
+  };
+
+  // For each product: rows of gradient = left' [., S] right [S, K], for these columns of `left`, of which there are `width`.
+  void multiply_transposed(const Left<T>& left, int64_t width, const std::vector<Columns>& all,
+                           const std::vector<Product>& products) {
     const int64_t blocks = (S + block_depth - 1) / block_depth, tall = gemm.depth((S + blocks - 1) / blocks);
-    const Matrix<T> turned(gemm, share.size(), tall);
+    const Matrix<T> turned(gemm, width, tall);
     const Array<T> packed(tall * Slices::widest);
     for (int64_t s = 0; s < S; s += tall) {
       const int64_t depth = std::min(tall, S - s);
-      turned.write_transposed(left.left().at(s, share.begin), depth);
+      turned.write_transposed(left.at(s, 0), depth);
       for (const Product& product : products) {
         const int64_t K = product.K;
         const Slices slices(K);
         for (int64_t slice = 0; slice < slices.count(); ++slice) {
-          const int64_t k = slices.begin(slice), width = slices.width(slice);
-          pack(gemm, depth, width, packed.data(), product.right.data() + s, k);
-          for (int64_t c = 0; c < share.size(); c += block_rows)
-            gemm(std::min(block_rows, share.size() - c), width, gemm.depth(depth), turned.left(c), packed.data(),
-                 product.gradient.template data_ptr<T>() + (share.begin + c) * K + k, K, s > 0);
+          const int64_t k = slices.begin(slice);
+          pack(gemm, depth, slices.width(slice), packed.data(), product.right.data() + s, k);
+          for (const Columns& columns : all)
+            for (int64_t c = 0; c < columns.count; c += block_rows)
+              gemm(std::min(block_rows, columns.count - c), slices.width(slice), gemm.depth(depth),
+                   turned.left(columns.begin + c), packed.data(),
+                   product.gradient.template data_ptr<T>() + (columns.row + c) * K + k, K, s > 0);
         }
       }
     }
   }
 
+  // The gradients of this thread's rows of the weights.
   void multiply_weights(int id, int threads) {
+    const Range units = part_of(H, id, threads), outputs = part_of(P, id, threads);
     Product inputs{std::vector<Left<T>>(S), I, grad_weight_ih}, states{std::vector<Left<T>>(S), P, grad_weight_hh};
     for (int64_t s = 0; s < S; ++s) {
       inputs.right[s] = this->samples.left(s);
       states.right[s] = entered.defined() ? entered.left(s) : Left<T>{h.before(s), nullptr, P};
     }
+    std::vector<Columns> gates;
+    for (int64_t g = 0; g < G; ++g) gates.push_back({g * units.size(), units.size(), g * H + units.begin});
+    const auto multiply = [&](const Matrix<T>& block, const std::vector<Product>& products) {
+      multiply_transposed(block.left(), block.width(), gates, products);
+    };
     if (call.cell.apart) {
-      multiply_transposed(id, threads, grad_input_part, {inputs});
-      multiply_transposed(id, threads, grad_hidden_part, {states});
+      multiply(grad_input_part[id], {inputs});
+      multiply(grad_hidden_part[id], {states});
     } else {
-      multiply_transposed(id, threads, grad_input_part, {inputs, states});
+      multiply(grad_input_part[id], {inputs, states});
     }
     if (!projected.defined()) return;
-    Product outputs{std::vector<Left<T>>(S), H, grad_weight_hr};
-    for (int64_t s = 0; s < S; ++s) outputs.right[s] = projected.left(s);
-    multiply_transposed(id, threads, grad_hidden, {outputs});
+    Product hidden{std::vector<Left<T>>(S), H, grad_weight_hr};
+    for (int64_t s = 0; s < S; ++s) hidden.right[s] = projected.left(s);
+    multiply_transposed(grad_hidden.left().at(0, outputs.begin), outputs.size(), {{0, outputs.size(), outputs.begin}}, {hidden});
   }
 
   // In the order of rnnorm.ops.call.DIFFERENTIABLE; empty tensors where they do not apply.

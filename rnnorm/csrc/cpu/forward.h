@@ -107,8 +107,8 @@ struct Forward : Pass<T> {
         zoneout(step, outputs, h, this->stays_h, hidden);
         team.wait();
       }
-      publish(step, outputs);
     }
+    publish(part_of(S, id, team.size()));
     gemm.release();
   }
 
@@ -143,13 +143,11 @@ struct Forward : Pass<T> {
     });
   }
 
-  // Copy the new h to y, which shares no memory with kept tensors, since the caller may modify it in place.
-  void publish(const Step& step, Range columns) const {
-    const T* from = h.history + columns.begin;
-    T* to = y.data_ptr<T>() + columns.begin;
-    if (from == to) return;
-    for (int64_t s = step.first; s < step.first + step.count; ++s)
-      std::copy_n(from + s * P, columns.size(), to + walk.position[s] * P);
+  // Copy h of these samples to y, which shares no memory with kept tensors, since the caller may modify it in place.
+  void publish(Range samples) const {
+    T* const to = y.data_ptr<T>();
+    if (h.history == to) return;
+    for (int64_t s = samples.begin; s < samples.end; ++s) std::copy_n(h.history + s * P, P, to + walk.position[s] * P);
   }
 
   // The input part of this thread's units, computed for many samples at once: enough for an efficient product, few enough to

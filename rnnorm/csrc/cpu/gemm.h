@@ -183,6 +183,8 @@ class Matrix {
   bool defined() const { return data_.defined(); }
   int64_t rows() const { return rows_; }
   int64_t width() const { return width_; }
+  // The values [rows, width] to be written in place; null if they are stored in bfloat16.
+  T* values() const { return half_ ? nullptr : data_.template data_ptr<T>(); }
 
   template <typename From>
   void write(int64_t row, int64_t column, const From* from, int64_t count) const {
@@ -224,7 +226,7 @@ inline void pack_pair(const From* __restrict first, const From* __restrict secon
 template <typename T, typename Row>
 void pack(const Gemm<T>& gemm, int64_t count, int64_t width, T* out, const Row& row) {
   if (!gemm.half) {
-    if constexpr (std::is_same_v<decltype(row(0)), const T*>)
+    if constexpr (!std::is_same_v<decltype(row(0)), const Half*>)
       for (int64_t k = 0; k < count; ++k) std::copy_n(row(k), width, out + k * width);
     return;
   }
@@ -259,11 +261,12 @@ class Panels {
     }
   }
 
-  // Fill all columns with those of `source` (row stride `ld`).
-  void pack_columns(const T* source, int64_t ld) {
+  // Fill all columns; `row(k)` is a pointer to the k-th row.
+  template <typename Row>
+  void pack_columns(const Row& row) {
     for (int64_t slice = 0; slice < slices_.count(); ++slice) {
-      const T* columns = source + slices_.begin(slice);
-      pack(gemm_, K_, slices_.width(slice), this->slice(slice), [&](int64_t k) { return columns + k * ld; });
+      const int64_t start = slices_.begin(slice);
+      pack(gemm_, K_, slices_.width(slice), this->slice(slice), [&](int64_t k) { return row(k) + start; });
     }
   }
 
