@@ -421,7 +421,7 @@ on_cpp = pytest.mark.skipif(build.load() is not None, reason=f"the C++ backend c
 
 @on_cpp
 @pytest.mark.parametrize("guard", norms.GUARDS)
-@pytest.mark.parametrize("shape", [(9, 100), (5, 7, 11), (4, 70, 5, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 100), (700, 200), (5, 7, 11), (4, 70, 5, 3), (40, 70, 5, 13)], ids=str)
 @pytest.mark.parametrize("layout", [None, _channels_last])
 def test_results_do_not_depend_on_the_threads(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], layout: Any, guard: str

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -12,6 +13,7 @@
 #include "check.h"
 #include "cores.h"
 #include "norm.h"
+#include "pool.h"
 #include "team.h"
 
 namespace rnnorm {
@@ -25,6 +27,8 @@ constexpr int64_t widest = 64;
 constexpr int64_t line = 16;
 // Values for each additional thread: with fewer, starting it takes longer than it saves.
 constexpr int64_t worthwhile = 16'384;
+// Values of a block of samples that one thread processes before another takes over their channels.
+constexpr int64_t block_values = 65'536;
 
 // What one run over the samples does: normalize; go back; or, before these, sum what the guard `scale` needs of each sample.
 enum class Pass { forward, backward, squares, products };
@@ -65,51 +69,65 @@ struct Guarded {
   }
 };
 
-// A thread's copy of the states of its channels: threads would share cache lines of the tensors.
+// A copy of the states of a range of channels, each in lines of its own: threads would share those of the tensors.
 template <typename T>
-struct States {
-  std::vector<T> weight, bias, mean, var, u, v, grad_weight, grad_bias;
+class States {
+ public:
+  template <typename X>
+  States(const Problem<X, T>& p, Range channels)
+      : channels_(channels), stride_((channels.size() + line - 1) / line * line), values_(count * stride_) {
+    reset(p);
+  }
 
   template <typename X>
-  States(const Problem<X, T>& p, Range range)
-      : weight(copy(p.weight, range, 1)), bias(copy(p.bias, range, 0)), mean(copy(p.mean, range, 0)),
-        var(copy(p.var, range, 0)), u(copy(p.u, range, 0)), v(copy(p.v, range, 0)), grad_weight(range.size()),
-        grad_bias(range.size()) {}
+  void reset(const Problem<X, T>& p) const {
+    const T* const from[count] = {p.mean, p.var, p.weight, p.bias, p.u, p.v, nullptr, nullptr};
+    for (int k = 0; k < count; ++k) {
+      T* const to = values_.data() + k * stride_;
+      if (from[k] != nullptr) std::copy_n(from[k] + channels_.begin, channels_.size(), to);
+      else std::fill_n(to, channels_.size(), T(k == weights ? 1 : 0));
+    }
+  }
 
   template <typename X>
-  void store(const Problem<X, T>& p, Range range) const {
-    const auto put = [&](const std::vector<T>& from, T* to) {
-      if (to != nullptr) std::copy(from.begin(), from.end(), to + range.begin);
-    };
-    put(mean, p.new_mean);
-    put(var, p.new_var);
-    put(u, p.u);
-    put(v, p.v);
-    put(grad_weight, p.grad_weight);
-    put(grad_bias, p.grad_bias);
+  void store(const Problem<X, T>& p) const {
+    T* const to[count] = {p.new_mean, p.new_var, nullptr, nullptr, p.u, p.v, p.grad_weight, p.grad_bias};
+    for (int k = 0; k < count; ++k)
+      if (to[k] != nullptr) std::copy_n(values_.data() + k * stride_, channels_.size(), to[k] + channels_.begin);
   }
 
  private:
-  static std::vector<T> copy(const T* from, Range range, T otherwise) {
-    return from == nullptr ? std::vector<T>(range.size(), otherwise) : std::vector<T>(from + range.begin, from + range.end);
-  }
+  template <Pass, Guard, typename, typename>
+  friend class Run;
+  enum { means, vars, weights, biases, us, vs, grad_weights, grad_biases, count };
+
+  T* at(int which, int64_t channel) const { return values_.data() + which * stride_ + channel - channels_.begin; }
+
+  Range channels_;
+  int64_t stride_;
+  Array<T> values_;
 };
 
-// One run of a thread over the samples of its channels. Per channel and sample, z = a * (x - mu) + b with a = weight * r, and
+// One run over samples of some channels. Per channel and sample, z = a * (x - mu) + b with a = weight * r, and
 // y = r * (x - mu); the gradient of x is a * g + of_d * (x - mu) + shift, with g the gradient of z.
 template <Pass pass, Guard guard, typename X, typename T>
 class Run {
  public:
   // `squares` and `products` [N, units]: sums of z * z and of gradient times z.
-  Run(const Problem<X, T>& p, Range range, const std::vector<Guarded<guard, T>>& guards, std::vector<T>& squares,
-      std::vector<T>& products)
-      : p_(p), range_(range), guards_(guards), squares_(squares), products_(products), own_(p, range),
-        squares_of_n_(summed ? range.size() : 0), products_of_n_(summed ? range.size() : 0) {
-    for (int64_t n = 0; n < p.N; ++n)
-      if (p.D == 1) single_values(n);
-      else if (p.channels_last) tiles(n);
+  Run(const Problem<X, T>& p, const States<T>& states, Range channels, const std::vector<Guarded<guard, T>>& guards,
+      std::vector<T>& squares, std::vector<T>& products)
+      : p_(p), range_(channels), guards_(guards), squares_(squares), products_(products),
+        own_{states.at(States<T>::means, channels.begin), states.at(States<T>::vars, channels.begin),
+             states.at(States<T>::weights, channels.begin), states.at(States<T>::biases, channels.begin),
+             states.at(States<T>::us, channels.begin), states.at(States<T>::vs, channels.begin),
+             states.at(States<T>::grad_weights, channels.begin), states.at(States<T>::grad_biases, channels.begin)},
+        squares_of_n_(summed ? channels.size() : 0), products_of_n_(summed ? channels.size() : 0) {}
+
+  void operator()(Range samples) {
+    for (int64_t n = samples.begin; n < samples.end; ++n)
+      if (p_.D == 1) single_values(n);
+      else if (p_.channels_last) tiles(n);
       else rows(n);
-    if (!summed) own_.store(p, range);
   }
 
  private:
@@ -204,7 +222,7 @@ class Run {
     for (int64_t first = 0; first < range_.size(); first += widest) {
       const int64_t count = std::min(widest, range_.size() - first);
       const int64_t place = n * p_.D * p_.C + range_.begin + first;
-      const T *__restrict bias = own_.bias.data() + first, *__restrict weight = own_.weight.data() + first;
+      const T *__restrict bias = own_.bias + first, *__restrict weight = own_.weight + first;
       T mu[widest], r[widest], a[widest], sum_d[widest], sum_dd[widest], sum_g[widest], sum_gd[widest];
       T of_d[widest], shift[widest], squares[widest], products[widest];
 #pragma omp simd
@@ -263,8 +281,25 @@ class Run {
   const Range range_;
   const std::vector<Guarded<guard, T>>& guards_;
   std::vector<T>&squares_, &products_;
-  States<T> own_;
+  const struct {
+    T *mean, *var, *weight, *bias, *u, *v, *grad_weight, *grad_bias;
+  } own_;  // of these channels
   std::vector<T> squares_of_n_, products_of_n_;
+};
+
+// Who processes what. Where the values of a channel are neighbours in memory, each thread takes channels of its own. Where
+// channels are, threads that write parts of the same rows would pull each other's cache lines to and fro, so each takes whole
+// rows, block by block, and a group of channels goes on from where the thread before has left it.
+struct Schedule {
+  int64_t groups = 0, blocks = 0;  // 0: channels of its own
+
+  template <typename X, typename T>
+  Schedule(const Problem<X, T>& p, int threads) {
+    if (threads == 1 || !p.channels_last || p.N < 4 * threads) return;
+    groups = std::min<int64_t>(p.units(), 2 * threads);
+    const int64_t rounds = (p.N * p.C * p.D + threads * block_values - 1) / (threads * block_values);
+    blocks = std::min(rounds * threads, p.N);
+  }
 };
 
 template <Pass pass, Guard guard, typename X, typename T>
@@ -275,12 +310,33 @@ void solve(const Problem<X, T>& p, int64_t threads) {
   constexpr bool back = pass == Pass::backward;
   std::vector<T> squares(scaled ? p.N * units : 0), products(scaled && back ? p.N * units : 0);
   std::vector<Guarded<guard, T>> guards(scaled ? p.N : 0, Guarded<guard, T>{p.constants.clamp_limit});
+  const auto channels = [&](int64_t index, int64_t count) {
+    const Range part{units * index / count, units * (index + 1) / count};
+    return Range{part.begin * p.unit(), std::min(part.end * p.unit(), p.C)};
+  };
+  const Schedule schedule(p, most);
+  const States<T> shared(p, {0, schedule.groups > 0 ? p.C : 0});
+  std::vector<std::atomic<int>> done_first(schedule.groups), done_last(schedule.groups);  // blocks, by group
   Team::run(most, [&](int id, Team& team) {
-    const Range part = part_of(units, id, team.size());
-    const Range own{part.begin * p.unit(), std::min(part.end * p.unit(), p.C)};
-    const auto runs = [&]<Pass which>() { Run<which, guard, X, T>(p, own, guards, squares, products); };
+    const auto run = [&]<Pass which>(std::vector<std::atomic<int>>& done) {
+      const auto of = [&](const States<T>& states, Range part) {
+        return Run<which, guard, X, T>(p, states, part, guards, squares, products);
+      };
+      if (schedule.groups == 0) {
+        const Range own = channels(id, team.size());
+        const States<T> states(p, own);
+        of(states, own)({0, p.N});
+        if (which == pass) states.store(p);
+      }
+      for (int64_t block = id; block < schedule.blocks; block += team.size())
+        for (int64_t group = 0; group < schedule.groups; ++group) {
+          team.wait_for(done[group], static_cast<int>(block));
+          of(shared, channels(group, schedule.groups))(part_of(p.N, static_cast<int>(block), static_cast<int>(schedule.blocks)));
+          done[group].store(static_cast<int>(block + 1), std::memory_order_release);
+        }
+    };
     if constexpr (scaled) {
-      runs.template operator()<back ? Pass::products : Pass::squares>();
+      run.template operator()<back ? Pass::products : Pass::squares>(done_first);
       team.wait();
       const Range samples = part_of(p.N, id, team.size());
       for (int64_t n = samples.begin; n < samples.end; ++n) {
@@ -293,10 +349,12 @@ void solve(const Problem<X, T>& p, int64_t threads) {
         guards[n].factor = factor;
         guards[n].pull = factor * factor * factor * (product / values);
       }
+      if (id == 0) shared.reset(p);
       team.wait();
     }
-    runs.template operator()<pass>();
+    run.template operator()<pass>(done_last);
   });
+  if (schedule.groups > 0) shared.store(p);
 }
 
 template <Pass pass, typename X, typename T>

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <exception>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 namespace rnnorm {
@@ -37,9 +38,16 @@ class Team {
     for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
       if (failed_.load(std::memory_order_relaxed)) throw std::runtime_error("rnnorm: another thread failed");
       if (spins >= most_spins) generation_.wait(generation, std::memory_order_acquire);
-#if defined(__x86_64__)
-      else __builtin_ia32_pause();
-#endif
+      else pause();
+    }
+  }
+
+  // Wait until another thread has raised `count` to `least`.
+  void wait_for(const std::atomic<int>& count, int least) const {
+    for (int spins = 0; count.load(std::memory_order_acquire) < least; ++spins) {
+      if (failed_.load(std::memory_order_relaxed)) throw std::runtime_error("rnnorm: another thread failed");
+      if (spins >= most_spins) std::this_thread::yield();
+      else pause();
     }
   }
 
@@ -65,6 +73,12 @@ class Team {
 
  private:
   static constexpr int most_spins = 2000;  // tens of microseconds
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
 
   void pass(int generation) {
     generation_.store(generation, std::memory_order_release);
