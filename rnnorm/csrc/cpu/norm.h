@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -201,16 +202,17 @@ void moments_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t
     for (int64_t g = 0; g < gates; ++g) {
       T* __restrict x = q + i * ld + g * u;
       const T* __restrict b = bias + g * u;
-#pragma omp simd
-      for (int64_t j = 0; j < u; ++j) x[j] += b[j];
       T sum = 0, squares = 0;
-      if (centred) {
+      if constexpr (centred) {
 #pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < u; ++j) sum += x[j];
+        for (int64_t j = 0; j < u; ++j) sum += x[j] += b[j];
       }
       const T own = u > 0 ? sum / u : 0;
 #pragma omp simd reduction(+ : squares)
-      for (int64_t j = 0; j < u; ++j) squares += (x[j] - own) * (x[j] - own);
+      for (int64_t j = 0; j < u; ++j) {
+        if constexpr (!centred) x[j] += b[j];
+        squares += (x[j] - own) * (x[j] - own);
+      }
       mine[(i * gates + g) * 2] = own;
       mine[(i * gates + g) * 2 + 1] = squares;
     }
@@ -226,16 +228,15 @@ void moments_forward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t
     }
     const T r = 1 / std::sqrt(squares / norm.H + norm.constants.eps);
     const int64_t i = k / gates, g = k % gates, channel = (g0 + g) * norm.H + me.units.begin;
+    if (norm.y != nullptr && me.id == 0) norm.rstd[(sample + i) * norm.G + g0 + g] = r;
     T* __restrict x = q + i * ld + g * u;
+    T* __restrict y = norm.y != nullptr ? norm.y + norm.place(me.units, sample + i, g0 + g) : me.spare.data();
+    const T *__restrict w = norm.weight + channel, *__restrict b = norm.bias + channel;
 #pragma omp simd
-    for (int64_t j = 0; j < u; ++j) x[j] = (x[j] - mean) * r;
-    if (norm.y != nullptr) {
-      std::copy_n(x, u, norm.y + norm.place(me.units, sample + i, g0 + g));
-      if (me.id == 0) norm.rstd[(sample + i) * norm.G + g0 + g] = r;
+    for (int64_t j = 0; j < u; ++j) {
+      y[j] = (x[j] - mean) * r;
+      x[j] = w[j] * y[j] + b[j];
     }
-    const T *w = norm.weight + channel, *b = norm.bias + channel;
-#pragma omp simd
-    for (int64_t j = 0; j < u; ++j) x[j] = w[j] * x[j] + b[j];
   }
   ++me.turn;
 }
@@ -350,17 +351,24 @@ inline void online_row_backward(const Norm<T>& norm, const Worker<T>& me, int64_
 }
 
 // Go back through the affine map of one row: accumulates the gradients of weight and bias; `g` becomes the gradient of y.
+// Returns the sums of the latter, and of it times y.
 template <typename T>
-inline void affine_backward(const Norm<T>& norm, const Worker<T>& me, int64_t gate, const T* __restrict y, T* __restrict g) {
+inline std::pair<T, T> affine_backward(const Norm<T>& norm, const Worker<T>& me, int64_t gate, const T* __restrict y,
+                                       T* __restrict g) {
   const int64_t u = me.units.size();
-  const T* w = norm.weight + gate * norm.H + me.units.begin;
+  const T* __restrict w = norm.weight + gate * norm.H + me.units.begin;
   T *__restrict gw = norm.grad_weight + gate * u, *__restrict gb = norm.grad_bias + gate * u;
-#pragma omp simd
+  T sum = 0, product = 0;
+#pragma omp simd reduction(+ : sum, product)
   for (int64_t j = 0; j < u; ++j) {
+    const T scaled = g[j] * w[j];
     gw[j] += g[j] * y[j];
     gb[j] += g[j];
-    g[j] *= w[j];
+    g[j] = scaled;
+    sum += scaled;
+    product += scaled * y[j];
   }
+  return {sum, product};
 }
 
 // Go back through the guard `clamp` of all rows: `g` becomes the gradient of the affine map's output.
@@ -410,21 +418,15 @@ void scale_backward(const Norm<T>& norm, const Worker<T>& me, int g0, int g1, in
     }
 }
 
+// Go back through the affine map and layer or RMS normalization.
 template <bool centred, typename T>
 void moments_backward(const Norm<T>& norm, Worker<T>& me, int g0, int g1, int64_t sample, int64_t n, Gradients<T> g) {
   const int64_t u = me.units.size(), gates = g1 - g0;
   T* mine = me.partial();
   for (int64_t i = 0; i < n; ++i)
     for (int64_t k = 0; k < gates; ++k) {
-      const T *d = g.at(i, k), *y = norm.y + norm.place(me.units, sample + i, g0 + k);
-      T sum = 0, product = 0;
-#pragma omp simd reduction(+ : sum, product)
-      for (int64_t j = 0; j < u; ++j) {
-        sum += d[j];
-        product += d[j] * y[j];
-      }
-      mine[(i * gates + k) * 2] = sum;
-      mine[(i * gates + k) * 2 + 1] = product;
+      const T* y = norm.y + norm.place(me.units, sample + i, g0 + k);
+      std::tie(mine[(i * gates + k) * 2], mine[(i * gates + k) * 2 + 1]) = affine_backward(norm, me, g0 + k, y, g.at(i, k));
     }
   const T* total = me.sum(2 * n * gates);
   for (int64_t i = 0; i < n; ++i)
@@ -471,9 +473,6 @@ RNNORM_ONE_COPY void norm_backward(const Norm<T>& norm, Worker<T>& me, int g0, i
   if constexpr (kind == Kind::online) {
     online_backward(norm, me, g0, g1, sample, n, q, q_ld, g);
   } else if constexpr (kind != Kind::none) {
-    for (int64_t i = 0; i < n; ++i)
-      for (int k = 0; k < g1 - g0; ++k)
-        affine_backward(norm, me, g0 + k, norm.y + norm.place(me.units, sample + i, g0 + k), g.at(i, k));
     moments_backward<kind == Kind::layer>(norm, me, g0, g1, sample, n, g);
   }
 }
