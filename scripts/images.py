@@ -13,6 +13,7 @@ table and is tested on the rest. All else is the same for all arms: SGD with mom
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import statistics
@@ -171,6 +172,10 @@ def intersection_over_union(logits: Tensor, targets: Tensor, classes: int) -> fl
     return torch.stack(each).double().nan_to_num(1.0).mean().item()
 
 
+# What loads the data: its module, and the package's name.
+PACKAGES = {"digits": ("sklearn", "scikit-learn"), "cifar10": ("datasets", "datasets")}
+
+
 class Task(NamedTuple):
     data: dict[str, Callable[[int], Data]]
     model: type[nn.Module]
@@ -318,6 +323,9 @@ def main(given: list[str] | None = None) -> None:
     known = TASKS[chosen.task].data
     if chosen.data is not None and chosen.data not in known:
         parser.error(f"--data of {chosen.task} must be one of {', '.join(known)}; got {chosen.data}")
+    module, package = PACKAGES.get(chosen.data or next(iter(known)), ("torch", "torch"))
+    if importlib.util.find_spec(module) is None:
+        parser.error(f"these images need the package {package}, which is not installed; pip install '.[images]'")
     if min(*chosen.batch_size, chosen.seeds, *(chosen.lr or [0]), chosen.epochs or 1) <= 0:
         parser.error("--batch-size, --seeds, --lr and --epochs must be greater than 0")
     chosen.epochs = chosen.epochs or TASKS[chosen.task].epochs

@@ -114,3 +114,12 @@ def test_wrong_arguments(images: Any, given: list[str], message: str, capsys: py
         images.main(given)
     assert message in capsys.readouterr().err
     assert "images" not in sys.modules
+
+
+def test_a_missing_package_is_named_before_anything_runs(
+    images: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(images.PACKAGES, "digits", ("no_such_module", "scikit-learn"))
+    with pytest.raises(SystemExit):
+        images.main(["--task", "classify"])
+    assert "need the package scikit-learn, which is not installed; pip install '.[images]'" in capsys.readouterr().err
