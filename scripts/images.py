@@ -8,8 +8,9 @@
 `classify` trains a residual network on 300 of scikit-learn's 1,797 digits (8 x 8; no network needed), or with
 `--data cifar10` on CIFAR-10 from the Hugging Face hub; `segment` a U-Net on 300 generated images of disks, squares and
 crosses in noise, whose masks are known. Each arm (norm and batch size) takes the learning rate of the grid that is best
-on validation images, by the median of two seeds that are not those of the table; then it trains with each seed of the
-table and is tested on the rest. All else is the same for all arms: SGD with momentum 0.9, a cosine schedule, epochs.
+on validation images, by the median of two seeds that are not those of the table; where that is an end of the grid, it
+is extended. Then the arm trains with each seed of the table and is tested on the rest. All else is the same for all
+arms: SGD with momentum 0.9, a cosine schedule, epochs.
 """
 
 import argparse
@@ -38,6 +39,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "none": lambda channels: nn.Identity(),
 }
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1)
+MOST_ADDED = 4  # to the grid, for an arm whose best rate is an end of it
 TUNING_SEEDS = (101, 102)
 MOMENTUM = 0.9
 TRAIN, VALID = 300, 200  # images of digits and of generated shapes
@@ -291,10 +293,34 @@ def arms(chosen: argparse.Namespace, bar: Any) -> Iterator[tuple[list[Run], list
                 with _writer(chosen.tensorboard, name) as writer:
                     return train(task, make(seed), norm, size, lr, seed, chosen.epochs, writer, bar.update)
 
-            tuning = [run(lr, seed) for lr in chosen.lr for seed in TUNING_SEEDS] if len(chosen.lr) > 1 else []
-            scores = {lr: statistics.median([r.valid for r in tuning if r.lr == lr] or [0.0]) for lr in chosen.lr}
-            best = max(chosen.lr, key=lambda lr: scores[lr])
+            tuning: list[Run] = []
+
+            def score(lr: float, run: Callable[[float, int], Run] = run, tuning: list[Run] = tuning) -> float:
+                if lr not in chosen.lr:
+                    bar.total += len(TUNING_SEEDS) * chosen.epochs
+                found = [run(lr, seed) for seed in TUNING_SEEDS]
+                tuning += found
+                return statistics.median(r.valid for r in found)
+
+            best = tuned(sorted(set(chosen.lr)), score)
             yield tuning, [run(best, seed) for seed in range(1, chosen.seeds + 1)]
+
+
+def tuned(rates: list[float], score: Callable[[float], float]) -> float:
+    """The best of ascending rates, the least of equals. While it is an end of the grid, the grid grows there."""
+    if len(rates) == 1:
+        return rates[0]
+    scores = {lr: score(lr) for lr in rates}
+    for _ in range(MOST_ADDED):
+        best = max(rates, key=lambda lr: scores[lr])
+        if best not in (rates[0], rates[-1]):
+            break
+        towards = rates[:3] if best == rates[0] else rates[:-4:-1]
+        # 1, 3, 10 … go on as 0.3, 0.1 and 30, 100
+        added = float(f"{towards[-2] * towards[0] / towards[-1]:.3g}")
+        scores[added] = score(added)
+        rates = sorted(scores)
+    return max(rates, key=lambda lr: scores[lr])
 
 
 def _writer(folder: Path | None, name: str) -> Any:
@@ -333,12 +359,12 @@ def main(given: list[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    began, tuned, runs, rows = time.perf_counter(), [], [], []
+    began, tried, runs, rows = time.perf_counter(), [], [], []
     each = chosen.seeds + (len(chosen.lr) * len(TUNING_SEEDS) if len(chosen.lr) > 1 else 0)
     count = len(chosen.norm) * len(chosen.batch_size) * each * chosen.epochs
     with tqdm(total=count, unit=" epochs", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
         for tuning, found in arms(chosen, bar):
-            tuned += tuning
+            tried += tuning
             runs += found
             rows.append(summary(found))
             minutes = (time.perf_counter() - began) / 60
@@ -349,7 +375,7 @@ def main(given: list[str] | None = None) -> None:
                     **{"grid": chosen.lr, "tuning_seeds": TUNING_SEEDS, "momentum": MOMENTUM, "minutes": minutes},
                     **{"torch": torch.__version__, "rnnorm": rnnorm.__version__, "threads": chosen.threads},
                     **{"claim": claim(rows, runs), "table": rows, "runs": [run._asdict() for run in runs]},
-                    "tuning": [run._asdict() for run in tuned],
+                    "tuning": [run._asdict() for run in tried],
                 }
                 chosen.json.write_text(json.dumps(record, indent=1) + "\n")
     score = "accuracy" if chosen.task == "classify" else "mean IoU"

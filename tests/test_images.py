@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,14 @@ def test_the_table_of_every_arm(images: Any, tmp_path: Path, capsys: pytest.Capt
     ]
     assert told.count("\n| ") == 12
     assert len(record["runs"]) == 12 * 2
-    assert len(record["tuning"]) == 12 * 2 * 2
+    assert len(record["tuning"]) >= 12 * 2 * 2
     for row in record["table"]:
         arm = [run for run in record["tuning"] if (run["norm"], run["batch_size"]) == (row["norm"], row["batch_size"])]
-        best = {lr: sum(run["valid"] for run in arm if run["lr"] == lr) for lr in (0.01, 0.1)}
-        assert best[row["lr"]] == max(best.values())
+        scores: dict[float, float] = {}
+        for run in arm:
+            scores[run["lr"]] = scores.get(run["lr"], 0.0) + run["valid"]
+        assert {0.01, 0.1} <= scores.keys()
+        assert scores[row["lr"]] == max(scores.values())
     assert record["claim"] in told
     assert record["claim"].startswith("online at batch size 1: median 0.")
 
@@ -84,6 +88,30 @@ def test_scores(images: Any) -> None:
     assert images.intersection_over_union(logits, targets, 3) == pytest.approx((1 / 2 + 2 / 3 + 1) / 3)
     assert images.accuracy(torch.eye(3), torch.tensor([0, 1, 1]), 3) == pytest.approx(2 / 3)
     assert images.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("best", "rates", "tried"),
+    [
+        (0.01, [0.003, 0.01, 0.03], []),
+        (1.0, [0.003, 0.01, 0.03], [0.1, 0.3, 1.0, 3.0]),
+        (1e-9, [0.003, 0.01, 0.03], [0.001, 0.0003, 0.0001, 3e-05]),  # no further
+        (0.001, [0.02, 0.01], [0.005, 0.0025, 0.00125, 0.000625]),
+        (5.0, [0.1], None),
+    ],
+)
+def test_the_grid_grows_where_the_best_rate_is_its_end(
+    images: Any, best: float, rates: list[float], tried: list[float] | None
+) -> None:
+    asked: list[float] = []
+
+    def score(lr: float) -> float:
+        asked.append(lr)
+        return -abs(math.log(lr / best))
+
+    found = images.tuned(sorted(rates), score)
+    assert asked == ([] if tried is None else [*sorted(rates), *tried])
+    assert found == max(asked or rates, key=lambda lr: -abs(math.log(lr / best)))
 
 
 @pytest.mark.parametrize("norm", ["batch", "online", "group", "none"])
