@@ -238,10 +238,10 @@ class TrainConfig(Section):
         default=None,
         description="stop once a validation is worse than the best of more than this many epochs before; none: never",
     )
-    precision: Literal["float32", "bfloat16", "auto"] = Field(
+    precision: Literal["float32", "bfloat16", "bfloat16-decoder", "auto"] = Field(
         default="float32",
-        description="dtype of matrix products; sums and all else stay in float32; auto: bfloat16 where the device has "
-        "instructions for it",
+        description="dtype of matrix products, of all or of the decoder's alone; sums and all else stay in float32; "
+        "auto: bfloat16 where the device has instructions for it",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1, description="random seed")
     backend: str = Field(default="auto", description="backend for the recurrent layers (`python -m rnnorm` lists them)")

@@ -3,6 +3,8 @@
 import math
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -180,13 +182,14 @@ class Objective(nn.Module):
     Arguments:
         model: shared, not copied.
         ar, tar: factors of activation regularization and temporal activation regularization.
+        precision: of matrix products: float32, bfloat16, or bfloat16-decoder for those of the decoder alone.
 
     Source: Merity et al. 2017 (arXiv 1708.01009).
     """
 
-    def __init__(self, model: LanguageModel, ar: float = 0.0, tar: float = 0.0) -> None:
+    def __init__(self, model: LanguageModel, ar: float = 0.0, tar: float = 0.0, precision: str = "float32") -> None:
         super().__init__()
-        self.model, self.ar, self.tar = model, ar, tar
+        self.model, self.ar, self.tar, self.precision = model, ar, tar, precision
 
     def forward(self, window: Window, state: State | None) -> tuple[Tensor, Tensor, State]:
         """Returns what to differentiate, the nats to report, and the state after the window.
@@ -194,8 +197,11 @@ class Objective(nn.Module):
         The first two are sums over the window's targets; a penalty is added to the first alone, times the number of
         targets, as the trainer divides by that.
         """
-        raw, dropped, state = self.model.outputs(window.inputs, state, window.lengths)
-        nats, count = self.model.loss(dropped, window.targets, window.mask)
+        half = partial(torch.autocast, window.inputs.device.type, torch.bfloat16)
+        with half() if self.precision == "bfloat16" else nullcontext():
+            raw, dropped, state = self.model.outputs(window.inputs, state, window.lengths)
+        with half() if self.precision != "float32" else nullcontext():
+            nats, count = self.model.loss(dropped, window.targets, window.mask)
         loss = nats
         if self.ar:
             loss = loss + count * self.ar * _mean_square(dropped, window.mask)

@@ -132,7 +132,7 @@ def _placed(settings: Config, saved: Mapping[str, Any] | None, team: Team, say: 
     if before is not None and before.partition(":")[0] != device.partition(":")[0]:
         say(f"the run was on {before} and is now on {device}: its bits will differ from a run on {before} alone")
     precision = resolve_precision(settings.train.precision, device)
-    slow = rnnorm.why_not_bfloat16(device) if precision == "bfloat16" else None
+    slow = rnnorm.why_not_bfloat16(device) if precision != "float32" else None
     if slow is not None:
         say(f"products in bfloat16 are slower here than in float32: {slow}")
     placed = settings.train.model_copy(update={"device": device, "precision": precision})

@@ -118,7 +118,8 @@ class Trainer:
         first, stop = team.share(config.batch_size)
         cuts = [(first + start, first + end) for start, end in parts(stop - first, config.accumulate)]
         self.parts = [(cut, data.part(*cut).to(self.device)) for cut in cuts]
-        self.objective = team.data_parallel(Objective(model, config.ar, config.tar))
+        precision = resolve_precision(config.precision, str(self.device))
+        self.objective = team.data_parallel(Objective(model, config.ar, config.tar, precision))
         self.validate = validate
         self.listeners = list(listeners)
         self.optimizer = optim.build(model, config)
@@ -343,8 +344,7 @@ class Trainer:
         nats, states = [], []
         for number, (cut, data) in enumerate(self.parts, 1):
             with self.team.apart(self.objective) if number < len(self.parts) else nullcontext():
-                with self._autocast():
-                    loss, summed, state = self.objective(data.window(start, stop), columns_of(self.carried, *cut))
+                loss, summed, state = self.objective(data.window(start, stop), columns_of(self.carried, *cut))
                 # the team averages over its processes what is here a sum over them
                 (loss * self.team.size / count).backward()
             nats.append(summed.double())
@@ -376,11 +376,6 @@ class Trainer:
         if self.config.clip is not None:
             clip_grads_with_norm_(held, self.config.clip, norm)
         return norm
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if resolve_precision(self.config.precision, str(self.device)) == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def _place(self) -> tuple[int, int]:
         return self.state.epoch + 1, self.state.step

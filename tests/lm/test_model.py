@@ -272,3 +272,20 @@ def test_activation_penalties(model, padded):
     seed()
     loss, nats, _ = Objective(net, 0.0, 3.0)(one, None)
     assert torch.equal(loss, nats), "the temporal one is 0 for one step"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16-decoder", "bfloat16"])
+def test_precision_holds_for_all_products_or_the_decoders(precision):
+    net = LanguageModel(config.ModelConfig(hidden_size=12, dropout=0.0, norm="layer"), 9).train()
+    seen = {}
+    net.layers.register_forward_hook(lambda module, given, result: seen.update(layers=result[0].dtype))
+    net.decoder.loss = lambda hidden, *rest, loss=net.decoder.loss: (
+        seen.update(decoder=torch.is_autocast_enabled("cpu")),
+        loss(hidden, *rest),
+    )[1]
+    loss, nats, _ = Objective(net, ar=1.0, precision=precision)(Window(IDS, IDS, None, None), None)
+    assert seen == {
+        "layers": torch.bfloat16 if precision == "bfloat16" else torch.float32,
+        "decoder": precision != "float32",
+    }
+    assert (loss.dtype, nats.dtype) == (torch.float64, torch.float64)

@@ -962,8 +962,9 @@ def test_auto_precision_is_resolved_once_and_kept(train, tmp_path, monkeypatch):
         assert written.train.precision == expected
 
 
-def test_bfloat16_without_instructions_is_told_to_be_slower(train, monkeypatch):
+@pytest.mark.parametrize("precision", ["bfloat16", "bfloat16-decoder"])
+def test_bfloat16_without_instructions_is_told_to_be_slower(train, monkeypatch, precision):
     said: list[str] = []
     monkeypatch.setattr("rnnorm.why_not_bfloat16", lambda device: "no instructions")
-    train("train.precision=bfloat16", "train.max_steps=1", say=said.append)
+    train(f"train.precision={precision}", "train.max_steps=1", say=said.append)
     assert any("slower here than in float32: no instructions" in line for line in said)

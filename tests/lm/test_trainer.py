@@ -75,6 +75,7 @@ CASES = {
     "plateau": ({"lr": 3.0, "clip": 0.5, "schedule": "plateau", "patience": 9}, {"cell": "rnn_tanh"}),
     "cell norm": ({"window": "awd{9}"}, {"cell_norm": True, "num_layers": 2}),
     "bfloat16": ({"precision": "bfloat16"}, {}),
+    "bfloat16 decoder": ({"precision": "bfloat16-decoder"}, {}),
     "parts": ({"accumulate": 2}, {"num_layers": 2}),
     "sizes": (
         {"ar": 2.0, "tar": 1.0},
