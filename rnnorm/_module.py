@@ -207,7 +207,7 @@ class RecurrentModule(RunningStatsModule):
 
     def _own(self, suffix: str) -> Own:
         """The weights and statistics of one layer and direction. Computed weights are computed here, once per call."""
-        own = {name: getattr(self, name + suffix, None) for name in ops.HELD}
+        own = {name: self._held(name + suffix) for name in ops.HELD}
         for one, other in _PAIRS:
             if (own[one] is None) != (own[other] is None):
                 raise ValueError(
@@ -217,6 +217,13 @@ class RecurrentModule(RunningStatsModule):
             # No control process runs, and torch.compile checks every buffer that a backward pass might update.
             own |= dict.fromkeys(("norm_u", "norm_v", "cell_norm_u", "cell_norm_v"))
         return own
+
+    def _held(self, name: str) -> Any:
+        """The parameter, buffer or computed weight of this name, or None. Faster than `getattr`, above all for None."""
+        for members in (self._parameters, self._buffers, self.__dict__):
+            if name in members:
+                return members[name]
+        return getattr(self, name) if hasattr(type(self), name) else None
 
     def _suited_input(self, x: Tensor, weight: Tensor) -> Tensor:
         """The input [..., I], checked against `weight`, in autocast's dtype where that is on."""

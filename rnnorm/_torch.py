@@ -3,7 +3,7 @@
 Checked on torch 2.13.0 and 2.14.1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,12 +45,12 @@ def has_modes() -> bool:
     return _modes() != 0 or _modes_before_dispatch() != 0
 
 
-def is_transformed(tensors: list[Tensor]) -> bool:
+def is_transformed(tensors: Sequence[Tensor | None]) -> bool:
     """True inside a transform of torch.func, or if one of the tensors carries a forward-mode derivative."""
     if _transform() is not None:
         return True
     return _forward_ad_level() >= 0 and any(
-        torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+        torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None
     )
 
 
@@ -61,6 +61,6 @@ def scan() -> Any:
     return scan
 
 
-def is_batched(tensors: list[Tensor]) -> bool:
+def is_batched(tensors: Sequence[Tensor | None]) -> bool:
     """True if one of the tensors is a batch of gradients."""
-    return any(_is_batched(tensor) for tensor in tensors)
+    return any(_is_batched(tensor) for tensor in tensors if tensor is not None)

@@ -1,10 +1,13 @@
 // The CPU operators: schemas and kernels. Operands are checked and the type is chosen here.
 #include <torch/library.h>
 
+#include <algorithm>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "cpu/check.h"
 #include "cpu/gemm.h"
 #include "cpu/linear_cross_entropy.h"
 #include "cpu/online_norm.h"
@@ -35,6 +38,9 @@ std::vector<std::string> micro_kernels() {
   return found;
 }
 
+constexpr Operand statistics[] = {Operand::norm_mean, Operand::norm_var, Operand::cell_norm_mean, Operand::cell_norm_var};
+constexpr Operand control[] = {Operand::norm_u, Operand::norm_v, Operand::cell_norm_u, Operand::cell_norm_v};
+
 std::vector<Tensor> run_forward(const Tensors& operands, std::string_view cell, std::string_view norm,
                                 std::string_view guard, at::ArrayRef<double> constants, bool cell_norm, bool training,
                                 bool reverse, bool save, bool micro, int64_t threads) {
@@ -42,6 +48,10 @@ std::vector<Tensor> run_forward(const Tensors& operands, std::string_view cell, 
   std::vector<Tensor> found = call.dtype == at::kDouble ? forward<double>(call) : forward<float>(call);
   const at::ScalarType given = std::optional<Tensor>(operands.get(index(Operand::x)))->scalar_type();
   for (int k = 0; k < 3; ++k) found[k] = found[k].to(given);  // y, h and c
+  // All new statistics, or none.
+  if (!std::all_of(found.begin() + 3, found.begin() + 7, all_finite))
+    for (int k = 0; k < 4; ++k)
+      if (found[3 + k].numel() > 0) found[3 + k].copy_(call.tensors[statistics[k]]);
   return found;
 }
 
@@ -51,9 +61,15 @@ std::vector<Tensor> run_backward(const Tensors& grads, const Tensors& operands, 
                                  int64_t threads, bool need_input, bool need_weights) {
   const Call call(operands, {cell, norm, guard, constants, cell_norm, training, reverse, true, micro, threads});
   const auto pass = call.dtype == at::kDouble ? &backward<double> : &backward<float>;
+  std::vector<Tensor> before;
+  for (Operand which : control) before.push_back(call.has(which) ? call.tensors[which].clone() : Tensor());
   std::vector<Tensor> found = pass(call, call.checked(grads), call.checked(kept), need_input, need_weights);
+  // All new values of u and v, or none.
+  if (!std::all_of(std::begin(control), std::end(control), [&](Operand which) { return all_finite(call.tensors[which]); }))
+    for (int k = 0; k < 4; ++k)
+      if (before[k].defined()) call.tensors[control[k]].copy_(before[k]);
   const auto given = [&](Operand which) { return std::optional<Tensor>(operands.get(index(which))); };
-  for (Operand which : {Operand::norm_u, Operand::norm_v, Operand::cell_norm_u, Operand::cell_norm_v})
+  for (Operand which : control)
     if (auto moved = given(which); moved && !moved->is_same(call.tensors[which]))  // a copy, for its dtype or strides
       moved->copy_(call.tensors[which]);
   for (size_t k = 0; k < found.size(); ++k)

@@ -18,7 +18,7 @@ from rnnorm import _torch
 from rnnorm.ops.errors import DOUBLE_BACKWARD, FUSED_DOUBLE_BACKWARD, RECOMPUTATION, SECOND_BACKWARD, TRANSFORM
 
 _LIBRARY = torch.library.Library("rnnorm", "DEF")
-_PLAIN = (Tensor, nn.Parameter, type(None))
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 
 def operator(
@@ -60,7 +60,8 @@ def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not _torch.has_modes()
-        and all(type(tensor) in _PLAIN and not (tensor is not None and tensor.is_meta) for tensor in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
+        and not any(tensor.is_meta for tensor in tensors if tensor is not None)
     )
 
 
@@ -74,7 +75,7 @@ def refuse_transforms(operands: Sequence[Tensor | None]) -> None:
     """Raise `RuntimeError` if an operator would silently lose a derivative."""
     if torch.compiler.is_compiling():
         return
-    if _torch.is_transformed([operand for operand in operands if operand is not None]):
+    if _torch.is_transformed(operands):
         raise RuntimeError(TRANSFORM)
 
 
@@ -87,8 +88,7 @@ def begin_backward(ctx: Any, grads: Sequence[Tensor | None], controlled: bool, r
         controlled: True if the backward pass updates u and v.
         repeatable: True if a second backward pass gives the same gradients.
     """
-    given = [grad for grad in grads if grad is not None]
-    if not torch.compiler.is_compiling() and (_torch.is_batched(given) or _torch.is_transformed(given)):
+    if not torch.compiler.is_compiling() and (_torch.is_batched(grads) or _torch.is_transformed(grads)):
         raise RuntimeError(TRANSFORM)
     if torch.is_grad_enabled():
         raise RuntimeError(DOUBLE_BACKWARD if controlled else FUSED_DOUBLE_BACKWARD)

@@ -56,6 +56,7 @@ class Native:
     name = "cpu"
     differentiable = False
     runs_special = False
+    keeps_finite = True
     wide_weights = True
 
     @property

@@ -187,6 +187,7 @@ class Reference:
     name = "reference"
     differentiable = True
     runs_special = True
+    keeps_finite = False
     wide_weights = True
     losses = ()
 

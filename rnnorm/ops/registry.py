@@ -33,6 +33,7 @@ class Backend(Protocol):
     differentiable: bool
     wide_weights: bool  # rounds weights that are wider than x itself, and returns their gradients unrounded
     runs_special: bool  # a Mogrifier and a capped input gate
+    keeps_finite: bool  # leaves all new statistics, and all control states, as they were if one is not finite
 
     @property
     def losses(self) -> tuple[torch.dtype, ...]:

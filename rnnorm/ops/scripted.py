@@ -717,6 +717,7 @@ class Scripted:
     name = "scripted"
     differentiable = False
     runs_special = True
+    keeps_finite = False
     wide_weights = False
     losses = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     linear_cross_entropy = staticmethod(chunked.linear_cross_entropy)

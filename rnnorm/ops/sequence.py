@@ -61,7 +61,9 @@ def _forward(backend: Backend, operands: Operands, spec: CallSpec, save: bool) -
             # Padding leaves rows unused; results must not depend on uninitialized memory.
             if kept.size(0) == rows:
                 kept[used:].zero_()
-    return _finite_statistics(results, operands) if spec.controlled else results, saved
+    if spec.controlled and not backend.keeps_finite:
+        results = _finite_statistics(results, operands)
+    return results, saved
 
 
 def _finite_statistics(results: Results, operands: Operands) -> Results:
@@ -87,7 +89,7 @@ def _recorded(*args: Any) -> Any:
     operands, spec = _unpack(args)
     library.refuse_transforms(operands)
     if library.needs_gradient(operands[: len(DIFFERENTIABLE)]):
-        return _Sequence.apply(spec, *operands)
+        return _Sequence.apply(*operands[: len(DIFFERENTIABLE)], operands[len(DIFFERENTIABLE) :], spec)
     with _torch.below_autograd():
         return sequence(*args)
 
@@ -125,13 +127,14 @@ def _backward(
     operands: Operands,
     spec: CallSpec,
 ) -> list[Tensor | None]:
-    control = [getattr(operands, name) for name in MOVED_IN_BACKWARD] if spec.controlled else []
     backend = by_name(spec.wanted)
+    guarded = MOVED_IN_BACKWARD if spec.controlled and not backend.keeps_finite else ()
+    control = [getattr(operands, name) for name in guarded]
     with library.without_autocast(operands.x.device.type), library.kept_finite(control):
         suited = operands if backend.wide_weights else operands.in_product_dtype()
         found = backend.backward(grads, suited, saved, spec, need_input, need_weights)
     return [
-        None if grad is None or operand is None else grad.to(operand.dtype)
+        None if grad is None or operand is None else grad if grad.dtype == operand.dtype else grad.to(operand.dtype)
         for grad, operand in zip(found, operands, strict=False)
     ]
 
@@ -185,11 +188,15 @@ sequence_backward = library.operator(
 
 
 class _Sequence(torch.autograd.Function):
-    """A recorded call; the backend is chosen in the forward pass."""
+    """A recorded call; the backend is chosen in the forward pass.
+
+    The operands without gradients are one argument: each one takes time in every call.
+    """
 
     @staticmethod
-    def forward(ctx: Any, spec: CallSpec, *args: Any) -> tuple[Tensor, ...]:
-        operands = Operands(*args)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *differentiable, rest, spec = args
+        operands = Operands(*differentiable, *rest)
         backend = _chosen(operands, spec)
         spec = spec._replace(wanted=backend.name)
         if library.is_unobserved(operands):
@@ -213,7 +220,7 @@ class _Sequence(torch.autograd.Function):
         kept = ctx.saved_tensors  # read once: non-reentrant checkpointing unpacks at each read
         operands = Operands._make((*kept[: len(SAVED)], *ctx.buffers))
         saved = kept[len(SAVED) :]
-        needed = dict(zip(DIFFERENTIABLE, ctx.needs_input_grad[1:], strict=False))
+        needed = dict(zip(DIFFERENTIABLE, ctx.needs_input_grad, strict=False))
         need_weights = any(needed[name] for name in DIFFERENTIABLE if name not in ("x", "h", "c"))
         given = grads[0], grads[1], grads[2] if operands.c is not None else None
         found: Sequence[Tensor | None]
@@ -224,7 +231,7 @@ class _Sequence(torch.autograd.Function):
             whole = operands._replace(**{name: operands.x.new_empty(0) for name in absent})
             found = sequence_backward(*given, saved, needed["x"], need_weights, *whole, *spec)
         gradients = [grad if needed[name] else None for name, grad in zip(DIFFERENTIABLE, found, strict=True)]
-        return (None, *gradients, *([None] * (len(Operands._fields) - len(gradients))))
+        return (*gradients, None, None)
 
 
 def run(operands: Operands, spec: CallSpec) -> Results:
@@ -233,5 +240,5 @@ def run(operands: Operands, spec: CallSpec) -> Results:
     if not library.is_unobserved(operands):
         return Results(*sequence(*operands, *spec))
     if library.needs_gradient(operands[: len(DIFFERENTIABLE)]):
-        return Results(*_Sequence.apply(spec, *operands))
+        return Results._make(_Sequence.apply(*operands[: len(DIFFERENTIABLE)], operands[len(DIFFERENTIABLE) :], spec))
     return _forward(_chosen(operands, spec), operands, spec, save=False)[0]

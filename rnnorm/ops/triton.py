@@ -34,6 +34,7 @@ class Triton:
     name = "triton"
     differentiable = False
     runs_special = False
+    keeps_finite = False
     wide_weights = False
     losses: tuple[torch.dtype, ...] = ()
 

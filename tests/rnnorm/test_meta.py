@@ -26,12 +26,10 @@ class _Broken:
     differentiable = False
 
     def __init__(self, sound: Any, forward: Callable[..., Results] | None, backward: Callable[..., Any] | None) -> None:
-        self.name = sound.name
-        self.losses = sound.losses
-        self.wide_weights = sound.wide_weights
-        self.why_not = sound.why_not
-        self.saved_like = sound.saved_like
         self._sound, self._forward, self._backward = sound, forward, backward
+
+    def __getattr__(self, name: str) -> Any:  # all else
+        return getattr(self._sound, name)
 
     def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
         if self._forward is None:

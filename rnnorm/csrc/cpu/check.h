@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+#include <cmath>
 #include <string_view>
 
 namespace rnnorm {
@@ -36,6 +38,15 @@ inline void check_contiguous(const at::Tensor& tensor, Label label) {
 
 inline void check_count(size_t found, size_t expected, const char* what) {
   TORCH_CHECK(found == expected, "rnnorm: there must be ", expected, ' ', what, "; got ", found);
+}
+
+// A contiguous tensor of float or double; an undefined one has no values.
+inline bool all_finite(const at::Tensor& tensor) {
+  const auto finite = [&]<typename T>(const T* values) {
+    return std::all_of(values, values + tensor.numel(), [](T value) { return std::isfinite(value); });
+  };
+  if (!tensor.defined()) return true;
+  return tensor.scalar_type() == at::kDouble ? finite(tensor.const_data_ptr<double>()) : finite(tensor.const_data_ptr<float>());
 }
 
 // OpenMP aborts the process if it cannot start the threads.

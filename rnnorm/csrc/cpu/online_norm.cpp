@@ -431,12 +431,6 @@ struct Arguments {
   }
 };
 
-template <typename T>
-bool all_finite(const Tensor& tensor) {
-  const T* values = tensor.const_data_ptr<T>();
-  return std::all_of(values, values + tensor.numel(), [](T value) { return std::isfinite(value); });
-}
-
 }  // namespace
 
 Three online_norm(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& mean,
@@ -448,7 +442,7 @@ Three online_norm(const Tensor& x, const std::optional<Tensor>& weight, const st
     p.out = out.data_ptr<X>();
     p.new_mean = new_mean.data_ptr<T>(), p.new_var = new_var.data_ptr<T>();
     choose_guard<Pass::forward>(p, given.guard, threads);
-    if (!all_finite<T>(new_mean) || !all_finite<T>(new_var)) new_mean.copy_(given.mean), new_var.copy_(given.var);
+    if (!all_finite(new_mean) || !all_finite(new_var)) new_mean.copy_(given.mean), new_var.copy_(given.var);
   });
   return {out, new_mean, new_var};
 }
@@ -474,7 +468,7 @@ Three online_norm_backward(const Tensor& grad, const Tensor& x, const std::optio
     p.u = new_u.data_ptr<T>(), p.v = new_v.data_ptr<T>();
     if (weight) p.grad_weight = grad_weight.data_ptr<T>(), p.grad_bias = grad_bias.data_ptr<T>();
     choose_guard<Pass::backward>(p, given.guard, threads);
-    if (!need_input || !all_finite<T>(new_u) || !all_finite<T>(new_v)) return;
+    if (!need_input || !all_finite(new_u) || !all_finite(new_v)) return;
     u.copy_(new_u);
     v.copy_(new_v);
   });
