@@ -241,7 +241,7 @@ class TrainConfig(Section):
     precision: Literal["float32", "bfloat16", "bfloat16-decoder", "auto"] = Field(
         default="float32",
         description="dtype of matrix products, of all or of the decoder's alone; sums and all else stay in float32; "
-        "auto: bfloat16 where the device has instructions for it",
+        "auto: bfloat16-decoder where the device has instructions for bfloat16",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1, description="random seed")
     backend: str = Field(default="auto", description="backend for the recurrent layers (`python -m rnnorm` lists them)")

@@ -32,10 +32,10 @@ def resolve_device(name: str, before: str | None = None) -> str:
 
 
 def resolve_precision(name: str, device: str) -> str:
-    """Returns the dtype of products that `auto` stands for on a device: bfloat16 where it has instructions for it."""
+    """Returns the precision that `auto` stands for on a device: bfloat16 in the decoder where it has instructions."""
     if name != "auto":
         return name
-    return "float32" if rnnorm.why_not_bfloat16(device) else "bfloat16"
+    return "float32" if rnnorm.why_not_bfloat16(device) else "bfloat16-decoder"
 
 
 def require_device(name: str) -> torch.device:

@@ -955,7 +955,7 @@ def test_a_run_in_a_thread_needs_no_signals(train):
 
 
 def test_auto_precision_is_resolved_once_and_kept(train, tmp_path, monkeypatch):
-    for reason, expected in (("no instructions", "float32"), (None, "bfloat16")):
+    for reason, expected in (("no instructions", "float32"), (None, "bfloat16-decoder")):
         monkeypatch.setattr("rnnorm.why_not_bfloat16", lambda device, reason=reason: reason)
         train("train.precision=auto", "train.max_steps=1", folder=expected)
         written = config.build(config.read_toml(tmp_path / expected / "config.toml", ""))
