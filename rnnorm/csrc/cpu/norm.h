@@ -23,18 +23,19 @@
 
 namespace rnnorm {
 
-// One sample moves the running statistics of a channel: `d` is its mean less the running mean, `w` its own variance.
-template <typename T>
-RNNORM_INLINE void move_statistics(T& mean, T& var, T d, T w, T alpha, T rest) {
+// One sample moves the running statistics of a channel: `d` is its mean less the running mean, `w` its own variance. `V` is T,
+// or lanes of it.
+template <typename V, typename T>
+RNNORM_INLINE void move_statistics(V& mean, V& var, V d, V w, T alpha, T rest) {
   var += rest * (alpha * d * d - (var - w));
   mean += rest * d;
 }
 
 // One sample moves the control state v of a channel: `gy` and `yy` are its means of gradient times y and of y times y.
-template <typename T>
-RNNORM_INLINE void move_control(T& v, T gy, T yy, T rest, T floor) {
-  const T carry = 1 - rest * yy;
-  v = (carry < floor ? floor : carry) * v + gy;
+template <typename V, typename T>
+RNNORM_INLINE void move_control(V& v, V gy, V yy, T rest, T floor) {
+  const V carry = 1 - rest * yy, least = V{} + floor;
+  v = (carry < least ? least : carry) * v + gy;
 }
 
 // The offset of some units' values in `y` and, if each unit has one, in `rstd`: a block [S, G, units] for each thread, so that

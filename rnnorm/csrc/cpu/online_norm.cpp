@@ -12,6 +12,7 @@
 
 #include "check.h"
 #include "cores.h"
+#include "lanes.h"
 #include "norm.h"
 #include "pool.h"
 #include "team.h"
@@ -25,10 +26,12 @@ using at::Tensor;
 constexpr int64_t widest = 64;
 // Channels that are not divided between threads: a cache line of float32.
 constexpr int64_t line = 16;
+// Samples for which the states of some channels stay in registers, where a sample is one value.
+constexpr int64_t together = 64;
 // Values for each additional thread: with fewer, starting it takes longer than it saves.
 constexpr int64_t worthwhile = 16'384;
 // Values of a block of samples that one thread processes before another takes over their channels.
-constexpr int64_t block_values = 65'536;
+constexpr int64_t block_values = 131'072;
 
 // What one run over the samples does: normalize; go back; or, before these, sum what the guard `scale` needs of each sample.
 enum class Pass { forward, backward, squares, products };
@@ -54,17 +57,23 @@ template <Guard guard, typename T>
 struct Guarded {
   T limit, factor = 1, pull = 0;  // guard `scale`: factor * z, and the gradient factor * g - pull * z
 
-  RNNORM_INLINE T forward(T z) const {
+  // `V` is T, or lanes of it.
+  template <typename V>
+  RNNORM_INLINE V forward(V z) const {
     if constexpr (guard == Guard::none) return z;
     if constexpr (guard == Guard::scale) return factor * z;
     // Comparisons instead of min and max propagate NaN.
-    const T low = z < -limit ? -limit : z;
-    return low > limit ? limit : low;
+    const V most = V{} + limit, low = z < -most ? -most : z;
+    return low > most ? most : low;
   }
 
-  RNNORM_INLINE T backward(T g, T z) const {
+  template <typename V>
+  RNNORM_INLINE V backward(V g, V z) const {
     if constexpr (guard == Guard::scale) return factor * g - pull * z;
-    if constexpr (guard == Guard::clamp) return z >= -limit && z <= limit ? g : T(0);
+    if constexpr (guard == Guard::clamp) {
+      const V most = V{} + limit;
+      return (z >= -most) & (z <= most) ? g : V{};
+    }
     return g;
   }
 };
@@ -84,8 +93,8 @@ class States {
     const T* const from[count] = {p.mean, p.var, p.weight, p.bias, p.u, p.v, nullptr, nullptr};
     for (int k = 0; k < count; ++k) {
       T* const to = values_.data() + k * stride_;
+      std::fill_n(to, stride_, T(k == weights ? 1 : 0));
       if (from[k] != nullptr) std::copy_n(from[k] + channels_.begin, channels_.size(), to);
-      else std::fill_n(to, channels_.size(), T(k == weights ? 1 : 0));
     }
   }
 
@@ -120,13 +129,12 @@ class Run {
         own_{states.at(States<T>::means, channels.begin), states.at(States<T>::vars, channels.begin),
              states.at(States<T>::weights, channels.begin), states.at(States<T>::biases, channels.begin),
              states.at(States<T>::us, channels.begin), states.at(States<T>::vs, channels.begin),
-             states.at(States<T>::grad_weights, channels.begin), states.at(States<T>::grad_biases, channels.begin)},
-        squares_of_n_(summed ? channels.size() : 0), products_of_n_(summed ? channels.size() : 0) {}
+             states.at(States<T>::grad_weights, channels.begin), states.at(States<T>::grad_biases, channels.begin)} {}
 
   void operator()(Range samples) {
+    if (p_.D == 1) return single_values(samples);
     for (int64_t n = samples.begin; n < samples.end; ++n)
-      if (p_.D == 1) single_values(n);
-      else if (p_.channels_last) tiles(n);
+      if (p_.channels_last) tiles(n);
       else rows(n);
   }
 
@@ -135,7 +143,6 @@ class Run {
   static constexpr bool summed = pass == Pass::squares || multiplied, with_grad = back || multiplied;
 
   // Moves the states of channel `j` by the sums over the values of a sample: of d = x - mu, d * d, g and g * d.
-  template <bool single>
   RNNORM_INLINE void move(int64_t j, T r, T a, T d, T dd, T g, T gd, T& of_d, T& shift) {
     const T mean_d = d * p_.part, mean_dd = dd * p_.part, variance = mean_dd - mean_d * mean_d;
     if constexpr (back) {
@@ -146,9 +153,7 @@ class Run {
       own_.u[j] += a * g * p_.part + of_d * mean_d + shift;
       move_control(own_.v[j], a * gd * p_.part, r * r * mean_dd, p_.rest_bwd, p_.constants.control_floor);
     }
-    // One value has no variance, but rounding.
-    move_statistics(own_.mean[j], own_.var[j], mean_d, single || variance < 0 ? T(0) : variance, p_.constants.alpha_fwd,
-                    p_.rest_fwd);
+    move_statistics(own_.mean[j], own_.var[j], mean_d, variance < 0 ? T(0) : variance, p_.constants.alpha_fwd, p_.rest_fwd);
   }
 
   Guarded<guard, T> guarded(int64_t n) const {
@@ -162,7 +167,7 @@ class Run {
       const int64_t place = (n * p_.C + range_.begin + j) * p_.D;
       const X* __restrict x = p_.x + place;
       const X* __restrict grad = with_grad ? p_.grad + place : x;
-      const T mu = own_.mean[j], b = own_.bias[j], r = 1 / std::sqrt(own_.var[j] + p_.constants.eps), a = own_.weight[j] * r;
+      const T mu = own_.mean[j], b = own_.bias[j], r = inverse_sqrt(own_.var[j] + p_.constants.eps), a = own_.weight[j] * r;
       T sum_d = 0, sum_dd = 0, sum_g = 0, sum_gd = 0, squares = 0, products = 0;
 #pragma omp simd reduction(+ : sum_d, sum_dd, sum_g, sum_gd, squares, products)
       for (int64_t i = 0; i < p_.D; ++i) {
@@ -178,7 +183,7 @@ class Run {
         if constexpr (multiplied) products += given * z;
       }
       T of_d = 0, shift = 0;
-      move<false>(j, r, a, sum_d, sum_dd, sum_g, sum_gd, of_d, shift);
+      move(j, r, a, sum_d, sum_dd, sum_g, sum_gd, of_d, shift);
       if constexpr (summed) squares_[n * p_.C + range_.begin + j] = squares;
       if constexpr (multiplied) products_[n * p_.C + range_.begin + j] = products;
       if (summed || p_.out == nullptr) continue;
@@ -193,27 +198,57 @@ class Run {
   }
 
   // A sample of a channel is one value.
-  void single_values(int64_t n) {
-    const Guarded<guard, T> of_n = guarded(n);
-    const int64_t place = n * p_.C + range_.begin;
-    const X* __restrict x = p_.x + place;
-    const X* __restrict grad = with_grad ? p_.grad + place : x;
-    X* __restrict out = summed || p_.out == nullptr ? nullptr : p_.out + place;
-    T *__restrict squares = squares_of_n_.data(), *__restrict products = products_of_n_.data();
-#pragma omp simd
-    for (int64_t j = 0; j < range_.size(); ++j) {
-      const T r = 1 / std::sqrt(own_.var[j] + p_.constants.eps), a = own_.weight[j] * r;
-      const T d = static_cast<T>(x[j]) - own_.mean[j], z = a * d + own_.bias[j], given = static_cast<T>(grad[j]);
-      T of_d, shift, g = 0;
-      if constexpr (back) g = of_n.backward(given, z);
-      move<true>(j, r, a, d, d * d, g, g * d, of_d, shift);
-      if constexpr (summed) squares[j] = z * z;
-      if constexpr (multiplied) products[j] = given * z;
-      if constexpr (!summed) {
-        if (out != nullptr) out[j] = static_cast<X>(back ? a * g + of_d * d + shift : of_n.forward(z));
+  void single_values(Range samples) {
+    constexpr int64_t lanes = LanesOf<T>::count;
+    for (int64_t n = samples.begin; n < samples.end; n += together)
+      for (int64_t first = 0; first < range_.size(); first += lanes) {
+        const Range some{n, std::min(n + together, samples.end)};
+        if (range_.size() - first >= lanes) values_of_lanes<true>(some, first, lanes);
+        else values_of_lanes<false>(some, first, range_.size() - first);
+      }
+  }
+
+  template <bool whole>
+  RNNORM_INLINE void values_of_lanes(Range samples, int64_t first, int64_t count) {
+    using V = Lanes<T>;
+    constexpr int64_t lanes = LanesOf<T>::count;
+    const auto state = [&](const T* of) { return load<true, T>(of + first, lanes); };
+    const auto keep = [&](V from, T* to) { store<true, T>(from, to + first, lanes); };
+    V mean = state(own_.mean), var = state(own_.var), u = state(own_.u), v = state(own_.v);
+    V grad_weight = state(own_.grad_weight), grad_bias = state(own_.grad_bias);
+    const V weight = state(own_.weight), bias = state(own_.bias);
+    for (int64_t n = samples.begin; n < samples.end; ++n) {
+      const Guarded<guard, T> of_n = guarded(n);
+      const int64_t place = n * p_.C + range_.begin + first;
+      const V r = inverse_sqrt(var + p_.constants.eps), d = load<whole, T>(p_.x + place, count) - mean, y = r * d;
+      const V z = weight * y + bias;
+      V given{}, out{};
+      // The processor foresees a few rows that are read side by side, not so many.
+      __builtin_prefetch(p_.x + place + 2 * line);
+      if constexpr (with_grad) __builtin_prefetch(p_.grad + place + 2 * line);
+      if (!summed && p_.out != nullptr) __builtin_prefetch(p_.out + place + 2 * line, 1);
+      if constexpr (with_grad) given = load<whole, T>(p_.grad + place, count);
+      if constexpr (pass == Pass::forward) out = of_n.forward(z);
+      if constexpr (back) {
+        const V g = of_n.backward(given, z), of_y = weight * g;
+        grad_weight += g * y;
+        grad_bias += g;
+        out = r * (of_y - p_.rest_bwd * v * y) - p_.rest_bwd * u;
+        u += out;
+        move_control(v, of_y * y, y * y, p_.rest_bwd, p_.constants.control_floor);
+      }
+      move_statistics(mean, var, d, V{}, p_.constants.alpha_fwd, p_.rest_fwd);
+      if constexpr (summed) {
+        T squares[lanes], products[lanes];
+        store<true, T>(z * z, squares, lanes);
+        store<true, T>(given * z, products, lanes);
+        report(n, range_.begin + first, count, squares, products);
+      } else if (p_.out != nullptr) {
+        store<whole, T>(out, p_.out + place, count);
       }
     }
-    if constexpr (summed) report(n, range_.begin, range_.size(), squares, products);
+    keep(mean, own_.mean), keep(var, own_.var);
+    if constexpr (back) keep(u, own_.u), keep(v, own_.v), keep(grad_weight, own_.grad_weight), keep(grad_bias, own_.grad_bias);
   }
 
   // Channels are neighbours in memory.
@@ -228,7 +263,7 @@ class Run {
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
         mu[j] = own_.mean[first + j];
-        r[j] = 1 / std::sqrt(own_.var[first + j] + p_.constants.eps);
+        r[j] = inverse_sqrt(own_.var[first + j] + p_.constants.eps);
         a[j] = weight[j] * r[j];
         sum_d[j] = sum_dd[j] = sum_g[j] = sum_gd[j] = squares[j] = products[j] = 0;
       }
@@ -251,7 +286,7 @@ class Run {
       }
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j)
-        move<false>(first + j, r[j], a[j], sum_d[j], sum_dd[j], sum_g[j], sum_gd[j], of_d[j], shift[j]);
+        move(first + j, r[j], a[j], sum_d[j], sum_dd[j], sum_g[j], sum_gd[j], of_d[j], shift[j]);
       if constexpr (summed) report(n, range_.begin + first, count, squares, products);
       if (summed || p_.out == nullptr) continue;
       for (int64_t i = 0; i < p_.D; ++i) {
@@ -284,7 +319,6 @@ class Run {
   const struct {
     T *mean, *var, *weight, *bias, *u, *v, *grad_weight, *grad_bias;
   } own_;  // of these channels
-  std::vector<T> squares_of_n_, products_of_n_;
 };
 
 // Who processes what. Where the values of a channel are neighbours in memory, each thread takes channels of its own. Where
@@ -296,7 +330,7 @@ struct Schedule {
   template <typename X, typename T>
   Schedule(const Problem<X, T>& p, int threads) {
     if (threads == 1 || !p.channels_last || p.N < 4 * threads) return;
-    groups = std::min<int64_t>(p.units(), 2 * threads);
+    groups = std::min<int64_t>(p.units(), 4 * threads);
     const int64_t rounds = (p.N * p.C * p.D + threads * block_values - 1) / (threads * block_values);
     blocks = std::min(rounds * threads, p.N);
   }
