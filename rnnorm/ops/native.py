@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnnorm.ops.backend import Backend
 from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, Results, statistics_dtype
 
 # The operands in C++: all but the last differentiable one, as the registry gives calls with a Mogrifier to others.
@@ -52,10 +53,8 @@ def why_not_bfloat16() -> str | None:
     return reason
 
 
-class Native:
+class Native(Backend):
     name = "cpu"
-    differentiable = False
-    runs_special = False
     keeps_finite = True
     wide_weights = True
 

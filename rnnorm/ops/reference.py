@@ -14,6 +14,7 @@ from torch import Tensor
 from rnnorm._cells import CELLS
 from rnnorm.norms import Constants
 from rnnorm.ops import library
+from rnnorm.ops.backend import Backend
 from rnnorm.ops.call import CallSpec, Operands, Results, Round, mogrifier_rounds, statistics_dtype
 
 
@@ -183,13 +184,11 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
     )
 
 
-class Reference:
+class Reference(Backend):
     name = "reference"
     differentiable = True
     runs_special = True
-    keeps_finite = False
     wide_weights = True
-    losses = ()
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
         return None if dtype.is_floating_point else f"it supports floating-point dtypes only; got {dtype}"

@@ -2,14 +2,13 @@
 
 import functools
 import warnings
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from rnnorm.ops import native
-from rnnorm.ops.call import CallSpec, Operands, Results
+from rnnorm.ops.backend import Backend
+from rnnorm.ops.call import CallSpec
 from rnnorm.ops.errors import Failure
 from rnnorm.ops.native import Native
 from rnnorm.ops.reference import Reference
@@ -19,49 +18,6 @@ from rnnorm.ops.triton import Triton
 
 class BackendUnavailable(RuntimeError):  # noqa: N818
     """A backend that was chosen by name cannot run this call."""
-
-
-class Backend(Protocol):
-    """The interface of a backend. `differentiable` backends run under autograd, without operators.
-
-    A backend with `losses` also has `linear_cross_entropy`, with the arguments of the function in `rnnorm.ops.chunked`.
-    `online_norm` and `online_norm_backward` have the arguments of those in `rnnorm.ops.channels`; where autograd
-    differentiates the backend, `online_norm` takes u and v after `var`, and there is no backward function.
-    """
-
-    name: str
-    differentiable: bool
-    wide_weights: bool  # rounds weights that are wider than x itself, and returns their gradients unrounded
-    runs_special: bool  # a Mogrifier and a capped input gate
-    keeps_finite: bool  # leaves all new statistics, and all control states, as they were if one is not finite
-
-    @property
-    def losses(self) -> tuple[torch.dtype, ...]:
-        """The dtypes of products that its `linear_cross_entropy` supports."""
-
-    def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
-        """None if it can run such a call, else the reason. Without a spec: if it can run on this machine at all."""
-
-    def saved_like(self, operands: Operands, spec: CallSpec) -> list[Tensor]:
-        """Uninitialized tensors of the shapes that `forward` saves."""
-
-    def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
-        """The results and, if `save`, the tensors that `backward` needs."""
-
-    def backward(
-        self,
-        grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-        operands: Operands,
-        saved: Sequence[Tensor],
-        spec: CallSpec,
-        need_input: bool,
-        need_weights: bool,
-    ) -> list[Tensor | None]:
-        """Gradients of the differentiable operands from those of `y`, `h`, `c`; updates u and v in place."""
-
-    def online_norm(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]: ...
-
-    def online_norm_backward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 BACKENDS: list[Backend] = [Native(), Triton(), Scripted(), Reference()]
@@ -89,9 +45,7 @@ def _why_not(
     if spec is not None and spec.special and not backend.runs_special:
         return "it does not run mogrifier_rounds and cap_input_gate"
     reason = backend.why_not(device, dtype, spec)
-    if reason is None and units is not None and isinstance(backend, Triton):
-        return backend.fault(device, dtype, spec, units)
-    return reason
+    return backend.fault(device, dtype, spec, units) if reason is None and units is not None else reason
 
 
 def choose(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rnnorm.norms import Constants
 from rnnorm.ops import channels, chunked
+from rnnorm.ops.backend import Backend
 from rnnorm.ops.call import (
     DIFFERENTIABLE,
     CallSpec,
@@ -713,12 +714,9 @@ def _padded(rows: Tensor, real: Tensor | None, T: int, N: int) -> Tensor:
     return rows.view(T, N, rows.size(1))
 
 
-class Scripted:
+class Scripted(Backend):
     name = "scripted"
-    differentiable = False
     runs_special = True
-    keeps_finite = False
-    wide_weights = False
     losses = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     linear_cross_entropy = staticmethod(chunked.linear_cross_entropy)
     online_norm = staticmethod(channels.online_norm)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnnorm.ops.backend import Backend
 from rnnorm.ops.call import CallSpec, Operands, Results
 from rnnorm.ops.errors import Failure
 
@@ -30,13 +31,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-class Triton:
+class Triton(Backend):
     name = "triton"
-    differentiable = False
-    runs_special = False
-    keeps_finite = False
-    wide_weights = False
-    losses: tuple[torch.dtype, ...] = ()
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
         if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
@@ -46,10 +42,7 @@ class Triton:
         return _missing()
 
     def fault(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None, units: int) -> Failure | None:
-        """Why the kernels of such a call cannot be trusted on this device: they are compared with another backend.
-
-        Without a spec it is a call of `online_norm`.
-        """
+        """As in `Backend`: they are compared with another backend's."""
         if device.type != "cuda":
             return None
         from rnnorm.ops import triton_check
