@@ -114,10 +114,9 @@ class OnlineNorm(RunningStatsModule):
             return input + 0 * (weight.sum() + bias.sum()).to(input.dtype)
         if self.training:
             call = (input, weight, bias, mean, var, self.u, self.v, self.guard, self._constants, self.backend)
-            if torch.jit.is_scripting():
-                y, new_mean, new_var, _, _ = torch.ops.rnnorm.online_norm(*call)
-            else:
-                y, new_mean, new_var = ops.run_online_norm(*call)
+            if not torch.jit.is_scripting():
+                return ops.run_online_norm(*call)
+            y, new_mean, new_var, _, _ = torch.ops.rnnorm.online_norm(*call)
             mean.copy_(new_mean.detach())
             var.copy_(new_var.detach())
             return y

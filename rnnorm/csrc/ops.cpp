@@ -96,6 +96,10 @@ TORCH_LIBRARY(rnnorm_cpu, library) {
   library.def(
       "online_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor(a!) u, "
       "Tensor(b!) v, str guard, float[] constants, bool need_input, int threads) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "online_norm_recorded(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) mean, Tensor(b!) var, Tensor u, Tensor v, "
+      "str guard, float[] constants, int threads) -> Tensor",
+      &rnnorm::online_norm_recorded);
   library.def("names() -> Dict(str, str[])", &rnnorm::all_names);
   library.def("micro_kernels() -> str[]", &rnnorm::micro_kernels);
 }

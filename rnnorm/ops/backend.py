@@ -26,6 +26,9 @@ class Backend:
     linear_cross_entropy: Any
     online_norm: Any
     online_norm_backward: Any
+    # `online_norm` for calls that only autograd observes, which it records: it has u and v after `var`, moves mean and
+    # var, and returns the output. None: recorded in Python.
+    online_norm_recorded: Any = None
 
     @property
     def losses(self) -> tuple[torch.dtype, ...]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from rnnorm.ops import errors
 from rnnorm.ops.errors import Failure
 
 _SOURCES = Path(__file__).resolve().parent.parent / "csrc"
@@ -54,9 +55,11 @@ def _flags() -> list[str]:
     arithmetic = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     warnings = ["-Wall", "-Wextra"]
+    messages = [f'-DRNNORM_{name}="{text}"' for name, text in vars(errors).items() if name.isupper()]
     return [
         *("-std=c++20", "-O3", "-fPIC", "-fopenmp", *warnings, *arithmetic, *machine.get(platform.machine(), [])),
         *shlex.split(os.environ.get("RNNORM_CXXFLAGS", "")),
+        *messages,
         *(abi, f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"),
     ]
 

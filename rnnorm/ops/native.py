@@ -114,6 +114,9 @@ class Native(Backend):
     def online_norm_backward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.rnnorm_cpu.online_norm_backward(*args, threads)
 
+    def online_norm_recorded(self, *args: Any) -> Tensor:
+        return torch.ops.rnnorm_cpu.online_norm_recorded(*args, threads)
+
     def linear_cross_entropy(
         self,
         hidden: Tensor,

@@ -1,5 +1,6 @@
 """`OnlineNorm` as a module, and its backends against the definition; see also the recorded cases, oracle and theory."""
 
+import contextlib
 import copy
 import importlib
 from typing import Any
@@ -8,6 +9,7 @@ import cases
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnorm
 from rnnorm import norms
@@ -217,6 +219,66 @@ def test_backends_equal_the_definition(backend: str, shape: tuple[int, ...], opt
     _assert_close(_run(shape, backend, torch.float32, **OPTIONS[options]), expected, 2e-4)
 
 
+class _Watched(TorchDispatchMode):
+    """A mode that watches calls, which are then recorded in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_watched_calls_equal_the_definition(options: str) -> None:
+    expected = _run((130, 35), "reference", **OPTIONS[options])
+    with _Watched() as mode:
+        found = _run((130, 35), "auto", **OPTIONS[options])
+    _assert_close(found, expected, 1e-11)
+    assert mode.seen.count("rnnorm.online_norm_backward.default") == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backward_pass_may_be_watched_alone(dtype: torch.dtype) -> None:
+    found = []
+    for mode in (contextlib.nullcontext(), _Watched()):
+        norm = rnnorm.OnlineNorm(3, alpha_bwd=0.9)
+        x = torch.arange(12.0).view(4, 3).to(dtype).requires_grad_()
+        y = norm(x)
+        with mode:
+            y.backward(torch.ones_like(y))
+        found.append((x.grad, norm.weight.grad, norm.bias.grad, norm.u, norm.v))
+    assert "rnnorm.online_norm_backward.default" in mode.seen
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("recorded", ["in C++", "in Python"])
+def test_gradients_that_would_be_wrong_are_refused(monkeypatch: pytest.MonkeyPatch, recorded: str) -> None:
+    cases.skip_unless_runs("cpu")
+    if recorded == "in Python":
+        monkeypatch.setattr(type(registry.by_name("cpu")), "online_norm_recorded", None)
+    norm, x = rnnorm.OnlineNorm(3), torch.randn(4, 3, requires_grad=True)
+    y = norm(x)
+    with pytest.raises(RuntimeError, match=r"^double backward through online normalization .*create_graph=True"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    y.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"^an online-normalized graph can be run backward once"):
+        y.sum().backward()
+    y = norm(x.detach())  # without the gradient of the input no control process runs
+    with pytest.raises(RuntimeError, match=r"^double backward through a fused"):
+        torch.autograd.grad(y.sum(), norm.weight, create_graph=True)
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()
+    frozen, x = rnnorm.OnlineNorm(3, alpha_bwd=1.0), torch.randn(4, 3, requires_grad=True)
+    y = frozen(x)
+    one, two = (torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match=r"transforms of torch.func"):
+        torch.autograd.grad(y, x, torch.randn(2, 4, 3), is_grads_batched=True)
+
+
 @pytest.mark.parametrize("layout", [_channels_last, _strided])
 @pytest.mark.parametrize("guard", norms.GUARDS)
 @pytest.mark.parametrize("shape", [(5, 3, 7), (3, 16, 2, 2), (4, 70, 5, 3), (2, 3, 2, 3, 4), (9, 4)], ids=str)
@@ -302,22 +364,26 @@ def test_the_backend_that_was_asked_for_runs(backend: str, monkeypatch: pytest.M
     cases.skip_unless_runs(backend)
     calls = []
     for row in registry.BACKENDS:
-        own = row.online_norm
-        monkeypatch.setattr(row, "online_norm", lambda *a, own=own, name=row.name: (calls.append(name), own(*a))[1])
+        for part in ("online_norm", "online_norm_recorded"):
+            own = getattr(row, part)
+            spy = own and (lambda *a, own=own, name=row.name: (calls.append(name), own(*a))[1])
+            monkeypatch.setattr(row, part, spy)
     rnnorm.OnlineNorm(3, backend=backend)(torch.randn(4, 3))
     rnnorm.OnlineNorm(3, backend=backend)(torch.randn(4, 3, requires_grad=True))
     assert calls == [backend] * 2
 
 
 class _Broken:
-    """A backend with a fault in one of its two functions."""
+    """A backend with a fault in one of its two functions, recorded in Python."""
+
+    online_norm_recorded = None
 
     def __init__(self, name: str, part: str, fault: Any) -> None:
-        self.sound, self.part, self.fault = registry.by_name(name), part, fault
+        self.sound, self.part, self.change = registry.by_name(name), part, fault
 
     def __getattr__(self, name: str) -> Any:
         own = getattr(self.sound, name)
-        return (lambda *args: self.fault(own, *args)) if name == self.part else own
+        return (lambda *args: self.change(own, *args)) if name == self.part else own
 
 
 def _mean_after_its_sample(call: Any, x: Tensor, weight: Any, bias: Any, mean: Tensor, *rest: Any) -> Any:

@@ -1,6 +1,6 @@
 // Online normalization of C independent channels on the CPU, with the affine map and the guard, forward and backward.
 //
-// Each thread owns a range of channels and processes their samples in order. A sample of a channel is D values: they are read
+// Samples of a channel are processed in order. A sample of a channel is D values: they are read
 // once for the sums, and once more, from the cache, for the result. Nothing is kept for the backward pass but the input and
 // the statistics before the call: it repeats the forward recurrence beside its own.
 #pragma once
@@ -27,5 +27,12 @@ Three online_norm_backward(const at::Tensor& grad, const at::Tensor& x, const st
                            const std::optional<at::Tensor>& bias, const at::Tensor& mean, const at::Tensor& var, at::Tensor u,
                            at::Tensor v, std::string_view guard, at::ArrayRef<double> constants, bool need_input,
                            int64_t threads);
+
+// As `online_norm`, recorded by autograd: moves `mean` and `var` in place, and the backward pass `u` and `v`. All tensors have
+// the dtypes that they have in the module. For calls that no mode, tracer or transform observes.
+at::Tensor online_norm_recorded(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                                const std::optional<at::Tensor>& bias, const at::Tensor& mean, const at::Tensor& var,
+                                const at::Tensor& u, const at::Tensor& v, std::string_view guard,
+                                at::ArrayRef<double> constants, int64_t threads);
 
 }  // namespace rnnorm
