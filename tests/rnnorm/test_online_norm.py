@@ -9,6 +9,7 @@ import cases
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnorm
@@ -254,13 +255,17 @@ def test_a_backward_pass_may_be_watched_alone(dtype: torch.dtype) -> None:
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+)  # forward mode loads its rules
 @pytest.mark.parametrize("recorded", ["in C++", "in Python"])
 def test_gradients_that_would_be_wrong_are_refused(monkeypatch: pytest.MonkeyPatch, recorded: str) -> None:
     cases.skip_unless_runs("cpu")
     if recorded == "in Python":
-        monkeypatch.setattr(type(registry.by_name("cpu")), "online_norm_recorded", None)
+        monkeypatch.setattr(registry.by_name("cpu"), "online_norm_recorded", None)
     norm, x = rnnorm.OnlineNorm(3), torch.randn(4, 3, requires_grad=True)
     y = norm(x)
+    assert (y.grad_fn.name() == "_OnlineNormBackward") == (recorded == "in Python")
     with pytest.raises(RuntimeError, match=r"^double backward through online normalization .*create_graph=True"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
     y.sum().backward(retain_graph=True)
@@ -277,6 +282,33 @@ def test_gradients_that_would_be_wrong_are_refused(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(one, two, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match=r"transforms of torch.func"):
         torch.autograd.grad(y, x, torch.randn(2, 4, 3), is_grads_batched=True)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"transforms of torch.func"):
+        torch.autograd.grad(y, x, forward_ad.make_dual(torch.randn(4, 3), torch.randn(4, 3)))
+
+
+def test_a_call_that_raises_moves_nothing() -> None:
+    norm = rnnorm.OnlineNorm(3)
+    with torch.inference_mode():
+        x = torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        norm(x)
+    assert not norm.mean.any()
+    assert norm.var.eq(1).all()
+
+
+def test_negative_views_and_half_an_affine_map() -> None:
+    x, grad = torch.randn(4, 3), torch.randn(4, 3)
+    half, bare = rnnorm.OnlineNorm(3), rnnorm.OnlineNorm(3, affine=False)
+    half.bias = None  # half an affine map is none
+    found = []
+    for module in (half, bare):
+        for given, back in ((x, grad), (torch._neg_view(-x), torch._neg_view(-grad))):
+            module.reset_running_stats()
+            given = given.detach().requires_grad_()
+            y = module(given)
+            found.append((y.detach(), torch.autograd.grad(y, given, back)[0], module.u.clone(), module.var.clone()))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("layout", [_channels_last, _strided])
@@ -488,7 +520,7 @@ on_cpp = pytest.mark.skipif(build.load() is not None, reason=f"the C++ backend c
 @on_cpp
 @pytest.mark.parametrize("guard", norms.GUARDS)
 @pytest.mark.parametrize("shape", [(9, 100), (700, 200), (5, 7, 11), (4, 70, 5, 3), (40, 70, 5, 13)], ids=str)
-@pytest.mark.parametrize("layout", [None, _channels_last])
+@pytest.mark.parametrize("layout", [None, _channels_last, _strided])
 def test_results_do_not_depend_on_the_threads(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], layout: Any, guard: str
 ) -> None:

@@ -440,7 +440,10 @@ struct Arguments {
     if (scale) check_channels(weight = scale->contiguous(), "weight");
     if (shift) check_channels(bias = shift->contiguous(), "bias");
     channels_last = x.movedim(1, -1).is_contiguous();
-    if (!channels_last) x = x.contiguous();
+    if (!channels_last) {
+      x = x.contiguous();
+      channels_last = x.movedim(1, -1).is_contiguous();  // one value per channel
+    }
   }
 
   void check_channels(const Tensor& tensor, const char* name) const {

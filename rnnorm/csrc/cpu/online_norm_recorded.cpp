@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cstddef>
+#include <tuple>
 
 #include "../names.h"
 #include "online_norm.h"
@@ -20,6 +21,7 @@ struct Rest {
   std::string_view guard;
   at::ArrayRef<double> constants;
   int64_t threads;
+  Tensor new_mean{}, new_var{};  // moved once the call is recorded: saving its tensors may raise
 };
 
 std::optional<Tensor> like(const Tensor& statistic, const std::optional<Tensor>& parameter) {
@@ -30,7 +32,7 @@ std::optional<Tensor> like(const Tensor& statistic, const std::optional<Tensor>&
 void begin_backward(AutogradContext* ctx, const Tensor& grad, bool need_input, bool repeatable) {
   using at::DispatchKey;
   constexpr at::DispatchKeySet transformed({DispatchKey::Batched, DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchGradWrapper});
-  TORCH_CHECK(!(grad.defined() && grad.key_set().has_any(transformed)) &&
+  TORCH_CHECK(!(grad.defined() && (grad.key_set().has_any(transformed) || grad._fw_grad(0).defined())) &&
                   !c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode),
               RNNORM_TRANSFORM);
   TORCH_CHECK(!at::GradMode::is_enabled(), need_input ? RNNORM_DOUBLE_BACKWARD : RNNORM_FUSED_DOUBLE_BACKWARD);
@@ -39,13 +41,16 @@ void begin_backward(AutogradContext* ctx, const Tensor& grad, bool need_input, b
   spent = true;
 }
 
-struct OnlineNorm : torch::autograd::Function<OnlineNorm> {
+}  // namespace
+
+// Users see its name in the output's grad_fn.
+struct OnlineNormBackward : torch::autograd::Function<OnlineNormBackward> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& weight,
-                        const std::optional<Tensor>& bias, const Rest& rest) {
+                        const std::optional<Tensor>& bias, Rest& rest) {
     const Tensor mean = rest.mean.clone(), var = rest.var.clone();
-    const auto [y, new_mean, new_var] = online_norm(x, like(mean, weight), like(mean, bias), mean, var, rest.guard, rest.constants, rest.threads);
-    rest.mean.copy_(new_mean);
-    rest.var.copy_(new_var);
+    Tensor y;
+    std::tie(y, rest.new_mean, rest.new_var) = online_norm(x.resolve_neg(), like(mean, weight), like(mean, bias), mean, var,
+                                                           rest.guard, rest.constants, rest.threads);
     ctx->save_for_backward({x, weight.value_or(Tensor()), bias.value_or(Tensor()), mean, var});
     ctx->saved_data = {{"u", rest.u}, {"v", rest.v}, {"guard", std::string(rest.guard)}, {"constants", rest.constants.vec()},
                        {"threads", rest.threads}, {"need_input", x.requires_grad()}, {"spent", false}};
@@ -65,7 +70,8 @@ struct OnlineNorm : torch::autograd::Function<OnlineNorm> {
     const Tensor &x = tensors[0], &mean = tensors[3], &var = tensors[4];
     const auto given = [&](int k) { return tensors[k].defined() ? std::optional(tensors[k]) : std::nullopt; };
     const std::optional<Tensor> weight = given(1), bias = given(2);
-    const Tensor grad = grads[0].defined() ? grads[0].to(x.scalar_type()) : at::zeros_like(x);
+    const bool zero = !grads[0].defined() || grads[0]._is_zerotensor();
+    const Tensor grad = zero ? at::zeros_like(x) : grads[0].to(x.scalar_type()).resolve_neg();
     Three found;
     if (c10::impl::TorchDispatchModeTLS::any_modes_set() || grad.key_set().has(at::DispatchKey::Python)) {
       static const auto observed = c10::Dispatcher::singleton().findSchemaOrThrow("rnnorm::online_norm_backward", "");
@@ -73,7 +79,7 @@ struct OnlineNorm : torch::autograd::Function<OnlineNorm> {
       observed.callBoxed(stack);
       found = {stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor()};
     } else {
-      found = online_norm_backward(grad, x, like(mean, weight), like(mean, bias), mean, var, saved("u").toTensor(), saved("v").toTensor(),
+      found = online_norm_backward(grad, x.resolve_neg(), like(mean, weight), like(mean, bias), mean, var, saved("u").toTensor(), saved("v").toTensor(),
                                    saved("guard").toStringView(), constants, need_input, saved("threads").toInt());
     }
     const auto& [dx, of_weight, of_bias] = found;
@@ -84,12 +90,15 @@ struct OnlineNorm : torch::autograd::Function<OnlineNorm> {
   }
 };
 
-}  // namespace
-
 Tensor online_norm_recorded(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                             const Tensor& mean, const Tensor& var, const Tensor& u, const Tensor& v, std::string_view guard,
                             at::ArrayRef<double> constants, int64_t threads) {
-  return OnlineNorm::apply(x, weight, bias, Rest{mean, var, u, v, guard, constants, threads});
+  const bool affine = weight && bias;
+  Rest rest{mean, var, u, v, guard, constants, threads};
+  const Tensor y = OnlineNormBackward::apply(x, affine ? weight : std::nullopt, affine ? bias : std::nullopt, rest);
+  mean.copy_(rest.new_mean);
+  var.copy_(rest.new_var);
+  return y;
 }
 
 }  // namespace rnnorm
