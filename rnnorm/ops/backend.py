@@ -1,5 +1,6 @@
 """The interface of a backend, with the answers of most."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from rnnorm.ops.call import CallSpec, Operands, Results
 from rnnorm.ops.errors import Failure
 
 
-class Backend:
+class Backend(ABC):
     """A row of the registry. `differentiable` backends run under autograd, without operators.
 
     A backend with `losses` also has `linear_cross_entropy`, with the arguments of the function in `rnnorm.ops.chunked`.
@@ -35,23 +36,24 @@ class Backend:
         """The dtypes of products that its `linear_cross_entropy` supports."""
         return ()
 
+    @abstractmethod
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
         """None if it can run such a call, else the reason. Without a spec: if it can run on this machine at all."""
-        raise NotImplementedError
 
     def fault(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None, units: int) -> Failure | None:
         """Why the kernels of a call that it can run are not to be trusted on this device. `units`: H, or C of
         `online_norm`, for which there is no spec."""
         return None
 
+    @abstractmethod
     def saved_like(self, operands: Operands, spec: CallSpec) -> list[Tensor]:
         """Uninitialized tensors of the shapes that `forward` saves."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, operands: Operands, spec: CallSpec, save: bool) -> tuple[Results, list[Tensor]]:
         """The results and, if `save`, the tensors that `backward` needs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(
         self,
         grads: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -62,4 +64,3 @@ class Backend:
         need_weights: bool,
     ) -> list[Tensor | None]:
         """Gradients of the differentiable operands from those of `y`, `h`, `c`; updates u and v in place."""
-        raise NotImplementedError
