@@ -110,6 +110,17 @@ class Text:
         if rest:
             yield rest
 
+    def blocks_of_words(self) -> Iterator[bytes]:
+        """Yields the blocks in order, joined where a word continues from one into the next."""
+        held: list[bytes] = []
+        for block in self.blocks():
+            if held and (held[-1][-1] in SPACES or block[0] in SPACES):
+                yield b"".join(held)
+                held = []
+            held.append(block)
+        if held:
+            yield b"".join(held)
+
     def _read(self, size: int) -> Iterator[bytes]:
         if isinstance(self.content, bytes):
             stop = self.start + self.size

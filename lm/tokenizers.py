@@ -275,9 +275,9 @@ class Bytes(_Base):
 
 
 def plain_blocks(text: Text) -> Iterator[bytes]:
-    """Yields the blocks of a text without a BOM at its start, its last line ended."""
+    """Yields the blocks of a text, cut between words, without a BOM at its start, its last line ended."""
     last = b""
-    for number, block in enumerate(text.blocks()):
+    for number, block in enumerate(text.blocks_of_words()):
         yield block.removeprefix(BOM) if number == 0 else block
         last = block
     if last and not last.endswith(b"\n"):
@@ -295,8 +295,8 @@ def _reserved(text: bytes) -> UserError:
 
 def _train_words(text: Text, size: int | None, least: int) -> Lookup:
     counts: Counter[bytes] = Counter()
-    for block in text.blocks():
-        counts.update(block.removeprefix(BOM).split())
+    for block in plain_blocks(text):
+        counts.update(block.split())
     if EOS.encode() in counts:
         raise _reserved(EOS.encode())
     unknown = counts.pop(UNK.encode(), 0)

@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from lm.corpora import Corpus
-from lm.text import BOM, Text
-from lm.tokenizers import UNK
+from lm.text import Text
+from lm.tokenizers import UNK, plain_blocks
 
 HEADS = ("split", "lines", "words", "types", "coverage", "longest line", "<unk>")
 
@@ -52,8 +52,8 @@ def _of(split: str, text: Text, held: Counter[bytes], least: int) -> Stats:
 
 def _counts(text: Text) -> Counter[bytes]:
     counts: Counter[bytes] = Counter()
-    for number, block in enumerate(text.blocks()):
-        counts.update((block.removeprefix(BOM) if number == 0 else block).split())
+    for block in plain_blocks(text):
+        counts.update(block.split())
     return counts
 
 

@@ -10,6 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
 from lm import text as texts
+from lm import tokenizers
+from lm.corpora import Corpus, stats
 from lm.errors import UserError
 from lm.text import Text, words
 
@@ -101,3 +103,19 @@ def test_reading_is_watched_and_repeats():
     assert [*text.blocks(8)] == [b"a b\na b\n"] * 4 + [b"a b\n"]
     assert sum(seen) == 36
     assert [*text] == [*text] == ["a b"] * 9
+
+
+@settings(deadline=None, max_examples=100)
+@given(content=BYTES, size=some.integers(1, 9))
+@example(content=b"a bcdefghijk\nl", size=4)
+def test_a_word_is_whole_whatever_the_size_of_a_block(content: bytes, size: int):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Text.blocks, "__defaults__", (size,))
+        text = Text(content)
+        counted = stats.stats(Corpus("it", {"train": text}), 1)[0].words
+        assert counted == text.facts.words
+        tokenizer = tokenizers.train("word", text)
+        assert sum(block.size for block in tokenizer.encode_text(text)) == counted + text.facts.lines
+        assert b"".join(text.blocks_of_words()) == content
+    words_of = {word.decode() for word in content.removeprefix(texts.BOM).split()}
+    assert {*tokenizer.pieces} == words_of | {"<unk>", "<eos>"}
