@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lm import stream, tokenizers
 from lm.corpora import CORPORA, Reading
-from lm.corpora.files import is_pattern, shares
+from lm.corpora.files import is_pattern, known_encoding, shares
 from lm.errors import UserError
 from lm.files import read_text
 from rnnorm import norms
@@ -76,13 +76,7 @@ class DataConfig(Section):
     @field_validator("encoding")
     @classmethod
     def _known(cls, value: str) -> str:
-        try:
-            "".encode(value)
-        except (LookupError, ValueError):
-            raise UserError(
-                f"data.encoding must be an encoding that Python knows; got {value!r}; write utf-8, latin-1, gb18030 …"
-            ) from None
-        return value
+        return known_encoding(value, "data.encoding")
 
 
 class ModelConfig(Section):

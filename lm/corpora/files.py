@@ -38,6 +38,24 @@ class Reading:
     split: str = "90/5/5"
     column: str = "text"
 
+    def __post_init__(self) -> None:
+        known_encoding(self.encoding, "the encoding of a text")
+
+
+def known_encoding(name: str, setting: str) -> str:
+    """Returns the name of an encoding as it is; `setting` is what named it.
+
+    Raises:
+        UserError: Python does not know it, or it is none of text, as base64.
+    """
+    try:
+        "".encode(name)
+    except (LookupError, ValueError):
+        raise UserError(
+            f"{setting} must be an encoding of text that Python knows; got {name!r}; write utf-8, latin-1, gb18030 …"
+        ) from None
+    return name
+
 
 PLAIN = Reading()
 

@@ -387,6 +387,8 @@ def test_help_names_every_option_and_key(process, call):
         (("eval", "run"), "a run must be a folder that `train` made; got run, which is not"),
         (("sample", "run"), "a run must be a folder that `train` made; got run, which is not"),
         (("tokenizer", "train", "--kind", "syllable", "--out", "x"), "'syllable' is not one of 'word', 'char'"),
+        (("data", "stats", "a.txt", "--encoding", "nonsense"), "an encoding of text that Python knows; got 'nonsense'"),
+        (("data", "prepare", "a.txt", "--encoding", "base64"), "an encoding of text that Python knows; got 'base64'"),
         (("fly",), "No such command 'fly'"),
     ],
 )

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from lm import corpora
+from lm import config, corpora
 from lm import text as texts
 from lm.corpora import characters, hub
 from lm.corpora.files import Reading, divide, shares
@@ -113,6 +113,15 @@ def test_a_pattern_joins_files_in_order(tmp_path: Path):
 def test_encodings(tmp_path: Path, encoding: str):
     path = write(tmp_path / "a.txt", LINES.encode(encoding))
     assert whole(corpora.load(str(path), tmp_path, options=Reading(encoding))) == LINES.encode()
+
+
+@pytest.mark.parametrize("encoding", ["nonsense", "base64", "rot13", "", "a\0b"])
+def test_an_encoding_that_is_none_of_text(tmp_path: Path, encoding: str):
+    message = r"must be an encoding of text that Python knows; got '.*'; write utf-8, latin-1"
+    with pytest.raises(UserError, match=f"the encoding of a text {message}"):
+        Reading(encoding)
+    with pytest.raises(UserError, match=f"data.encoding {message}"):
+        config.build({"data": {"encoding": encoding}})
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path):
