@@ -19,12 +19,12 @@ from lm import checkpoint, cli_data, config, corpora, distributed, report, run, 
 from lm.adaptation import Adaptation, given, of_settings
 from lm.config import Config
 from lm.corpora import Split
+from lm.corpora.checks import Ways
 from lm.errors import UserError
 from lm.evaluator import Group, ProtocolName, Score, headline, record
 from lm.files import write_chunks
 from lm.run_folder import TEXT, RunFolder, Which
 from lm.sample import LONGEST
-from lm.text import Text
 from lm.trained import TrainedModel, load
 from lm.trainer import ENDS, DivergedError
 
@@ -426,22 +426,31 @@ def write_report(folders: tuple[Path, ...], out: Path | None) -> None:
 @click.argument("file", default="-")
 @click.option("--stream", "one_stream", is_flag=True, help="Carry the state from line to line, as `eval` does.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each line instead.")
+@cli_data.encoding_option
 @_which
 @_backend
 @_device
 def score(
-    folder: Path, file: str, one_stream: bool, as_json: bool, which: Which, backend: str | None, device: str | None
+    folder: Path,
+    file: str,
+    one_stream: bool,
+    as_json: bool,
+    encoding: str,
+    which: Which,
+    backend: str | None,
+    device: str | None,
 ) -> None:
     """Print the log-probability of every token of a text.
 
-    FILE is read as UTF-8 text, - is the standard input. One row for each token with its log-probability (nats) and
+    FILE is a file of text, - is the standard input. One row for each token with its log-probability (nats) and
     surprisal (bits), a row for each line with its total and perplexity per token, and one for all. Each line is scored
     by itself, from the zero state, unless --stream is given.
     """
     trained = load(folder, which=which, backend=backend or "auto", device=device or "auto", say=_say)
-    path = Path(file)
-    text = Text(sys.stdin.buffer.read(), "the standard input") if file == "-" else Text(path, file)
-    for warning in corpora.checks.require({"scored": text}, trained.tokenizer.kind):
+    content, name = (sys.stdin.buffer.read(), "the standard input") if file == "-" else (Path(file), file)
+    text = corpora.files.given(content, name, encoding)
+    ways = Ways(encoding="--encoding ", kind="")
+    for warning in corpora.checks.require({"scored": text}, trained.tokenizer.kind, ways):
         _say(f"warning: {warning}")
     found = scoring.lines(trained, text, one_stream=one_stream)
     for row in scoring.json_lines(found) if as_json else scoring.tsv(found):

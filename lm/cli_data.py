@@ -1,18 +1,22 @@
 """The command line's part on texts: `data` and `tokenizer`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from lm import corpora, tokenizers
 from lm.corpora import Reading
+from lm.corpora.checks import Ways
 from lm.errors import UserError
 
 _data_dir = click.option("--dir", "data_dir", type=Path, default=Path("data"), help="Folder where corpora are kept.")
 _split = click.option(
     "--split", default=Reading.split, help="Shares of train, valid and test of a text that is one file."
 )
-_encoding = click.option("--encoding", default=Reading.encoding, help="Encoding of text files.")
+encoding_option = click.option("--encoding", default=Reading.encoding, help="Encoding of text files.")
+_column = click.option("--column", default=Reading.column, help="Column of a table that holds the text.")
+_WAYS = Ways(encoding="--encoding ", kind="")
 
 
 @click.group()
@@ -47,9 +51,10 @@ def check_data(name: str, data_dir: Path) -> None:
 @click.argument("source")
 @click.option("--min-count", type=click.IntRange(1), help="As data.min_count.  [default: the text's own]")
 @_split
-@_encoding
+@encoding_option
+@_column
 @_data_dir
-def show_stats(source: str, min_count: int | None, split: str, encoding: str, data_dir: Path) -> None:
+def show_stats(source: str, min_count: int | None, data_dir: Path, **reading: str) -> None:
     """Count what a text holds: a corpus by name, a folder, a file, a pattern.
 
     Coverage is the share of words that the training text holds; <unk> the share of those that a word tokenizer of
@@ -57,8 +62,8 @@ def show_stats(source: str, min_count: int | None, split: str, encoding: str, da
     """
     from lm.corpora import stats
 
-    corpus = corpora.load(source, data_dir, (), Reading(encoding, split))
-    for line in [corpus.note, *corpus.require("word")]:
+    corpus = corpora.load(source, data_dir, (), Reading(**reading))
+    for line in [corpus.note, *corpus.require("word", _WAYS)]:
         if line:
             click.echo(line, err=True)
     click.echo(stats.table(stats.stats(corpus, min_count)))
@@ -73,10 +78,11 @@ def show_stats(source: str, min_count: int | None, split: str, encoding: str, da
 @click.option("--lower", is_flag=True, help="Lower case.")
 @click.option("--numbers", is_flag=True, help="Write each number as N.")
 @_split
-@_encoding
+@encoding_option
+@_column
 @_data_dir
 def prepare_data(
-    source: str, out: Path | None, language: str, lower: bool, numbers: bool, split: str, encoding: str, data_dir: Path
+    source: str, out: Path | None, language: str, lower: bool, numbers: bool, data_dir: Path, **reading: str
 ) -> None:
     """Separate words and punctuation of a raw text, so that a word tokenizer can read it.
 
@@ -85,8 +91,9 @@ def prepare_data(
     """
     from lm.corpora import prepare
 
-    corpus = corpora.load(source, data_dir, (), Reading(encoding, split))
+    corpus = corpora.load(source, data_dir, (), Reading(**reading))
     out = out or Path(f"{corpus.name}-words")
+    corpus.require("word", _WAYS)
     prepare.prepare(corpus, out, prepare.splitter(language, lower=lower, numbers=numbers))
     click.echo(f"{out}: " + ", ".join(f"{name}.txt" for name in corpus.splits) + f"; train with --data {out}")
 
@@ -101,15 +108,18 @@ def tokenizer_group() -> None:
 @click.option("--size", type=int, help="Maximum vocabulary size.  [default: the kind's own]")
 @click.option("--data", "source", default="python-docs", help="Corpus by name or folder; its training text is read.")
 @click.option("--out", type=Path, required=True, help="JSON file to write, for `--set data.tokenizer_file=FILE`.")
+@encoding_option
+@_column
 @_data_dir
-def train_tokenizer(kind: str, size: int | None, source: str, out: Path, data_dir: Path) -> None:
+def train_tokenizer(kind: str, size: int | None, source: str, out: Path, data_dir: Path, **reading: str) -> None:
     """Train a tokenizer on a corpus and keep it in a file."""
     if out.exists():
         raise UserError(
             f"a tokenizer must be written to a new file; got {out}, which exists; choose another, or move it away"
         )
-    corpus = corpora.load(source, data_dir, ["train"])
-    corpus.require(kind)
+    corpus = corpora.load(source, data_dir, ["train"], Reading(**reading))
+    for warning in corpus.require(kind, replace(_WAYS, kind="--kind ")):
+        click.echo(f"warning: {warning}", err=True)
     tokenizer = tokenizers.train(kind, corpus.splits["train"], size, min_count=corpus.min_count(kind))
     tokenizers.save(tokenizer, out)
     click.echo(f"{out}: {kind} vocabulary of {tokenizer.size:,}, sha256 {tokenizer.sha256}")

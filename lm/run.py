@@ -18,6 +18,7 @@ import rnnorm
 from lm import checkpoint, config, corpora, distributed, store, stream, tokenizers
 from lm.checkpoint import Checkpoints
 from lm.config import Config, DataConfig, TrainConfig
+from lm.corpora.checks import Ways
 from lm.distributed import Team
 from lm.errors import UserError
 from lm.evaluator import Score, evaluate
@@ -47,6 +48,7 @@ class Outcome:
 
 
 _END_OF = {"epochs": "all epochs", "max_steps": "train.max_steps", "patience": "train.patience"}
+_ANOTHER = "name another run, since a run begins with the best one"
 _MORE = "raise what ended it, as by --set train.epochs=N, or begin another run with its weights: --init-from"
 
 
@@ -155,7 +157,7 @@ def _require(settings: Config, team: Team) -> None:
 
 def _start(options: TrainConfig, say: Say) -> dict[str, Any] | None:
     """The best checkpoint of the run that a new one begins with."""
-    return None if options.init_from is None else RunFolder(Path(options.init_from)).saved("best", say)
+    return None if options.init_from is None else RunFolder(Path(options.init_from)).saved("best", say, _ANOTHER)
 
 
 def _begin_with(model: LanguageModel, start: Mapping[str, Any]) -> None:
@@ -174,7 +176,8 @@ def _text(settings: Config, saved: Mapping[str, Any] | None, start: Mapping[str,
     data = settings.data
     corpus = corpora.load(data.source, Path(data.dir), options=data.reading)
     tokenizer = _tokenizer(data, saved or start)
-    for warning in corpus.require(tokenizer.kind if tokenizer else data.tokenizer):
+    ways = Ways(kind="") if tokenizer else Ways()  # the kind of one that is there is fixed
+    for warning in corpus.require(tokenizer.kind if tokenizer else data.tokenizer, ways):
         say(f"warning: {warning}")
     if corpus.note:
         say(corpus.note)

@@ -112,8 +112,11 @@ class RunFolder:
             )
         return saved
 
-    def saved(self, which: Which, say: Say) -> dict[str, Any]:
+    def saved(self, which: Which, say: Say, instead: str = "give --checkpoint last") -> dict[str, Any]:
         """Returns what a checkpoint of the run holds.
+
+        Arguments:
+            instead: what to do where the best one is damaged and the last one whole.
 
         Raises:
             UserError: there is no run; the checkpoint is missing or damaged.
@@ -126,7 +129,7 @@ class RunFolder:
             return checkpoint.load(self.checkpoints / f"{which}.safetensors")
         except checkpoint.DamagedCheckpointError as fault:
             if which == "best" and checkpoint.is_whole(self.checkpoints / checkpoint.LAST):
-                raise UserError(f"{fault}; the last one is whole: give --checkpoint last") from None
+                raise UserError(f"{fault}; the last one is whole: {instead}") from None
             raise
 
     def keep_scores(self, step: int, scores: Iterable[tuple[str, Mapping[str, Any]]]) -> None:

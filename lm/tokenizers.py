@@ -359,7 +359,7 @@ def train(
     text = Text.of(text)
     if kind == "byte":
         if size not in (None, 256):
-            raise UserError(f"a vocabulary of bytes must have 256 pieces; got {size}; set data.vocab_size=none")
+            raise UserError(f"a vocabulary of bytes must have 256 pieces; got {size}; leave the size out")
         return Bytes()
     if kind in ("word", "char"):
         return (_train_words if kind == "word" else _train_characters)(text, size, min_count)

@@ -43,9 +43,9 @@ class Corpus:
         raw = kind == "word" and not self.by_name and "unk" not in self.splits["train"].facts.found
         return 2 if raw else 1
 
-    def require(self, kind: str) -> list[str]:
+    def require(self, kind: str, ways: checks.Ways = checks.OF_TRAINING) -> list[str]:
         """Raises UserError where any split is not what a tokenizer of this kind can take; returns warnings."""
-        return checks.require(self.splits, kind)
+        return checks.require(self.splits, kind, ways)
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,79 @@
 """What a tokenizer cannot take, found in every split before training starts, with its file and line."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from lm.errors import UserError
 from lm.text import Text
 from lm.tokenizers import EOS
 
+# How files of other forms begin, and what their names must end in to be read as such.
+_FORMS = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
+_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
-def require(splits: Mapping[str, Text], kind: str) -> list[str]:
+
+@dataclass(frozen=True)
+class Ways:
+    """What a command takes before an encoding and before a kind of tokens; empty where it takes none."""
+
+    encoding: str = "--set data.encoding="
+    kind: str = "--set data.tokenizer="
+
+
+OF_TRAINING = Ways()
+
+
+def require(splits: Mapping[str, Text], kind: str, ways: Ways = OF_TRAINING) -> list[str]:
     """Returns warnings of what is taken as it is, in any split.
 
     Arguments:
         kind: of the tokenizer. Bytes take everything.
+        ways: how the error may say that the text can be read.
 
     Raises:
         UserError: text that is not UTF-8 or holds NUL; for words, the word `<eos>`, or lines that end with carriage
             returns alone.
     """
-    return (
-        [] if kind == "byte" else [warning for split, text in splits.items() for warning in _checked(split, text, kind)]
-    )
+    if kind == "byte":
+        return []
+    return [warning for split, text in splits.items() for warning in _checked(split, text, kind, ways)]
 
 
-def _checked(split: str, text: Text, kind: str) -> list[str]:
+def _checked(split: str, text: Text, kind: str, ways: Ways) -> list[str]:
     found = text.facts.found
+    head = _head(text)
+    form = next((end for start, end in _FORMS.items() if head.startswith(start)), None)
+    if form and {"utf8", "nul"} & found.keys():
+        raise UserError(
+            f"the {split} split must be text; got {text.name}, which begins as a {form} file does; unpack it, or give "
+            f"it a name that ends in {form}"
+        )
+    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+    as_bytes = [f"take bytes: {ways.kind}byte"] if ways.kind else []
     if "utf8" in found:
         offset = found["utf8"]
         byte = next(text.part(offset, offset + 1).blocks())[0]
+        named = [f"name its encoding, as by {ways.encoding}{encoding or _likely(text)}"] if ways.encoding else []
         raise UserError(
             f"the {split} split must be UTF-8 text; got {text.place(offset)}, with byte 0x{byte:02x} at byte offset "
-            f"{text.start + offset}; convert the file to UTF-8, name its encoding, as by --set data.encoding=latin-1, "
-            "or take bytes: --set data.tokenizer=byte"
+            f"{text.start + offset}; {_either(['convert the file to UTF-8', *named, *as_bytes])}"
         )
     if "nul" in found:
+        named = [f"give {ways.encoding}{encoding or _likely(text)}"] if ways.encoding else ["convert the file to UTF-8"]
         raise UserError(
             f"the {split} split must be text; got a NUL in {text.place(found['nul'])}, as in UTF-16 and binary files; "
-            "give --set data.encoding=utf-16, or take bytes: --set data.tokenizer=byte"
+            f"{_either([*named, *as_bytes])}"
         )
-    if kind != "word":
-        return []
+    return _checked_words(split, text, ways) if kind == "word" else []
+
+
+def _checked_words(split: str, text: Text, ways: Ways) -> list[str]:
+    found = text.facts.found
     if "eos" in found:
+        other = [f"use another tokenizer, such as {ways.kind}bpe"] if ways.kind else []
         raise UserError(
             f"the {split} split must not hold the word {EOS}, which marks the end of a line; got it in "
-            f"{text.place(found['eos'])}; replace the word, or use another tokenizer, such as --set data.tokenizer=bpe"
+            f"{text.place(found['eos'])}; {_either(['replace the word', *other])}"
         )
     if "cr" in found and not text.facts.line_feeds:
         raise UserError(
@@ -52,3 +83,20 @@ def _checked(split: str, text: Text, kind: str) -> list[str]:
     if "bom" in found:
         return [f"{text.place(found['bom'])} holds U+FEFF, a byte order mark inside the text: it is part of its word"]
     return []
+
+
+def _head(text: Text) -> bytes:
+    """The first bytes of what a text, or a part of one, lies in."""
+    return b"".join(replace(text, start=0, stop=min(4, text.start + text.size), watch=None).blocks())
+
+
+def _likely(text: Text) -> str:
+    """The encoding to try for a text without a mark: NUL is every other byte of most UTF-16."""
+    if "nul" not in text.facts.found:
+        return "latin-1"
+    return "utf-16-le" if (text.start + text.facts.found["nul"]) % 2 else "utf-16-be"
+
+
+def _either(ways: Sequence[str]) -> str:
+    *first, last = ways
+    return f"{', '.join(first)}, or {last}" if first else last

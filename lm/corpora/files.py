@@ -107,6 +107,18 @@ def open_text(path: Path, options: Reading, cache: Path) -> Text:
     return kept(lambda: _chunks(path, options), key, cache, str(path))
 
 
+def given(content: bytes | Path, name: str, encoding: str) -> Text:
+    """Returns the text of a file, or of bytes, as UTF-8, and keeps nothing of it in files.
+
+    Raises:
+        UserError: the file cannot be read, or is not in the encoding.
+    """
+    if encoding.lower() in _UTF8:
+        return Text(content, name)
+    chunks = [content] if isinstance(content, bytes) else _plain(content, PLAIN)
+    return Text(b"".join(_decoded(chunks, known_encoding(encoding, "the encoding of a text"), name)), name)
+
+
 def join(pattern: str, options: Reading, cache: Path) -> Text:
     """Returns the texts of all files that a pattern finds, in the order of their paths, as one.
 
@@ -154,17 +166,21 @@ def _chunks(path: Path, options: Reading) -> Iterator[bytes]:
     if options.encoding.lower() in _UTF8 or path.suffix.lower() == ".parquet":
         yield from found
         return
-    decoder = codecs.getincrementaldecoder(options.encoding)()
+    yield from _decoded(found, options.encoding, str(path))
+
+
+def _decoded(chunks: Iterable[bytes], encoding: str, name: str) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder(encoding)()
     offset = 0
     try:
-        for chunk in found:
+        for chunk in chunks:
             yield decoder.decode(chunk).encode()
             offset += len(chunk)
         yield decoder.decode(b"", final=True).encode()
     except UnicodeError as fault:
         raise UserError(
-            f"a text must be in the encoding that data.encoding names, {options.encoding}; got {path}, which is not "
-            f"({fault}) near byte {offset + getattr(fault, 'start', 0):,}; name another, or convert the file to UTF-8"
+            f"a text must be in the encoding that is named, {encoding}; got {name}, which is not ({fault}) near byte "
+            f"{offset + getattr(fault, 'start', 0):,}; name another, or convert the file to UTF-8"
         ) from None
 
 
@@ -226,7 +242,7 @@ def text_column(names: Iterable[str], wanted: str, where: str) -> str:
         return wanted if wanted in names else names[0]
     raise UserError(
         f"data.column must be a column of {where}; got {wanted!r}, and it has {', '.join(names)}; "
-        "give --set data.column=NAME"
+        "name one, by --set data.column=NAME to train and by --column NAME elsewhere"
     )
 
 

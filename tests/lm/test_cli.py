@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lm import config
@@ -276,6 +278,40 @@ def test_data_prepare_and_stats(process, call, tmp_path):
         ["valid", "2", "6", "6", "33.33%", "17", "83.33%"],
     ]
     assert call("data", "stats", "own", "--min-count", "1")[0].splitlines()[1].split()[-1] == "0.00%"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("data", "stats"),
+        ("data", "prepare", "--out", "out"),
+        ("tokenizer", "train", "--kind", "char", "--out", "out", "--data"),
+        ("score", "run"),
+    ],
+)
+def test_hints_name_options_that_the_command_has(call, trained, tmp_path, command):
+    text = "caf\u00e9 mat\n" * 300
+    (tmp_path / "latin.txt").write_bytes(text.encode("latin-1"))
+    (tmp_path / "utf.txt").write_text(text, "utf-8")
+    err = call(*command, "latin.txt", code=2).err
+    assert "name its encoding, as by --encoding latin-1" in err
+    assert "--set" not in err
+    assert ("--kind byte" in err) == (command[0] == "tokenizer")
+    (tmp_path / "wide.txt").write_bytes(text.replace("\u00e9", "e").encode("utf-16-le"))
+    assert "give --encoding utf-16-le" in call(*command, "wide.txt", code=2).err
+    out = call(*command, "latin.txt", "--encoding", "latin-1").out
+    if "--out" in command:
+        made = [path for path in (*tmp_path.glob("out"), *tmp_path.glob("out/*")) if path.is_file()]
+        assert all("\u00e9" in path.read_text("utf-8") for path in made)
+        assert made
+    else:
+        assert out == call(*command, "utf.txt").out
+
+
+def test_a_table_s_column_is_named_by_an_option_of_the_command(call, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a b"] * 300, "id": ["1"] * 300}), tmp_path / "t.parquet")
+    assert "by --column NAME" in fault(call, "data", "stats", "t.parquet")
+    assert call("data", "stats", "t.parquet", "--column", "body").out.count(" 2 ") == 3
 
 
 def test_tokenizer_train(process, call, corpus):

@@ -1,6 +1,7 @@
 """Texts in files of every form: split, joined, unpacked, in other encodings; and what is refused in every split."""
 
 import gzip
+import re
 from pathlib import Path
 
 import pyarrow
@@ -10,7 +11,7 @@ import zstandard
 
 from lm import config, corpora
 from lm import text as texts
-from lm.corpora import characters, hub
+from lm.corpora import characters, checks, hub
 from lm.corpora.files import Reading, divide, shares
 from lm.errors import UserError
 from lm.text import Text
@@ -126,9 +127,7 @@ def test_an_encoding_that_is_none_of_text(tmp_path: Path, encoding: str):
 
 def test_what_cannot_be_read_is_said(tmp_path: Path):
     path = write(tmp_path / "a.txt", LINES.encode())
-    with pytest.raises(
-        UserError, match=r"in the encoding that data\.encoding names, ascii; got \S+a\.txt, .*near byte 10"
-    ):
+    with pytest.raises(UserError, match=r"in the encoding that is named, ascii; got \S+a\.txt, .*near byte 10"):
         corpora.load(str(path), tmp_path, options=Reading("ascii"))
     packed = write(tmp_path / "a.txt.gz", LINES.encode())
     for content, why in ((packed.read_bytes()[:-20], "ended before"), (b"plain", "[Nn]ot a gzipped")):
@@ -201,6 +200,38 @@ def test_a_fault_is_found_in_every_split_for_the_tokenizers_it_matters_to(tmp_pa
                 found.require(kind)
         else:
             assert found.require(kind) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (gzip.compress(LINES.encode()), r"a\.txt, which begins as a \.gz file does; unpack it, or give it a name that"),
+        (zstandard.compress(LINES.encode()), r"a\.txt, which begins as a \.zst file does; unpack it"),
+        (LINES.encode("utf-16"), r"byte 0xff at byte offset 0; .* as by --set data\.encoding=utf-16, or"),
+        (LINES.encode("utf-32"), r"byte 0xff at byte offset 0; .* as by --set data\.encoding=utf-32, or"),
+        (LINES.encode("utf-16-le"), r"--set data\.encoding=utf-16-le, or"),
+        (LINES.encode("utf-16-be"), r"--set data\.encoding=utf-16-be, or"),
+        (LINES.encode("latin-1"), r"line 1, with byte 0xe9 .* as by --set data\.encoding=latin-1, or"),
+        (b"a\0\n", r"a NUL in \S+a\.txt, line 1, .*; give --set data\.encoding=utf-16-le, or take bytes: --set"),
+    ],
+)
+def test_what_a_file_may_be_is_said(tmp_path: Path, content: bytes, told: str):
+    (tmp_path / "a.txt").write_bytes(content)
+    splits = {"valid": Text(tmp_path / "a.txt", str(tmp_path / "a.txt"))}
+    with pytest.raises(UserError, match=f"the valid split must be .*{told}"):
+        checks.require(splits, "word")
+    part = splits["valid"].part(len(content) // 2 // 4 * 4, len(content))
+    if "line 1" not in told:
+        with pytest.raises(UserError, match=told.partition("byte 0xff at byte offset 0; ")[2] or told):
+            checks.require({"valid": part}, "char")
+
+
+def test_no_hint_names_an_option_that_is_not_there(tmp_path: Path):
+    for content in FAULTS:
+        with pytest.raises(UserError) as caught:
+            checks.require({"test": Text(content)}, "word", checks.Ways("", ""))
+        assert "--" not in str(caught.value)
+        assert re.search(r"; (convert|replace) [^;]+$", str(caught.value))
 
 
 def test_a_mark_in_the_middle_is_a_warning(tmp_path: Path):

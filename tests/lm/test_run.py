@@ -526,6 +526,10 @@ def test_a_damaged_best_checkpoint_is_named(train, tmp_path):
     ):
         load(tmp_path / "run")
     assert load(tmp_path / "run", which="last").step > 0
+    with pytest.raises(
+        UserError, match=r"best\.safetensors, which is damaged .*; the last one is whole: name another run"
+    ):
+        train(f"train.init_from={tmp_path / 'run'}", folder="other")
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(train, tmp_path, corpus):
