@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lm.corpora import characters, checks, folder, hub, markov, python_docs
-from lm.corpora.files import PLAIN, SPLITS, Reading, Split, divide, is_pattern, join, open_text
+from lm.corpora.files import PLAIN, SPLITS, Reading, Split, divide, is_pattern, join, open_text, shares
 from lm.corpora.folder import Known
 from lm.errors import UserError
 from lm.text import Text
@@ -94,8 +94,8 @@ def load(
         options: how files are read.
 
     Raises:
-        UserError: no such source; a needed split that is missing, a split that is empty; a published corpus that
-            cannot be had or is not what it must be.
+        UserError: no such source; a needed split that is missing or has no share, a split that is empty; a published
+            corpus that cannot be had or is not what it must be.
     """
     data_dir = Path(data_dir)
     found = _open(source, data_dir, tuple(needed), options)
@@ -118,16 +118,24 @@ def _open(source: str, data_dir: Path, needed: tuple[str, ...], options: Reading
         splits = folder.read(place, needed, options, cache)
         return Corpus(_published(splits) or place.resolve().name, splits)
     if source and place.exists():
-        return _split(place.name.partition(".")[0], open_text(place, options, cache), options)
+        return _split(place.name.partition(".")[0], open_text(place, options, cache), needed, options)
     if is_pattern(source):
-        return _split(Path(re.split(r"[*?\[]", source)[0]).name or "text", join(source, options, cache), options)
+        name = Path(re.split(r"[*?\[]", source)[0]).name or "text"
+        return _split(name, join(source, options, cache), needed, options)
     raise UserError(
         f"data must be one of {', '.join(CORPORA)}, or a folder or file of text, a pattern such as 'src/**/*.py', or "
         f"hf:NAME; got {source!r}, which is none of these; check it; where a run's text was moved, give --data NEW"
     )
 
 
-def _split(name: str, text: Text, options: Reading) -> Corpus:
+def _split(name: str, text: Text, needed: tuple[str, ...], options: Reading) -> Corpus:
+    parts = dict(zip(SPLITS, shares(options.split), strict=True))
+    if lacking := [split for split in needed if not parts[split]]:
+        raise UserError(
+            f"{text.name}, one text that is split, must have a share for {lacking[0]}; got data.split={options.split}, "
+            f"which leaves no {lacking[0]} text; begin a run with another, such as 90/5/5, or give as --data a folder "
+            f"with {lacking[0]}.txt"
+        )
     if not text.size:
         raise UserError(f"a text must hold something; got {text.name}, which is empty; check the path")
     return Corpus(name, *divide(text, options.split))
@@ -136,7 +144,7 @@ def _split(name: str, text: Text, options: Reading) -> Corpus:
 def _with_all(corpus: Corpus, needed: tuple[str, ...], options: Reading) -> Corpus:
     """A data set that has train alone, split."""
     if set(corpus.splits) == {"train"} and set(needed) != {"train"}:
-        return _split(corpus.name, corpus.splits["train"], options)
+        return _split(corpus.name, corpus.splits["train"], needed, options)
     for name in needed:
         if name not in corpus.splits:
             raise UserError(

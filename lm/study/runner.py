@@ -126,8 +126,8 @@ def _write(study: Study, folder: Path) -> dict[str, Any]:
 def _check(missing: Sequence[Job], devices: Sequence[str]) -> None:
     """Refuses what would make every run fail; fetches a corpus once, not in each run."""
     settings = [job.arm.settings for job in missing]
-    for source, place in {(each.data.source, each.data.dir) for each in settings}:
-        corpora.load(source, Path(place))
+    for source, place, reading in {(each.data.source, each.data.dir, each.data.reading) for each in settings}:
+        corpora.load(source, Path(place), corpora.SPLITS, reading)  # each run is scored on the test text too
     for backend in {each.train.backend for each in settings}:
         require_backend(backend)
     for device in set(devices) or {each.train.device for each in settings}:

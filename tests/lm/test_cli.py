@@ -208,6 +208,23 @@ def test_one_file_and_the_standard_input(process, call, corpus, tmp_path, monkey
     call("train", "--run", "moved", "--data", "moved/text.txt")
 
 
+def test_a_run_without_a_test_text_says_how_to_give_one(call, corpus, tmp_path):
+    text = b"".join((corpus / f"{split}.txt").read_bytes() for split in ("train", "valid", "test")) * 3
+    (tmp_path / "book.txt").write_bytes(text)
+    given = ("train", "--data", "book.txt", "--set", "train.max_steps=2", *QUICK)
+    for form in ("100/0/0", "95/0/5"):
+        message = f"must have a share for valid; got data.split={form}, which leaves no valid text"
+        for options in ((), ("--dry-run",)):
+            assert message in fault(call, *given, "--set", f"data.split={form}", "--run", "run", *options)
+        assert not (tmp_path / "run").exists()
+    call(*given, "--set", "data.split=95/5/0", "--run", "run")
+    call("eval", "run")
+    err = fault(call, "eval", "run", "--split", "test")
+    assert "must have a share for test; got data.split=95/5/0, which leaves no test text; " in err
+    assert "give as --data a folder with test.txt" in err
+    call("eval", "run", "--split", "test", "--data", corpus)
+
+
 def test_score_next_and_sample_say_what_they_do_not_know(call, trained, tmp_path, monkeypatch):
     (tmp_path / "lines.txt").write_text("the zebra sat\n\na mat\n")
     out, _ = call("score", trained, "lines.txt")

@@ -116,6 +116,17 @@ def test_encodings(tmp_path: Path, encoding: str):
     assert whole(corpora.load(str(path), tmp_path, options=Reading(encoding))) == LINES.encode()
 
 
+@pytest.mark.parametrize(("form", "lacking"), [("100/0/0", "valid"), ("95/5/0", "test"), ("95/0/5", "valid")])
+def test_a_split_without_a_share_is_refused_where_it_is_needed(tmp_path: Path, form: str, lacking: str):
+    path, options = write(tmp_path / "a.txt", LINES.encode()), Reading(split=form)
+    for source in (str(path), f"{tmp_path}/a*.txt"):
+        with pytest.raises(
+            UserError, match=rf"\.txt, .* must have a share for {lacking}; got data\.split={form}, .*; "
+        ):
+            corpora.load(source, tmp_path, [lacking], options)
+        assert lacking not in corpora.load(source, tmp_path, ["train"], options).splits
+
+
 @pytest.mark.parametrize("encoding", ["nonsense", "base64", "rot13", "", "a\0b"])
 def test_an_encoding_that_is_none_of_text(tmp_path: Path, encoding: str):
     message = r"must be an encoding of text that Python knows; got '.*'; write utf-8, latin-1"

@@ -606,6 +606,10 @@ def test_what_no_run_can_do_is_refused_before_any_begins(read, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             study.run(read(assignments=["data.source=markov", assignment]), tmp_path / "study")
+    book = tmp_path / "book.txt"
+    book.write_text("the cat sat\n" * 300)
+    with pytest.raises(UserError, match=r"book\.txt, .* must have a share for test; got data\.split=95/5/0"):
+        study.run(read(data=str(book), assignments=["data.split=95/5/0"]), tmp_path / "study")
     assert not (tmp_path / "study").exists()
 
 
