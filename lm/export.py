@@ -7,23 +7,25 @@ tokenizer goes with it, as JSON.
 """
 
 import importlib.util
+import io
 import json
 import logging
-import os
 import re
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import rnnorm
+from lm import files
 from lm.errors import UserError
 from lm.evaluator import evaluating
 from lm.model import LanguageModel, state_of, state_tensors
@@ -65,7 +67,7 @@ class _Steps(nn.Module):
         return torch.stack(after)
 
 
-def _torchscript(model: LanguageModel, path: Path, example: tuple[Tensor, ...], tokenizer: str) -> None:
+def _torchscript(model: LanguageModel, example: tuple[Tensor, ...], tokenizer: str) -> bytes:
     def loop(step: nn.Module) -> nn.Module:
         gates, units = step.weight_hh.shape  # type: ignore[misc]
         width = units * len(rnnorm.CELLS[model.recurrent[0].cell].states)
@@ -73,7 +75,9 @@ def _torchscript(model: LanguageModel, path: Path, example: tuple[Tensor, ...], 
         return torch.jit.script(_Steps(torch.jit.trace(step, (part, state), check_trace=False)))
 
     traced = torch.jit.trace(_Function(model, make_loop=loop), example, check_trace=False)
-    torch.jit.save(traced, str(path), _extra_files={_TOKENIZER: tokenizer})
+    file = io.BytesIO()
+    torch.jit.save(traced, file, _extra_files={_TOKENIZER: tokenizer})
+    return file.getvalue()
 
 
 def _free(example: tuple[Tensor, ...]) -> tuple[dict[int, object], tuple[dict[int, object], ...]]:
@@ -82,16 +86,17 @@ def _free(example: tuple[Tensor, ...]) -> tuple[dict[int, object], tuple[dict[in
     return {0: torch.export.Dim("T", min=1), 1: columns}, tuple({1: columns} for _ in example[1:])
 
 
-def _torch_export(model: LanguageModel, path: Path, example: tuple[Tensor, ...], tokenizer: str) -> None:
+def _torch_export(model: LanguageModel, example: tuple[Tensor, ...], tokenizer: str) -> bytes:
     program = torch.export.export(_Function(model), example, dynamic_shapes=_free(example))
     for module in program.graph_module.modules():  # the places in this machine's files
         for node in module.graph.nodes:
             node.meta.pop("stack_trace", None)
-    with path.open("wb") as file:  # by name torch wants it to end in .pt2
-        torch.export.save(program, file, extra_files={_TOKENIZER: tokenizer})
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={_TOKENIZER: tokenizer})
+    return file.getvalue()
 
 
-def _onnx(model: LanguageModel, path: Path, example: tuple[Tensor, ...], tokenizer: str) -> None:
+def _onnx(model: LanguageModel, example: tuple[Tensor, ...], tokenizer: str) -> bytes:
     names = rnnorm.CELLS[model.recurrent[0].cell].states
     own = ["", *(f"_l{layer}" for layer in range(1, len(model.recurrent)))]
     states = [f"{name}{layer}" for layer in own for name in names]
@@ -108,18 +113,19 @@ def _onnx(model: LanguageModel, path: Path, example: tuple[Tensor, ...], tokeniz
     for node in program.model.graph.all_nodes():  # the places in this machine's files
         node.metadata_props.clear()
     program.model.metadata_props[_TOKENIZER] = tokenizer
-    program.save(str(path), external_data=False)
+    return program.model_proto.SerializeToString()
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a file that runs is written, what Python packages that and checking it need, and the code that loads it.
+    """How a file that runs is made, what Python packages that and checking it need, and the code that loads it.
 
     Attributes:
+        content: of the file.
         load: makes of `path` a function of and to tensors, in a process that knows nothing of this program.
     """
 
-    write: Callable[[LanguageModel, Path, tuple[Tensor, ...], str], None]
+    content: Callable[[LanguageModel, tuple[Tensor, ...], str], bytes]
     needs: tuple[str, ...]
     check_needs: tuple[str, ...]
     load: str
@@ -141,25 +147,33 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def _safetensors(trained: TrainedModel, path: Path) -> None:
-    from safetensors.torch import save_model
+def _safetensors(trained: TrainedModel) -> bytes:
+    """A tied weight is kept once, under the first of its names; the metadata says which the others stand for."""
+    kept: dict[str, Tensor] = {}
+    again: dict[str, str] = {}
+    names: dict[tuple[object, ...], str] = {}
+    for name, tensor in sorted(trained.model.state_dict().items()):
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if (first := names.setdefault(place, name)) == name:
+            kept[name] = tensor.contiguous()
+        else:
+            again[name] = first
+    about = {"settings": trained.config.model_dump_json(), "tokenizer": json.dumps(trained.tokenizer.state())}
+    return to_bytes(kept, metadata={"format": "pt", **about, **again})
 
-    kept = {"settings": trained.config.model_dump_json(), "tokenizer": json.dumps(trained.tokenizer.state())}
-    save_model(trained.model, str(path), metadata={"format": "pt", **kept})
 
-
-def _embeddings(trained: TrainedModel, path: Path) -> None:
+def _embeddings(trained: TrainedModel) -> bytes:
     """word2vec's text format: V and E, then a line for each token; white space in a token is written as `<0x20>`."""
     weight = trained.model.embedding.weight.detach().cpu().float()
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(f"{len(weight)} {weight.size(1)}\n")
-        for token, vector in enumerate(weight.tolist()):
-            piece = re.sub(r"\s", lambda found: f"<0x{ord(found[0]):02X}>", trained.tokenizer.piece(token))
-            file.write(f"{piece} {' '.join(f'{value:.9g}' for value in vector)}\n")
+    lines = [f"{len(weight)} {weight.size(1)}\n"]
+    for token, vector in enumerate(weight.tolist()):
+        piece = re.sub(r"\s", lambda found: f"<0x{ord(found[0]):02X}>", trained.tokenizer.piece(token))
+        lines.append(f"{piece} {' '.join(f'{value:.9g}' for value in vector)}\n")
+    return "".join(lines).encode()
 
 
-# What is not run: written, and read back by whoever wants it.
-TABLES: Mapping[str, Callable[[TrainedModel, Path], None]] = {"safetensors": _safetensors, "embeddings": _embeddings}
+# What is not run: the content of a file that is read back by whoever wants it.
+TABLES: Mapping[str, Callable[[TrainedModel], bytes]] = {"safetensors": _safetensors, "embeddings": _embeddings}
 
 _CHECK = """
 import sys, warnings
@@ -203,21 +217,15 @@ def export(trained: TrainedModel, to: str, path: Path) -> float | None:
         raise UserError(
             f"an export must be written to a new file; got {path}, which exists; choose another, or move it away"
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with files.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        worst = _written(trained, form, temporary) if form else TABLES[to](trained, temporary)
-        temporary.rename(path)
-    except OSError as fault:
-        raise UserError(f"{path} must be writable; {fault.strerror}; check the path and its folder") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    content, worst = _checked(trained, form) if form else (TABLES[to](trained), None)
+    files.write_whole(path, content)
     return worst
 
 
-def _written(trained: TrainedModel, form: Format, path: Path) -> float | None:
-    """Writes a file that runs; returns what is wrong with it, at most."""
+def _checked(trained: TrainedModel, form: Format) -> tuple[bytes, float | None]:
+    """The content of a file that runs, and what is wrong with it, at most."""
     shape = trained.config.model
     if shape.mogrifier_rounds or shape.cap_input_gate or shape.sum_layers:
         raise UserError(
@@ -229,16 +237,16 @@ def _written(trained: TrainedModel, form: Format, path: Path) -> float | None:
     tokenizer = json.dumps(trained.tokenizer.state())
     with evaluating(model), _quietly():
         example = (torch.zeros(3, 2, dtype=torch.int64), *state_tensors(model(torch.zeros(3, 2).long())[1]))
-        form.write(model, path, example, tokenizer)
-    worst = _worst(model, form, path)
+        content = form.content(model, example, tokenizer)
+    worst = _worst(model, form, content)
     if worst is not None and not worst <= TOLERANCE:
         raise UserError(
             f"the file must compute what the run's model does; got a difference of {worst:.3g}; report this"
         )
-    return worst
+    return content, worst
 
 
-def _worst(model: LanguageModel, form: Format, path: Path) -> float | None:
+def _worst(model: LanguageModel, form: Format, content: bytes) -> float | None:
     """The largest difference from the model in a fresh process, over several sizes and carried states."""
     if any(importlib.util.find_spec(name) is None for name in form.check_needs):
         return None
@@ -249,10 +257,14 @@ def _worst(model: LanguageModel, form: Format, path: Path) -> float | None:
             _, first = model(torch.randint(model.embedding.num_embeddings, (9, columns), generator=generator))
             hidden, last = model(tokens, state_of(state_tensors(first)))
             cases.append(([tokens, *state_tensors(first)], [model.log_probs(hidden), *state_tensors(last)]))
+    given = io.BytesIO()
+    torch.save(cases, given)
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(cases, f"{folder}/cases.pt")
+        made, kept = Path(folder) / "model", Path(folder) / "cases.pt"
+        files.write_whole(made, content)
+        files.write_whole(kept, given.getvalue())
         done = subprocess.run(
-            [sys.executable, "-I", "-c", _CHECK.format(load=form.load), str(path.resolve()), f"{folder}/cases.pt"],
+            [sys.executable, "-I", "-c", _CHECK.format(load=form.load), str(made), str(kept)],
             **{"capture_output": True, "text": True, "check": False, "cwd": folder},  # type: ignore[call-overload]
         )
     if done.returncode:

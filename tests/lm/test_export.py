@@ -1,7 +1,11 @@
 """Exported files compute what the model does, in a process without this program."""
 
 import json
+import os
+import resource
+import signal
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -74,13 +78,10 @@ def _tokenizer(to, path):
 def test_a_file_that_is_wrong_gets_no_name(trained, tmp_path, monkeypatch, fault):
     form = export.FORMATS["torchscript"]
 
-    def write(model, path, example, tokenizer):
-        if fault == "junk":
-            path.write_bytes(b"junk")
-        else:
-            form.write(trained(seed=2).model.eval(), path, example, tokenizer)
+    def content(model, example, tokenizer):
+        return b"junk" if fault == "junk" else form.content(trained(seed=2).model.eval(), example, tokenizer)
 
-    monkeypatch.setattr(export, "FORMATS", {"torchscript": replace(form, write=write)})
+    monkeypatch.setattr(export, "FORMATS", {"torchscript": replace(form, content=content)})
     text = "must load in a fresh process; got an error" if fault == "junk" else "got a difference of"
     with pytest.raises(UserError, match=text):
         export.export(trained(seed=1), "torchscript", tmp_path / "file")
@@ -105,6 +106,36 @@ def test_a_place_that_cannot_be_written_is_named(trained, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/model must be writable"):
         export.export(trained(), "torch-export", tmp_path / "file/model")
+
+
+@pytest.mark.parametrize("to", [*export.FORMATS, *export.TABLES])
+def test_a_full_disk_is_one_clear_error(trained, tmp_path, to):
+    if to in export.FORMATS:
+        for package in export.FORMATS[to].needs:
+            pytest.importorskip(package)
+    source = trained()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "_worst", lambda *_: None)
+        with _file_limit(20), pytest.raises(UserError, match=r"new/file must be writable; File too large; check"):
+            export.export(source, to, tmp_path / "new/file")
+        assert not [*(tmp_path / "new").iterdir()]
+        (tmp_path / "new").chmod(0o500)
+        if not os.access(tmp_path / "new", os.W_OK):  # root writes everywhere
+            with pytest.raises(UserError, match=r"new/file must be writable; Permission denied"):
+                export.export(source, to, tmp_path / "new/file")
+
+
+@contextmanager
+def _file_limit(size):
+    """Inside, no file may have more bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_missing_packages_are_named(trained, tmp_path, monkeypatch):
