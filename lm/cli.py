@@ -1,5 +1,6 @@
 """The command line: `python -m lm` and `rnnlm`. Options and output only; the work is in the other modules."""
 
+import functools
 import itertools
 import json
 import math
@@ -275,7 +276,8 @@ def evaluate(
     Repeat --split and --protocol to score every combination. With --temperature, --dynamic, --cache or --tune the
     model adapts to what it has scored; the protocol says how, and such numbers compare only with their own kind.
     """
-    trained = load(folder, which=which, backend=backend or "auto", device=device or "auto", say=_say)
+    once = functools.cache(_say)  # a warning of a text is the same for each protocol
+    trained = load(folder, which=which, backend=backend or "auto", device=device or "auto", say=once)
     trained = replace(trained, config=_of_evaluation(trained.config, assignments))
     methods = protocols or (trained.config.eval.protocol,)
     means, rms = None, None

@@ -34,8 +34,6 @@ from lm.tokenizers import Tokenizer
 from lm.tracking import JsonLines, TensorBoard
 from lm.trainer import ENDS, DivergedError, Trainer
 
-MANY_UNKNOWN = 0.1  # share of unknown words in the validation text that is warned of
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -199,11 +197,10 @@ def _text(settings: Config, saved: Mapping[str, Any] | None, start: Mapping[str,
             f"the valid text of {data.source} must hold at least 2 tokens, its ends of lines counted; got 1; "
             "give more text"
         )
-    if valid.unk > MANY_UNKNOWN * (pieces := len(valid.ids) - valid.eos):
+    if unknown := stream.many_unknown(valid, tokenizer, "valid"):
         say(
-            f"warning: {valid.unk / pieces:.1%} of the valid text is {tokenizers.UNK}, not in the vocabulary of "
-            f"{tokenizer.size:,}: its perplexity says little; lower data.min_count, raise data.vocab_size, or use "
-            "--set data.tokenizer=bpe (or char; a text that puts no spaces between words needs one of these)"
+            f"{unknown}; lower data.min_count, raise data.vocab_size, or use --set data.tokenizer=bpe (or char; a text "
+            "that puts no spaces between words needs one of these)"
         )
     return _Text(corpus.name, tokenizer, ids, valid, torch.from_numpy(ids.counts(tokenizer.size)), sha256)
 

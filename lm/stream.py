@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lm.errors import UserError
 from lm.text import Facts, Text
-from lm.tokenizers import Tokenizer, Unit
+from lm.tokenizers import UNK, Tokenizer, Unit
 
 _SOME = 2**22  # ids that are looked at together
+MANY_UNKNOWN = 0.1  # share of unknown words in a text that is warned of
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,17 @@ def stream_of(ids: np.ndarray, facts: Facts, tokenizer: Tokenizer) -> Stream:
     size = (facts.bytes, facts.characters) if tokenizer.lossless else (facts.plain_bytes, facts.plain_characters)
     eos, unk = (_count(ids, token) for token in (tokenizer.eos, tokenizer.unk))
     return Stream(ids, facts.words, eos, unk, *size)
+
+
+def many_unknown(stream: Stream, tokenizer: Tokenizer, split: str) -> str | None:
+    """Returns a warning where more than `MANY_UNKNOWN` of a split is `<unk>`, else None."""
+    pieces = len(stream.ids) - stream.eos
+    if not stream.unk > MANY_UNKNOWN * pieces:
+        return None
+    return (
+        f"warning: {stream.unk / pieces:.1%} of the {split} text is {UNK}, not in the vocabulary of "
+        f"{tokenizer.size:,}: its perplexity says little"
+    )
 
 
 def _count(ids: np.ndarray, token: int | None) -> int:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,13 +12,14 @@ from lm import adaptation, checkpoint, config, corpora, scoring, store, stream, 
 from lm import sample as sampling
 from lm.adaptation import Adaptation
 from lm.config import Config
-from lm.corpora import Split
+from lm.corpora import Split, checks
 from lm.errors import UserError
 from lm.evaluator import ProtocolName, Score, evaluate, in_bands, of_text, summarize, token_nlls
 from lm.machine import require_backend, require_device
 from lm.model import LanguageModel, sketch
 from lm.run_folder import RunFolder, Say, Which
 from lm.scoring import ScoredLine, Token
+from lm.stream import Stream
 from lm.text import Text
 from lm.tokenizers import Tokenizer
 from lm.trainer import TrainerState
@@ -37,6 +38,7 @@ class TrainedModel:
         train_counts: [V] int64, how often the training text holds each token.
         data_sha256: of the texts that it was trained and validated on.
         step: optimizer steps it has taken.
+        say: receives warnings of a text that is scored.
 
     Example:
         >>> model = lm.load("runs/mine")
@@ -51,6 +53,7 @@ class TrainedModel:
     train_counts: Tensor
     data_sha256: Mapping[str, str]
     step: int
+    say: Say = field(default=print, repr=False, compare=False)
 
     def score(self, text: str) -> Score:
         """Returns the exact perplexity of a text, and all that is needed to read it.
@@ -66,7 +69,8 @@ class TrainedModel:
             >>> score = model.score("the cat sat\\non the mat\\n")
             >>> score.ppl, score.tokens, score.unk
         """
-        return self._score(Text(text.encode()), "exact", self.config.eval.chunk)
+        whole = Text(text.encode())
+        return self._score(whole, store.encoded(whole, self.tokenizer), "exact", self.config.eval.chunk)
 
     def token_log_probs(self, text: str) -> list[Token]:
         """Returns the N tokens of a text, each with its log-probability; they add up to the `nll` of `score`.
@@ -181,11 +185,11 @@ class TrainedModel:
             groups: by frequency and by position too, where the protocol is `exact`.
 
         Raises:
-            UserError: no such corpus; a text too short for the protocol.
+            UserError: no such corpus; a text that the tokenizer cannot take, or too short for the protocol.
         """
         settings = self.config.eval
-        text = self._text(split, data)
-        return self._score(text, protocol or settings.protocol, chunk or settings.chunk, groups)
+        text, encoded = self._text(split, data)
+        return self._score(text, encoded, protocol or settings.protocol, chunk or settings.chunk, groups)
 
     def score_adapted(
         self,
@@ -210,8 +214,7 @@ class TrainedModel:
             >>> cache = Cache(weight=0.1, theta=0.3, window=500)
             >>> model.score_adapted("test", Adaptation(cache=cache)).ppl
         """
-        text = self._text(split, data)
-        encoded = store.encoded(text, self.tokenizer)
+        text, encoded = self._text(split, data)
         if means.dynamic is not None and rms is None:
             rms = self.gradient_rms(means.dynamic.segment)
         chunk, tokenizer = self.config.eval.chunk, self.tokenizer
@@ -230,14 +233,13 @@ class TrainedModel:
         Example:
             >>> rms = model.gradient_rms(segment=5)
         """
-        text = self._text("train", None)
+        text, encoded = self._text("train", None)
         if text.facts.digest(self.tokenizer.lossless) != self.data_sha256["train"]:
             raise UserError(
                 "dynamic evaluation must have the text that the model was trained on; got another train text in "
                 f"{self.config.data.source}; restore it"
             )
-        ids = store.encoded(text, self.tokenizer).ids
-        return adaptation.gradient_rms(self.model, ids, self.tokenizer.eos, segment)
+        return adaptation.gradient_rms(self.model, encoded.ids, self.tokenizer.eos, segment)
 
     def tune(
         self,
@@ -257,7 +259,7 @@ class TrainedModel:
             >>> means = model.tune(Adaptation(cache=Cache(weight=0.1, theta=0.3, window=500)), tokens=20000)
             >>> model.score_adapted("test", means).ppl
         """
-        ids = store.encoded(self._text("valid", None), self.tokenizer).ids[:tokens]
+        ids = self._text("valid", None)[1].ids[:tokens]
         if means.dynamic is not None and rms is None:
             rms = self.gradient_rms(means.dynamic.segment)
         return adaptation.tune(
@@ -271,16 +273,22 @@ class TrainedModel:
             say=say,
         )
 
-    def _text(self, split: Split, data: str | None) -> Text:
-        """A split of the run's own corpus, or of another."""
+    def _text(self, split: Split, data: str | None) -> tuple[Text, Stream]:
+        """A split of the run's own corpus, or of another, that the tokenizer can take; and its ids."""
         settings = self.config.data
         source = settings.source if data is None else data
-        return corpora.load(source, Path(settings.dir), [split], settings.reading).splits[split]
+        text = corpora.load(source, Path(settings.dir), [split], settings.reading).splits[split]
+        for warning in checks.require({split: text}, self.tokenizer.kind, checks.Ways("", "")):
+            self.say(f"warning: {warning}")
+        encoded = store.encoded(text, self.tokenizer)
+        if unknown := stream.many_unknown(encoded, self.tokenizer, split):
+            self.say(f"{unknown}; check that the text, its language and its encoding are those of the training text")
+        return text, encoded
 
-    def _score(self, text: Text, protocol: ProtocolName, chunk: int, groups: bool = False) -> Score:
+    def _score(self, text: Text, encoded: Stream, protocol: ProtocolName, chunk: int, groups: bool = False) -> Score:
         return evaluate(
             self.model,
-            store.encoded(text, self.tokenizer),
+            encoded,
             self.tokenizer,
             protocol=protocol,
             chunk=chunk,
@@ -301,7 +309,7 @@ def load(
             whole epoch is done, with the running statistics of the last validation.
         backend: backend for the recurrent layers, by `rnnorm`'s names.
         device: where to put it: cpu, cuda, cuda:0, or auto: cuda where there is one, else cpu.
-        say: receives a warning where `last` is damaged and the one before it is taken.
+        say: receives warnings: of a damaged `last`, where the one before it is taken, and of texts that are scored.
 
     Raises:
         UserError: no such run; a damaged checkpoint, or one of another vocabulary or model.
@@ -328,4 +336,4 @@ def load(
     with torch.random.fork_rng(devices=[]):
         model = LanguageModel(settings.model, tokenizer.size, backend).to(where)
     model.load_state_dict(weights["model"])
-    return TrainedModel(settings, tokenizer, model.eval(), torch.tensor(counts), saved["data_sha256"], state.step)
+    return TrainedModel(settings, tokenizer, model.eval(), torch.tensor(counts), saved["data_sha256"], state.step, say)

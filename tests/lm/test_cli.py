@@ -208,6 +208,36 @@ def test_one_file_and_the_standard_input(process, call, corpus, tmp_path, monkey
     call("train", "--run", "moved", "--data", "moved/text.txt")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("the c\u00e4t\n".encode("utf-16-le") * 9, "must be UTF-8 text; got bad.txt"),
+        (b"the cat\n\xff\n" * 9, "must be UTF-8 text; got bad.txt, line 2, with byte 0xff at byte offset 8"),
+        (b"the cat\0\n" * 9, "must be text; got a NUL in bad.txt, line 1"),
+        (b"the cat\rsat\r" * 9, "must end with line feeds; got carriage returns alone in bad.txt"),
+        (b"the cat\nsat <eos>\n" * 9, "must not hold the word <eos>, .*; got it in bad.txt, line 2"),
+    ],
+)
+def test_eval_refuses_what_train_refuses(call, trained, tmp_path, content, message):
+    (tmp_path / "bad.txt").write_bytes(content)
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    for options in ((), ("--protocol", "chunk-mean"), ("--cache",)):
+        err = fault(call, "eval", trained, "--data", "bad.txt", "--split", "train", *options)
+        assert re.search(message, err)
+        assert "--set" not in err
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+def test_eval_warns_of_what_train_warns_of(call, trained, tmp_path):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/test.txt").write_text("nothing\ufeff known\nhere \ufeffat all\n" * 9)
+    _, err = call(
+        "eval", trained, "--data", "odd", "--split", "test", "--protocol", "exact", "--protocol", "chunk-mean"
+    )
+    assert err.count("warning: 100.0% of the test text is <unk>, not in the vocabulary of ") == 1
+    assert err.count("odd/test.txt, line 1 holds U+FEFF") == 1
+
+
 def test_a_run_without_a_test_text_says_how_to_give_one(call, corpus, tmp_path):
     text = b"".join((corpus / f"{split}.txt").read_bytes() for split in ("train", "valid", "test")) * 3
     (tmp_path / "book.txt").write_bytes(text)
