@@ -22,6 +22,7 @@ from lm.tokenizers import Tokenizer
 
 TEXT = "text.txt"  # what was read from the standard input, kept so that the run can resume
 SCORES = "scores.jsonl"  # what `eval` has scored of the run's own text, for its report
+_SCORED = ("step", "split", "protocol", "ppl", "data_sha256", "vocabulary_sha256")  # of a whole line of it
 Say = Callable[[str], None]
 Which = Literal["best", "last"]
 
@@ -137,6 +138,22 @@ class RunFolder:
         with suppress(OSError), (self.path / SCORES).open("a", encoding="utf-8") as file:
             for split, record in scores:
                 file.write(json.dumps({"step": step, "split": split, **record}) + "\n")
+
+    def scores(self) -> list[dict[str, Any]]:
+        """Returns the scores that `eval` has kept, but lines that are torn."""
+        path, found = self.path / SCORES, []
+        for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and all(key in row for key in _SCORED) and isinstance(row["split"], str):
+                found.append(row)
+        return found
+
+    def scored_texts(self) -> dict[str, str]:
+        """Returns the sha256 of the text that `eval` has kept the last score of, by split."""
+        return {row["split"]: row["data_sha256"] for row in self.scores() if row["data_sha256"]}
 
     def require_same_run(self, settings: Config, saved: Mapping[str, Any] | None) -> None:
         """Raises UserError where the folder holds a run of other settings."""

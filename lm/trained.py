@@ -17,7 +17,7 @@ from lm.errors import UserError
 from lm.evaluator import ProtocolName, Score, evaluate, in_bands, of_text, summarize, token_nlls
 from lm.machine import require_backend, require_device
 from lm.model import LanguageModel, sketch
-from lm.run_folder import RunFolder, Say, Which
+from lm.run_folder import SCORES, RunFolder, Say, Which
 from lm.scoring import ScoredLine, Token
 from lm.stream import Stream
 from lm.text import Text
@@ -36,7 +36,8 @@ class TrainedModel:
         tokenizer: its vocabulary.
         model: the network.
         train_counts: [V] int64, how often the training text holds each token.
-        data_sha256: of the texts that it was trained and validated on.
+        data_sha256: of the run's own texts: those that it was trained and validated on, and of any other split the one
+            that `eval` scored last.
         step: optimizer steps it has taken.
         say: receives warnings of a text that is scored.
 
@@ -185,7 +186,8 @@ class TrainedModel:
             groups: by frequency and by position too, where the protocol is `exact`.
 
         Raises:
-            UserError: no such corpus; a text that the tokenizer cannot take, or too short for the protocol.
+            UserError: no such corpus; a text that the tokenizer cannot take, or too short for the protocol; without
+                `data`, another text than the run's.
         """
         settings = self.config.eval
         text, encoded = self._text(split, data)
@@ -233,12 +235,7 @@ class TrainedModel:
         Example:
             >>> rms = model.gradient_rms(segment=5)
         """
-        text, encoded = self._text("train", None)
-        if text.facts.digest(self.tokenizer.lossless) != self.data_sha256["train"]:
-            raise UserError(
-                "dynamic evaluation must have the text that the model was trained on; got another train text in "
-                f"{self.config.data.source}; restore it"
-            )
+        _, encoded = self._text("train", None)
         return adaptation.gradient_rms(self.model, encoded.ids, self.tokenizer.eos, segment)
 
     def tune(
@@ -278,12 +275,26 @@ class TrainedModel:
         settings = self.config.data
         source = settings.source if data is None else data
         text = corpora.load(source, Path(settings.dir), [split], settings.reading).splits[split]
+        if data is None:
+            self._require_own(split, text)
         for warning in checks.require({split: text}, self.tokenizer.kind, checks.Ways("", "")):
             self.say(f"warning: {warning}")
         encoded = store.encoded(text, self.tokenizer)
         if unknown := stream.many_unknown(encoded, self.tokenizer, split):
             self.say(f"{unknown}; check that the text, its language and its encoding are those of the training text")
         return text, encoded
+
+    def _require_own(self, split: Split, text: Text) -> None:
+        """Raises UserError where the run is known to have had another text."""
+        known, source = self.data_sha256.get(split), self.config.data.source
+        if known is None or known == text.facts.digest(self.tokenizer.lossless):
+            return
+        held = "that it began with" if split in ("train", "valid") else f"that {SCORES} in its folder tells of"
+        also = "" if split in ("train", "valid") else ", or move that file away"
+        raise UserError(
+            f"a run must be evaluated with the {split} text {held}; got another in {source}; restore it, score it as a "
+            f"text of its own, by --data {source}{also}"
+        )
 
     def _score(self, text: Text, encoded: Stream, protocol: ProtocolName, chunk: int, groups: bool = False) -> Score:
         return evaluate(
@@ -330,10 +341,11 @@ def load(
         counts = saved["train_counts"]
         if len(counts) != tokenizer.size or not all(type(count) is int and 0 <= count < 2**63 for count in counts):
             raise ValueError(f"train_counts must be {tokenizer.size} integers from 0 up")
+    texts = {**place.scored_texts(), **saved["data_sha256"]}
     weights = (saved.get("averages") if state.epoch else None) or saved
     with place.fitting("model"):  # before any memory is taken for it
         checkpoint.require_tensors(weights["model"], sketch(settings.model, tokenizer.size).state_dict())
     with torch.random.fork_rng(devices=[]):
         model = LanguageModel(settings.model, tokenizer.size, backend).to(where)
     model.load_state_dict(weights["model"])
-    return TrainedModel(settings, tokenizer, model.eval(), torch.tensor(counts), saved["data_sha256"], state.step, say)
+    return TrainedModel(settings, tokenizer, model.eval(), torch.tensor(counts), texts, state.step, say)

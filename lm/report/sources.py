@@ -8,7 +8,7 @@ from typing import Any
 
 from lm import checkpoint, config
 from lm.errors import UserError
-from lm.run_folder import SCORES
+from lm.run_folder import RunFolder
 from lm.study import SUMMARY, Arm, Job, Study, provenance, results, statistics, summarize
 
 _SUMMARY = {
@@ -150,11 +150,14 @@ def _of_one_text(name: str, pairs: Sequence[tuple[Arm, Entry]]) -> Source:
 
 
 def _evaluated(folder: Path, log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What `eval` has scored of the run's best weights, each split and protocol once: the last."""
+    """What `eval` has scored of the run's best weights, each split and protocol once: the last; of one text alone, the
+    one that was scored last."""
     best = [row["step"] for row in log if row["kind"] == "valid" and row["best"]]
     with suppress(UserError):
         best = [checkpoint.load(folder / "checkpoints" / checkpoint.BEST)["trainer"]["step"]]
-    kept = [row for row in results.logged_scores(folder / SCORES) if row["step"] in best[-1:]]
+    run = RunFolder(folder)
+    texts = run.scored_texts()
+    kept = [row for row in run.scores() if row["step"] in best[-1:] and row["data_sha256"] == texts.get(row["split"])]
     return [*{(row["split"], row["protocol"]): row for row in kept}.values()]
 
 

@@ -213,19 +213,6 @@ def logged(content: bytes) -> Iterator[Row]:
                 yield row
 
 
-def logged_scores(path: Path) -> list[dict[str, Any]]:
-    """Returns the scores that `eval` has kept of a run, but lines that are torn."""
-    found = []
-    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and all(key in row for key in ("step", *_LOGGED["final"])):
-            found.append(row)
-    return found
-
-
 def _settings(job: Job) -> dict[str, Any]:
     flat = config.flatten(job.arm.settings)
     return {k: v for k, v in flat.items() if k not in _ELSEWHERE | {"train.seed"} and not k.startswith("checkpoint.")}

@@ -303,6 +303,47 @@ def test_a_report_shows_what_eval_has_scored(call, trained, tmp_path):
     assert f"{record['ppl']:,.2f}" in (tmp_path / "page/table.md").read_text()
 
 
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_text_that_was_replaced_is_not_scored_as_the_runs_own(call, trained, corpus, split):
+    first = call("eval", trained, "--split", split, "--json").out
+    path = corpus / f"{split}.txt"
+    before = path.read_bytes()
+    path.write_bytes(before + b"the mat\n")
+    kept = (trained / "scores.jsonl").read_text()
+    for options in ((), ("--cache",), ("--protocol", "chunk-mean"), ("--checkpoint", "last")):
+        err = fault(call, "eval", trained, "--split", split, *options)
+        assert f"a run must be evaluated with the {split} text that " in err
+        assert f"got another in {corpus}; restore it, score it as a text of its own, by --data {corpus}" in err
+        assert ("scores.jsonl" in err) == (split == "test")
+    others = {"train", "valid", "test"} - {split}
+    call("eval", trained, *(word for other in others for word in ("--split", other)))
+    assert json.loads(call("eval", trained, "--split", split, "--data", corpus, "--json").out) != json.loads(first)
+    path.write_bytes(before)
+    assert call("eval", trained, "--split", split, "--json").out == first
+    assert {json.loads(line)["data_sha256"] for line in kept.splitlines()} == {json.loads(first)["data_sha256"]}
+
+
+def test_constants_are_tuned_on_the_runs_own_valid_text(call, trained, corpus):
+    with (corpus / "valid.txt").open("a") as file:
+        file.write("more\n")
+    assert (
+        "with the valid text that it began with; got another"
+        in call("eval", trained, "--tune", "--split", "test", code=2).err
+    )
+
+
+def test_a_report_shows_scores_of_one_test_text(call, trained, tmp_path):
+    """Also where an older version has kept scores of two."""
+    call("eval", trained, "--split", "test", "--protocol", "exact", "--protocol", "chunk-mean")
+    exact, mean = map(json.loads, (trained / "scores.jsonl").read_text().splitlines())
+    rows = [{**mean, "ppl": 123456.0, "data_sha256": "of-two-texts"}, exact]
+    (trained / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call("report", trained, "--out", "page")
+    page = (tmp_path / "page/index.html").read_text()
+    assert f"{exact['ppl']:,.2f}" in page
+    assert "of-two-texts" not in page
+
+
 def test_data_prepare_and_stats(process, call, tmp_path):
     raw = "It's a <unk> day, isn't it? In 1,234 Cases.\n" * 150 + "Seen once\n" + "Never again\n" * 20
     (tmp_path / "raw.txt").write_text(raw)
@@ -419,9 +460,8 @@ def test_adaptation_that_cannot_be(call, trained, options, message):
 def test_dynamic_evaluation_needs_the_text_of_training(call, trained, corpus):
     with (corpus / "train.txt").open("a") as file:
         file.write("more\n")
-    message = "dynamic evaluation must have the text that the model was trained on; got another train text"
     _, err = call("eval", trained, "--dynamic", code=2)
-    assert message in err
+    assert "a run must be evaluated with the train text that it began with; got another in " in err
 
 
 def test_config_prints_a_preset_that_can_be_given_back(call, corpus, tmp_path):
