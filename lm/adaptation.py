@@ -5,6 +5,7 @@ Every token is scored before it is used, so the scores are those of a model that
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lm.config import EvalConfig
+from lm.errors import UserError
 from lm.evaluator import evaluating, perplexity
 from lm.model import detach
 from lm.stream import Columns, columns
@@ -61,11 +63,21 @@ class Cache:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What a model is evaluated with. The temperature divides the logits; gradients are taken without it."""
+    """What a model is evaluated with. The temperature divides the logits; gradients are taken without it.
+
+    Raises:
+        UserError: a temperature that is not above 0 and finite.
+    """
 
     temperature: float = 1.0
     dynamic: Dynamic | None = None
     cache: Cache | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise UserError(
+                f"a temperature of evaluation must be above 0 and finite; got {self.temperature}; 1 is the model's own"
+            )
 
     @property
     def protocol(self) -> str:

@@ -22,7 +22,7 @@ from lm.config import Config
 from lm.corpora import Split
 from lm.corpora.checks import Ways
 from lm.errors import UserError
-from lm.evaluator import Group, ProtocolName, Score, headline, record
+from lm.evaluator import PROTOCOLS, Group, ProtocolName, Score, headline, record
 from lm.files import write_chunks
 from lm.run_folder import TEXT, RunFolder, Which
 from lm.sample import LONGEST
@@ -235,7 +235,7 @@ def compose(
     help="Evaluation protocol; repeatable.  [default: the run's]",
 )
 @click.option("--data", help="Corpus to evaluate on, by name or folder.  [default: the run's]")
-@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Divides the logits.  [default: 1]")
+@click.option("--temperature", type=float, help="Divides the logits.  [default: 1]")
 @click.option("--dynamic", is_flag=True, help="Dynamic evaluation: the weights move after each segment is scored.")
 @click.option("--cache", is_flag=True, help="Neural cache over the last tokens.")
 @click.option(
@@ -281,7 +281,7 @@ def evaluate(
     trained = replace(trained, config=_of_evaluation(trained.config, assignments))
     methods = protocols or (trained.config.eval.protocol,)
     means, rms = None, None
-    if any(options[name] for name in ("temperature", "dynamic", "cache", "tune")):
+    if options["temperature"] is not None or any(options[name] for name in ("dynamic", "cache", "tune")):
         if {*protocols} - {"exact"}:
             raise UserError(
                 f"a model that adapts must be scored by the protocol exact; got {', '.join(protocols)}; leave it out"
@@ -296,6 +296,7 @@ def evaluate(
             score = trained.score_split(split, protocol=protocol, data=data, groups=by_frequency or by_position)
         else:
             score = trained.score_adapted(split, means, rms=rms, data=data, groups=by_frequency or by_position)
+        _require_number(split, score)
         frequency, position = by_frequency and score.by_frequency, by_position and score.by_position
         scores.append((split, replace(score, by_frequency=frequency or None, by_position=position or None)))
     if data is None and which == "best":
@@ -305,6 +306,15 @@ def evaluate(
         click.echo(json.dumps(records[0] if len(records) == 1 else records, indent=2))
     else:
         click.echo("\n".join(shown(split, score) for split, score in scores))
+
+
+def _require_number(split: str, score: Score) -> None:
+    """Refuses a perplexity that is no number, and an infinite one where the model adapts: it is no result then."""
+    if math.isnan(score.ppl) or (math.isinf(score.ppl) and score.protocol not in PROTOCOLS):
+        raise UserError(
+            f"the perplexity of {split} must be a number; got {score.ppl} by {score.protocol}; take other "
+            "constants, or another checkpoint"
+        )
 
 
 def _of_evaluation(settings: Config, assignments: Sequence[str]) -> Config:
@@ -318,7 +328,9 @@ def _adapting(
     trained: TrainedModel, temperature: float | None, dynamic: bool, cache: bool, tune: bool, tune_tokens: int
 ) -> tuple[Adaptation, list[Tensor] | None]:
     """What to evaluate with, tuned where asked to, and the gradients' statistics that it needs."""
-    means = of_settings(trained.config.eval, temperature=temperature or 1.0, dynamic=dynamic, cache=cache)
+    means = of_settings(
+        trained.config.eval, temperature=1.0 if temperature is None else temperature, dynamic=dynamic, cache=cache
+    )
     rms = None
     if means.dynamic is not None:
         _say("reading the training text for the gradients' statistics")
@@ -451,6 +463,8 @@ def score(
     trained = load(folder, which=which, backend=backend or "auto", device=device or "auto", say=_say)
     content, name = (sys.stdin.buffer.read(), "the standard input") if file == "-" else (Path(file), file)
     text = corpora.files.given(content, name, encoding)
+    if not text.size:
+        raise UserError(f"a text to score must hold something; got {name}, which is empty; put at least one line there")
     ways = Ways(encoding="--encoding ", kind="")
     for warning in corpora.checks.require({"scored": text}, trained.tokenizer.kind, ways):
         _say(f"warning: {warning}")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from lm import config
 from lm.cli import main
+from lm.model import LanguageModel
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
@@ -450,11 +452,32 @@ def test_evaluation_that_adapts_is_tuned_on_valid_and_named(call, trained):
         ),
         (("--set", "train.lr=1"), "eval --set must be of the section eval; got train.lr=1"),
         (("--cache", "--set", "eval.cache_window=0"), "eval.cache_window must be greater than or equal to 1; got 0"),
-        (("--temperature", "0"), "0.0 is not in the range x>0"),
+        (("--temperature", "0"), "a temperature of evaluation must be above 0 and finite; got 0.0; 1 is"),
+        (("--temperature", "nan"), "a temperature of evaluation must be above 0 and finite; got nan"),
+        (("--temperature", "inf", "--tune"), "a temperature of evaluation must be above 0 and finite; got inf"),
+        (("--temperature", "1e-300"), "the perplexity of valid must be a number; got "),
     ],
 )
 def test_adaptation_that_cannot_be(call, trained, options, message):
     assert message in fault(call, "eval", trained, *options)
+    assert not (trained / "scores.jsonl").exists()
+
+
+def test_a_score_that_is_no_number_is_not_kept(call, trained, monkeypatch):
+    monkeypatch.setattr(LanguageModel, "token_nll", lambda _, hidden, targets: targets.double() * math.nan)
+    assert "the perplexity of test must be a number; got nan by exact; " in fault(
+        call, "eval", trained, "--split", "test"
+    )
+    assert not (trained / "scores.jsonl").exists()
+
+
+def test_an_empty_text_has_no_score(call, trained, tmp_path, monkeypatch):
+    (tmp_path / "empty.txt").write_text("")
+    message = "a text to score must hold something; got empty.txt, which is empty"
+    for options in ((), ("--stream",), ("--json",), ("--encoding", "latin-1")):
+        assert message in fault(call, "score", trained, "empty.txt", *options)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert "got the standard input, which is empty" in fault(call, "score", trained)
 
 
 def test_dynamic_evaluation_needs_the_text_of_training(call, trained, corpus):
