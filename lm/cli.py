@@ -16,14 +16,13 @@ import click
 from torch import Tensor
 
 import rnnorm
-from lm import checkpoint, cli_data, config, corpora, distributed, report, run, scoring, study
+from lm import checkpoint, cli_data, config, corpora, distributed, files, report, run, scoring, study
 from lm.adaptation import Adaptation, given, of_settings
 from lm.config import Config
 from lm.corpora import Split
 from lm.corpora.checks import Ways
 from lm.errors import UserError
 from lm.evaluator import PROTOCOLS, Group, ProtocolName, Score, headline, record
-from lm.files import write_chunks
 from lm.run_folder import TEXT, RunFolder, Which
 from lm.sample import LONGEST
 from lm.trained import TrainedModel, load
@@ -37,7 +36,7 @@ _device = click.option("--device", help="Device: cpu, cuda, cuda:0 or auto.")
 _which = click.option(
     "--checkpoint", "which", type=click.Choice(["best", "last"]), default="best", help="Checkpoint to load."
 )
-_run_argument = click.argument("folder", metavar="RUN", type=Path)
+_run_argument = click.argument("folder", metavar="RUN", type=files.path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +96,7 @@ class _WithKeys(click.Command):
     help="Text: a file (-: the standard input), a folder of splits, a pattern of files, hf:NAME, or a corpus by name "
     "(`rnnlm data list`).",
 )
-@click.option("--run", "--folder", "folder", type=Path, help="Run folder.  [default: runs/PRESET-DATA]")
+@click.option("--run", "--folder", "folder", type=files.path, help="Run folder.  [default: runs/PRESET-DATA]")
 @click.option(
     "--resume",
     type=click.Choice(["auto", "never"]),
@@ -107,7 +106,7 @@ class _WithKeys(click.Command):
 @click.option(
     "--init-from",
     metavar="RUN",
-    type=Path,
+    type=files.path,
     help="Begin with this run's best weights and tokenizer, and with its settings unless --preset is given.",
 )
 @click.option("--overwrite", is_flag=True, help="Move a folder that holds a run aside, and start a new run.")
@@ -184,7 +183,7 @@ def _input(data: str | None, folder: Path) -> Iterator[Path | None]:
         )
     kept = folder / TEXT
     if distributed.is_first():
-        write_chunks(kept, iter(lambda: sys.stdin.buffer.read(2**20), b""))
+        files.write_chunks(kept, iter(lambda: sys.stdin.buffer.read(2**20), b""))
     try:
         yield kept
     finally:
@@ -381,11 +380,11 @@ def bands(groups: Sequence[Group], nll: float) -> list[str]:
 
 
 @cli.command("study")
-@click.argument("file", metavar="STUDY.toml", type=Path)
+@click.argument("file", metavar="STUDY.toml", type=files.path)
 @click.option("--seeds", type=click.IntRange(1), help="Number of seeds per arm: 1, 2 …  [default: the study's]")
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Number of runs at the same time.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="Threads per run.")
-@click.option("--run", "folder", type=Path, help="Folder of the study.  [default: runs/STUDY]")
+@click.option("--run", "folder", type=files.path, help="Folder of the study.  [default: runs/STUDY]")
 @click.option("--data", help="Corpus by name or folder, for every arm.")
 @click.option(
     "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set one setting for every arm; repeatable."
@@ -423,8 +422,8 @@ def run_study(
 
 
 @cli.command("report")
-@click.argument("folders", metavar="RUN_OR_STUDY…", type=Path, nargs=-1, required=True)
-@click.option("--out", type=Path, help="Folder to write to.  [default: report/ in the first one]")
+@click.argument("folders", metavar="RUN_OR_STUDY…", type=files.path, nargs=-1, required=True)
+@click.option("--out", type=files.path, help="Folder to write to.  [default: report/ in the first one]")
 def write_report(folders: tuple[Path, ...], out: Path | None) -> None:
     """Show runs and studies as one page, with its figures as PNG and SVG beside it.
 
@@ -521,7 +520,7 @@ def sample(folder: Path, which: Which, backend: str | None, device: str | None, 
 
 @cli.command("export")
 @_run_argument
-@click.argument("file", type=Path)
+@click.argument("file", type=files.path)
 @click.option(
     "--to",
     type=click.Choice(["torchscript", "torch-export", "onnx", "safetensors", "embeddings"]),
@@ -571,7 +570,7 @@ def checkpoint_group() -> None:
 
 
 @checkpoint_group.command("show")
-@click.argument("file", type=Path)
+@click.argument("file", type=files.path)
 def show_checkpoint(file: Path) -> None:
     """Print what a checkpoint holds: state of the run, settings, tensors, and whether its checksum is good."""
     for line in checkpoint.describe(file):

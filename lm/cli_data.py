@@ -5,12 +5,14 @@ from pathlib import Path
 
 import click
 
-from lm import corpora, tokenizers
+from lm import corpora, files, tokenizers
 from lm.corpora import Reading
 from lm.corpora.checks import Ways
 from lm.errors import UserError
 
-_data_dir = click.option("--dir", "data_dir", type=Path, default=Path("data"), help="Folder where corpora are kept.")
+_data_dir = click.option(
+    "--dir", "data_dir", type=files.path, default=Path("data"), help="Folder where corpora are kept."
+)
 _split = click.option(
     "--split", default=Reading.split, help="Shares of train, valid and test of a text that is one file."
 )
@@ -72,7 +74,7 @@ def show_stats(source: str, min_count: int | None, data_dir: Path, **reading: st
 @data.command("prepare")
 @click.argument("source")
 @click.option(
-    "--out", type=Path, help="New folder to write train.txt, valid.txt and test.txt to.  [default: NAME-words]"
+    "--out", type=files.path, help="New folder to write train.txt, valid.txt and test.txt to.  [default: NAME-words]"
 )
 @click.option("--language", default="en", help="Language whose abbreviations and apostrophes are known.")
 @click.option("--lower", is_flag=True, help="Lower case.")
@@ -107,7 +109,7 @@ def tokenizer_group() -> None:
 @click.option("--kind", type=click.Choice(tokenizers.KINDS), default="bpe", help="Kind of tokens.")
 @click.option("--size", type=int, help="Maximum vocabulary size.  [default: the kind's own]")
 @click.option("--data", "source", default="python-docs", help="Corpus by name or folder; its training text is read.")
-@click.option("--out", type=Path, required=True, help="JSON file to write, for `--set data.tokenizer_file=FILE`.")
+@click.option("--out", type=files.path, required=True, help="JSON file to write, for `--set data.tokenizer_file=FILE`.")
 @encoding_option
 @_column
 @_data_dir

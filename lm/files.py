@@ -8,6 +8,17 @@ from pathlib import Path
 from lm.errors import UserError
 
 
+def path(text: str | Path) -> Path:
+    """Returns the path that an option of the command line names.
+
+    Raises:
+        UserError: it is empty, which would stand for the working folder.
+    """
+    if text == "":
+        raise UserError("a path must not be empty; got ''; write . for the working folder")
+    return Path(text)
+
+
 def read_text(path: Path, what: str) -> str:
     """Returns the UTF-8 text of a file, byte for byte (no newline translation).
 

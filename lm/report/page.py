@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm import config, files
+from lm.errors import UserError
 from lm.report import figures
 from lm.report.sources import Source
 from lm.study.statistics import shown, shown_finishing, shown_median
@@ -43,34 +44,62 @@ pre { font-size: .8rem; background: #f5f5f5; padding: .75rem; white-space: pre-w
 _MEASURES = {"test": "test_exact", "valid": "valid_exact", "valid, chunk-mean": "valid_chunk_mean"}
 _BITS = {"bits per character": "bits_per_character", "bits per byte": "bits_per_byte"}
 _TABLES = ("runs.csv", "arms.csv", "epochs.csv", "summary.json")
+_MARK = '<meta name="generator" content="rnnorm report">'
+_UNMARKED = ": report</title>\n<style>\n:root { color-scheme: light; }"  # in what versions without the mark wrote
 
 
 def write(sources: Sequence[Source], out: Path) -> Path:
     """Writes `index.html`, `figures/NAME.png` and `.svg`, `table.md`, and a study's tables; returns the page's path.
 
     Everything of several sources lies in folders of their names, but the page.
+
+    Raises:
+        UserError: the folder holds something that is no earlier report's; it cannot be written.
     """
+    place = out / "index.html"
+    _require_own(out, sources)
+    if not place.exists():  # so that a report that is stopped midway is known as one
+        files.write_whole(place, _page("", ["<p>This report is not complete.</p>"]).encode())
     sections = []
     for source, name in zip(sources, figures.file_names([source.name for source in sources]), strict=True):
-        place = out / name if len(sources) > 1 else out
+        folder = out / name if len(sources) > 1 else out
         with figures.styled():
             made = figures.all_of(source)
-            images = [_image(_save(figure, place, file), caption) for file, (figure, caption) in made.items()]
+            images = [_image(_save(figure, folder, file), caption) for file, (figure, caption) in made.items()]
         sections.append(_section(source, images))
-        files.write_whole(place / "table.md", markdown(source).encode())
-        if source.folder is not None and source.folder.resolve() != place.resolve():
+        files.write_whole(folder / "table.md", markdown(source).encode())
+        if source.folder is not None and source.folder.resolve() != folder.resolve():
             for table in _TABLES:
-                shutil.copyfile(source.folder / table, place / table)
-    title = " and ".join(source.name for source in sources)
-    page = (
+                shutil.copyfile(source.folder / table, folder / table)
+    files.write_whole(place, _page(" and ".join(source.name for source in sources), sections).encode())
+    return place
+
+
+def _require_own(out: Path, sources: Sequence[Source]) -> None:
+    """Refuses a folder that is not for this report: neither new or empty, nor an earlier report's, nor its study's."""
+    page = out / "index.html"
+    if page.is_file():
+        text = page.read_text("utf-8", errors="replace")
+        fits = _MARK in text or _UNMARKED in text
+    else:
+        own = any(source.folder is not None and source.folder.resolve() == out.resolve() for source in sources)
+        fits = not out.exists() or (out.is_dir() and (own or not any(out.iterdir())))
+    if fits:
+        return
+    raise UserError(
+        f"a report must be written to a new or empty folder, or over an earlier report; got {out}, which holds "
+        "something else; choose another with --out"
+    )
+
+
+def _page(title: str, sections: Sequence[str]) -> str:
+    return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{_MARK}\n'
         f"<title>{html.escape(title)}: report</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
-    files.write_whole(out / "index.html", page.encode())
-    return out / "index.html"
 
 
 def _save(figure: "Figure", place: Path, name: str) -> bytes:

@@ -535,6 +535,9 @@ def test_help_names_every_option_and_key(process, call):
         (("tokenizer", "train", "--kind", "syllable", "--out", "x"), "'syllable' is not one of 'word', 'char'"),
         (("data", "stats", "a.txt", "--encoding", "nonsense"), "an encoding of text that Python knows; got 'nonsense'"),
         (("data", "prepare", "a.txt", "--encoding", "base64"), "an encoding of text that Python knows; got 'base64'"),
+        (("report", "run", "--out", ""), "a path must not be empty; got ''; write . for the working folder"),
+        (("train", "--data", "markov", "--run", ""), "a path must not be empty; got ''"),
+        (("data", "prepare", "a.txt", "--out", ""), "a path must not be empty; got ''"),
         (("fly",), "No such command 'fly'"),
     ],
 )

@@ -448,6 +448,37 @@ def test_a_folder_that_is_neither(tmp_path, capsys):
     assert "which is neither; check the path" in capsys.readouterr().err
 
 
+def test_a_folder_of_other_things_is_not_written_over(folder, written, tmp_path, capsys):
+    page = written / "index.html"
+    ours = [page.read_text(), page.read_text().replace('<meta name="generator" content="rnnorm report">\n', "")]
+    for number, (name, content) in enumerate(
+        [("index.html", "mine"), ("notes.txt", "mine"), *(("index.html", text) for text in ours)]
+    ):
+        out = tmp_path / str(number)
+        out.mkdir()
+        (out / name).write_text(content)
+        assert main(["report", str(folder), "--out", str(out)]) == (2 if content == "mine" else 0)
+        if content == "mine":
+            message = f"or over an earlier report; got {out}, which holds something else; choose another with --out"
+            assert message in capsys.readouterr().err
+            assert [path.name for path in out.iterdir()] == [name]
+            assert (out / name).read_text() == "mine"
+        else:
+            assert (out / name).read_text() == ours[0]
+    (tmp_path / "file").write_text("mine")
+    assert main(["report", str(folder), "--out", str(tmp_path / "file")]) == 2
+
+
+def test_a_report_that_was_stopped_is_written_again(folder, tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "markdown", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(["report", str(folder), "--out", str(tmp_path / "out")])
+    assert "not complete" in (tmp_path / "out/index.html").read_text()
+    assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert "not complete" not in (tmp_path / "out/index.html").read_text()
+
+
 def test_markdown_has_a_column_of_dashes_for_each_head(folder):
     heads, dashes, *_ = page.markdown(report.load([folder])[0]).splitlines()
     assert heads.count("|") == dashes.count("|")
