@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -197,7 +197,8 @@ def compose(
     preset: str | None, data: str | None, folder: Path | None, assignments: Sequence[str], given: dict[str, Any]
 ) -> Config:
     """Returns the settings: of the preset, else of the run that the folder holds, else of the run to begin with, else
-    the default ones; changed by the options, and by the assignments last."""
+    the default ones; changed by the options, and by the assignments last. Those of a tokenizer that is there already
+    are the tokenizer's."""
     runs = [folder, Path(given["train.init_from"]) if "train.init_from" in given else None]
     held = next((path for place in runs if place is not None and (path := place / "config.toml").is_file()), None)
     if preset is None and held is not None:
@@ -205,6 +206,7 @@ def compose(
     else:
         tables = config.preset(preset or "default")
     tables = config.override(tables, [])
+    chosen = set() if held is not None and preset is None else config.unusual(tables, "data")
     for name, value in given.items():
         section, key = name.split(".")
         config.put(tables, section, key, value)
@@ -212,8 +214,28 @@ def compose(
         config.put(tables, "data", "source", data)
         if data in corpora.CORPORA and (kind := corpora.CORPORA[data].tokenizer) != "word":
             config.put(tables, "data", "tokenizer", kind)
+            chosen.discard("data.tokenizer")
+    chosen |= {assignment.partition("=")[0].strip() for assignment in assignments}
     settings = config.build(config.override(tables, assignments))
-    return settings.model_copy(update={"data": config.absolute(settings.data)})
+    settings = settings.model_copy(update={"data": config.absolute(settings.data)})
+    return _with_tokenizer(settings, folder, chosen)
+
+
+def _with_tokenizer(settings: Config, folder: Path | None, chosen: Collection[str]) -> Config:
+    """The settings with those of the tokenizer that the run takes from another run or from a file; those of a run that
+    the folder holds, which may outlive both, where it took the same."""
+    start, file = settings.train.init_from, settings.data.tokenizer_file
+    if start is None and file is None:
+        return settings
+    for place in (folder, None if start is None else Path(start)):
+        if place is None or not (path := place / "config.toml").is_file():
+            continue
+        theirs = config.build(config.read_toml(path, "a run's configuration"))
+        same = theirs.train.init_from == start and (start is not None or theirs.data.tokenizer_file == file)
+        if same or place is not folder:
+            return config.with_tokenizer_of_run(settings, theirs.data, place, chosen)
+    # a run to begin with that is not there is refused where its weights are looked for
+    return settings if file is None or start is not None else config.with_tokenizer_of_file(settings, file, chosen)
 
 
 @cli.command("eval")

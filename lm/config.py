@@ -2,7 +2,7 @@
 
 import textwrap
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -474,6 +474,44 @@ def absolute(data: DataConfig) -> DataConfig:
     return data
 
 
+_OF_TOKENIZER = ("tokenizer", "tokenizer_file", "vocab_size", "min_count", "tokenizer_sample")
+
+
+def with_tokenizer_of_run(settings: Config, theirs: DataConfig, run: Path | str, given: Collection[str]) -> Config:
+    """Returns the settings with those of the tokenizer of a run that another begins with.
+
+    Arguments:
+        theirs: the section of that run.
+        given: full names of settings that were chosen, which must not be others.
+
+    Raises:
+        UserError: one of them is.
+    """
+    found = {name: getattr(theirs, name) for name in _OF_TOKENIZER}
+    _require_given(settings.data, found, f"{run}, whose tokenizer the run begins with", given)
+    return settings.model_copy(update={"data": settings.data.model_copy(update=found)})
+
+
+def with_tokenizer_of_file(settings: Config, path: str, given: Collection[str]) -> Config:
+    """Returns the settings with the kind of the tokenizer that a file holds; see `with_tokenizer_of_run`."""
+    made = tokenizers.load(Path(path))
+    usual = DataConfig()
+    found = {"tokenizer": made.kind, "vocab_size": made.size}
+    found |= {name: getattr(usual, name) for name in ("min_count", "tokenizer_sample")}
+    _require_given(settings.data, found, path, given)
+    return settings.model_copy(update={"data": settings.data.model_copy(update={"tokenizer": made.kind})})
+
+
+def _require_given(ours: DataConfig, theirs: Mapping[str, Any], place: str, given: Collection[str]) -> None:
+    for name, value in theirs.items():
+        if f"data.{name}" in given and getattr(ours, name) not in (None, value):
+            there = "none" if value is None else value
+            raise UserError(
+                f"a tokenizer that is there must be taken as it is; got data.{name}={getattr(ours, name)}, and {there} "
+                f"in {place}; leave data.{name} out"
+            )
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """Returns every setting under its full name, such as `train.lr`; an absent value is "none"."""
     return {
@@ -481,6 +519,13 @@ def flatten(config: Config) -> dict[str, Any]:
         for section, table in config.model_dump().items()
         for key, value in table.items()
     }
+
+
+def unusual(tables: Mapping[str, Any], section: str) -> set[str]:
+    """Returns the full names of a section's keys to which tables give another value than the default."""
+    usual, table = flatten(Config()), tables.get(section)
+    given = table.items() if isinstance(table, Mapping) else ()
+    return {f"{section}.{key}" for key, value in given if usual.get(f"{section}.{key}") != value}
 
 
 _LEADING = ("data.source", "data.tokenizer", "model.cell", "model.norm", "model.hidden_size", "train.lr", "train.seed")

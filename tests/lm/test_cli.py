@@ -424,6 +424,60 @@ def test_a_run_that_begins_with_another_has_its_settings(call, trained, tmp_path
     assert different == {"init_from", "optimizer", "average_patience"}
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("data.tokenizer=word", "got data.tokenizer=word, and char in "),
+        ("data.tokenizer_file=pieces.json", "pieces.json, and none in "),
+        ("data.vocab_size=9", "got data.vocab_size=9, and none in "),
+        ("data.min_count=7", "got data.min_count=7, and none in "),
+    ],
+)
+def test_a_run_that_begins_with_another_has_its_tokenizer(call, corpus, tmp_path, given, message):
+    options = ("--data", corpus, "--set", "train.max_steps=1", *QUICK)
+    call("train", *options, "--run", "run", "--set", "data.tokenizer=char")
+    begun = ("train", *options, "--init-from", "run", "--run", "tuned")
+    for preset in ((), ("--preset", "default")):
+        err = fault(call, *begun, "--set", given, *preset)
+        assert "a tokenizer that is there must be taken as it is; got " in err
+        assert message in err
+        assert err.endswith(f"whose tokenizer the run begins with; leave {given.partition('=')[0]} out\n")
+    assert not (tmp_path / "tuned").exists()
+    for _ in range(2):
+        call(*begun, "--preset", "default", "--set", "data.tokenizer=char")
+        (tmp_path / "run").rename(tmp_path / "gone")  # it resumes without that run
+        call(*begun, "--preset", "default")
+        (tmp_path / "gone").rename(tmp_path / "run")
+        kept = config.read_toml(tmp_path / "tuned/config.toml", "it")["data"]
+        assert (kept["tokenizer"], json.loads(call("eval", "tuned", "--json").out)["unit"]) == ("char", "character")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("data.tokenizer=char", "got data.tokenizer=char, and bpe in "),
+        ("data.vocab_size=9", "got data.vocab_size=9, and 300 in "),
+        ("data.min_count=2", "got data.min_count=2, and none in "),
+        ("data.tokenizer_sample=99", "got data.tokenizer_sample=99, and 20000000 in "),
+    ],
+)
+def test_a_tokenizer_of_a_file_is_taken_as_it_is(call, corpus, tmp_path, given, message):
+    call("tokenizer", "train", "--kind", "bpe", "--size", "300", "--data", corpus, "--out", "bpe.json")
+    options = ("train", "--data", corpus, "--run", "run", "--set", "data.tokenizer_file=bpe.json", *QUICK)
+    err = fault(call, *options, "--set", given)
+    assert message in err
+    assert err.endswith(f"bpe.json; leave {given.partition('=')[0]} out\n")
+    name, value = given.removeprefix("data.").split("=")
+    (tmp_path / "mine.toml").write_text(f"[data]\n{name} = {value if value.isdecimal() else repr(value)}\n")
+    assert fault(call, *options, "--preset", "mine.toml") == err
+    assert not (tmp_path / "run").exists()
+    call(*options, "--set", "train.max_steps=1", "--set", "data.vocab_size=300")
+    assert config.read_toml(tmp_path / "run/config.toml", "it")["data"]["tokenizer"] == "bpe"
+    (tmp_path / "bpe.json").unlink()
+    call(*options, "--set", "train.max_steps=2", "--set", "data.vocab_size=300")
+    call("train", "--run", "run", "--set", "train.max_steps=3")
+
+
 def test_evaluation_that_adapts_is_tuned_on_valid_and_named(call, trained):
     options = ("eval", trained, "--split", "test", "--json")
     means = ("--dynamic", "--cache", "--set", "eval.dynamic_lr=0.002", "--set", "eval.cache_window=9")
