@@ -46,8 +46,10 @@ std::vector<Tensor> run_forward(const Tensors& operands, std::string_view cell, 
                                 bool reverse, bool save, bool micro, int64_t threads) {
   const Call call(operands, {cell, norm, guard, constants, cell_norm, training, reverse, save, micro, threads});
   std::vector<Tensor> found = call.dtype == at::kDouble ? forward<double>(call) : forward<float>(call);
-  const at::ScalarType given = std::optional<Tensor>(operands.get(index(Operand::x)))->scalar_type();
-  for (int k = 0; k < 3; ++k) found[k] = found[k].to(given);  // y, h and c
+  const std::optional<Tensor> given[] = {operands.get(index(Operand::x)), operands.get(index(Operand::h)),
+                                         operands.get(index(Operand::c))};
+  for (int k = 0; k < 3; ++k)  // y, h and c
+    if (given[k]) found[k] = found[k].to(given[k]->scalar_type());
   // All new statistics, or none.
   if (!std::all_of(found.begin() + 3, found.begin() + 7, all_finite))
     for (int k = 0; k < 4; ++k)
@@ -63,11 +65,20 @@ std::vector<Tensor> run_backward(const Tensors& grads, const Tensors& operands, 
   const auto pass = call.dtype == at::kDouble ? &backward<double> : &backward<float>;
   std::vector<Tensor> before;
   for (Operand which : control) before.push_back(call.has(which) ? call.tensors[which].clone() : Tensor());
-  std::vector<Tensor> found = pass(call, call.checked(grads), call.checked(kept), need_input, need_weights);
-  // All new values of u and v, or none.
-  if (!std::all_of(std::begin(control), std::end(control), [&](Operand which) { return all_finite(call.tensors[which]); }))
+  const auto restore = [&] {
     for (int k = 0; k < 4; ++k)
       if (before[k].defined()) call.tensors[control[k]].copy_(before[k]);
+  };
+  std::vector<Tensor> found;
+  try {
+    found = pass(call, call.checked(grads), call.checked(kept), need_input, need_weights);
+  } catch (...) {  // one thread may have written its part before another failed
+    restore();
+    throw;
+  }
+  // All new values of u and v, or none.
+  if (!std::all_of(std::begin(control), std::end(control), [&](Operand which) { return all_finite(call.tensors[which]); }))
+    restore();
   const auto given = [&](Operand which) { return std::optional<Tensor>(operands.get(index(which))); };
   for (Operand which : control)
     if (auto moved = given(which); moved && !moved->is_same(call.tensors[which]))  // a copy, for its dtype or strides

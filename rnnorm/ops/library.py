@@ -105,10 +105,17 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def kept_finite(control: Sequence[Tensor | None]) -> Iterator[None]:
-    """Context that restores u and v if they are not finite at its end. A GradScaler skips a step with such gradients;
-    if they remained in u and v, all later gradients would be wrong too."""
+    """Context that restores u and v if it raises, or if they are not finite at its end.
+
+    A GradScaler skips a step with such gradients; if they remained in u and v, all later gradients would be wrong too.
+    """
     before = [(moved, moved.clone()) for moved in control if moved is not None]
-    yield
+    try:
+        yield
+    except BaseException:
+        for moved, kept in before:
+            moved.copy_(kept)
+        raise
     chosen = finite_or([kept for _, kept in before], [moved for moved, _ in before])
     for (moved, _), value in zip(before, chosen, strict=True):
         if value is not moved:

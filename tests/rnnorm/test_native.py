@@ -551,3 +551,81 @@ def test_no_more_threads_than_cores_that_the_process_may_use(cores):
         [sys.executable, "-c", _CORES, str(cores)], capture_output=True, text=True, check=True, env=os.environ
     )
     assert int(found.stdout) == cores
+
+
+# A child with too little memory for the backward pass, at several places of it. Forked before any thread exists; with
+# BLAS, since oneDNN itself crashes if it has no memory for a micro-kernel.
+_OUT_OF_MEMORY = """
+import os, resource, sys
+import torch, rnnorm
+from rnnorm.ops import build, native
+build.load()
+native.threads, native.use_micro_kernel = int(sys.argv[1]), False
+torch.set_num_threads(native.threads)
+for extra in range(44, 60, 4):
+    child = os.fork()
+    if not child:
+        module = rnnorm.LSTM(4, 16, norm="online", backend="cpu")
+        module(torch.randn(3, 1, 4))[0].sum().backward()
+        y = module(torch.randn(60000, 1, 4))[0]
+        grad, before = torch.ones_like(y), [module.norm_u_l0.clone(), module.norm_v_l0.clone()]
+        held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + (extra << 20),) * 2)
+        try:
+            y.backward(grad)
+            os._exit(0)
+        except (MemoryError, RuntimeError):
+            os._exit(10 if all(map(torch.equal, before, [module.norm_u_l0, module.norm_v_l0])) else 11)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process's memory can be limited on Linux only")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_backward_without_memory_raises_and_moves_nothing(threads: int) -> None:
+    """Not a crash of the threads that wait for the one which failed."""
+    done = subprocess.run([sys.executable, "-c", _OUT_OF_MEMORY, str(threads)], capture_output=True, text=True)
+    codes = set(done.stdout.split())
+    assert codes <= {"0", "10"}, (done.stdout, done.stderr[-2000:])
+    assert "10" in codes
+
+
+def test_concurrent_backwards_through_one_graph_with_other_threads() -> None:
+    """The kept tensors are arranged by the threads of the forward pass; each backward must arrange its own copy."""
+    torch.manual_seed(0)
+    module, x = rnnorm.LSTM(8, 64, norm="layer", backend="cpu"), torch.randn(200, 16, 8, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "threads", 2)
+        y = module(x)[0].sum()
+        patch.setattr(native, "threads", 1)
+        (expected,) = torch.autograd.grad(y, x, retain_graph=True)
+        for _ in range(10):
+            with ThreadPoolExecutor(3) as pool:
+                found = list(pool.map(lambda _: torch.autograd.grad(y, x, retain_graph=True)[0], range(3)))
+            for gradient in found:
+                torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+            patch.setattr(native, "threads", 2)
+            torch.autograd.grad(y, x, retain_graph=True)
+            patch.setattr(native, "threads", 1)
+
+
+def test_large_inputs_have_no_gradient() -> None:
+    """tanh in float32 is exactly 1 where its derivative vanishes; an error there would grow with the input."""
+    module = rnnorm.RNN(1, 40, bias=False, norm="none", backend="cpu")
+    with torch.no_grad():
+        module.weight_hh_l0.zero_()
+        module.weight_ih_l0.copy_(torch.logspace(1, 30, 40)[:, None] * (-1) ** torch.arange(40)[:, None])
+    y = module(torch.ones(1, 1, 1))[0]
+    y.sum().backward()
+    torch.testing.assert_close(y.flatten(), module.weight_ih_l0.flatten().sign(), rtol=0, atol=0)
+    assert not module.weight_ih_l0.grad.any()
+
+
+def test_tanh_is_precise() -> None:
+    module = rnnorm.RNN(1, 1, bias=False, norm="none", backend="cpu")
+    with torch.no_grad():
+        module.weight_hh_l0.zero_()
+        module.weight_ih_l0.fill_(1)
+        x = torch.cat([torch.linspace(-10, 10, 100_001), torch.logspace(-30, 1, 1000)])
+        y = module(x[None, :, None])[0].flatten()
+    torch.testing.assert_close(y.double(), x.double().tanh(), rtol=5 * 2**-24, atol=0)

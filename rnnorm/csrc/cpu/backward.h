@@ -74,6 +74,7 @@ struct Backward : Pass<T> {
     const int64_t u = units.size(), p = outputs.size();
     if (id == 0) {
       take_over(team.size());
+      this->set_kept();
       for (int t = 0; t < team.size(); ++t) {
         const int64_t width = G * part_of(H, t, team.size()).size();
         grad_input_part.emplace_back(gemm, S, width);
@@ -158,13 +159,16 @@ struct Backward : Pass<T> {
     gemm.release();
   }
 
-  // If the forward pass ran with another number of threads, rearrange the kept tensors into these threads' blocks.
+  // If the forward pass ran with another number of threads, rearrange the kept tensors into these threads' blocks. Copies of
+  // them: another backward pass through the same graph may read them meanwhile.
   void take_over(int threads) {
-    int64_t& partition = *kept[Kept::partition].template data_ptr<int64_t>();
-    const int from = static_cast<int>(partition);
+    const int from = static_cast<int>(*kept[Kept::partition].template data_ptr<int64_t>());
     if (from == threads) return;
     const auto move = [&](Kept which, int64_t gates) {
-      if (kept[which].numel() > 0) repartition(get(which), S, gates, H, from, threads);
+      if (kept[which].numel() == 0) return;
+      const Tensor old = kept[which];
+      kept[which] = call.scratch(old.sizes());
+      repartition(old.data_ptr<T>(), get(which), S, gates, H, from, threads);
     };
     move(Kept::y, G);
     move(Kept::cell_y, 1);
@@ -172,7 +176,6 @@ struct Backward : Pass<T> {
       move(Kept::rstd, G);
       move(Kept::cell_rstd, 1);
     }
-    partition = threads;
   }
 
   // Copy a thread's columns of a tensor [N, *], and write them back.

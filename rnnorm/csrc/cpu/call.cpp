@@ -103,9 +103,10 @@ Walk Call::check_operands() {
 }
 
 Tensor Call::ready(const Tensor& tensor, const char* role, std::string_view name, at::ScalarType wanted) const {
+  if (tensor._is_zerotensor()) return ready(at::zeros(tensor.sizes(), tensor.options()), role, name, wanted);
   check_memory(tensor, {role, name});
   TORCH_CHECK(tensor.is_floating_point(), Label{role, name}, " must have a floating-point dtype; got ", tensor.scalar_type());
-  return tensor.to(wanted).contiguous();
+  return tensor.resolve_neg().to(wanted).contiguous();
 }
 
 Gradient Call::checked(const Tensors& grads) const {

@@ -35,8 +35,11 @@ RNNORM_INLINE float exponential(float x) {
 
 RNNORM_INLINE float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
 
-// An odd rational function, minimax on the range where float32 distinguishes tanh from 1; relative error a few ulp.
+// An odd rational function, minimax up to 7.9, then constant; exactly 1 from 8.67 on, else the derivative would never vanish.
+// Relative error a few ulp.
 RNNORM_INLINE float tanh(float x) {
+  const float limit = std::copysign(1.f, x);
+  const bool flat = x * x > 8.67f * 8.67f;
   x = x < -7.9f ? -7.9f : x;
   x = x > 7.9f ? 7.9f : x;
   const float z = x * x;
@@ -51,7 +54,7 @@ RNNORM_INLINE float tanh(float x) {
   q = q * z + 1.18534705686654e-04f;
   q = q * z + 2.26843463243900e-03f;
   q = q * z + 4.89352518554385e-03f;
-  return x * p / q;
+  return flat ? limit : x * p / q;
 }
 
 RNNORM_INLINE double exponential(double x) { return std::exp(x); }

@@ -44,10 +44,9 @@ inline int64_t kept_place(int64_t S, int64_t G, const Range& units, int64_t samp
   return G * (units.begin * S + sample * units.size()) + gate * units.size();
 }
 
-// Move values from the blocks of `from` threads to those of `to` threads.
+// Copy values from the blocks of `from` threads to those of `to` threads.
 template <typename T>
-void repartition(T* values, int64_t S, int64_t G, int64_t H, int from, int to) {
-  const std::vector<T> old(values, values + S * G * H);
+void repartition(const T* old, T* values, int64_t S, int64_t G, int64_t H, int from, int to) {
   for (int a = 0; a < from; ++a)
     for (int b = 0; b < to; ++b) {
       const Range source = part_of(H, a, from), target = part_of(H, b, to);
@@ -55,7 +54,7 @@ void repartition(T* values, int64_t S, int64_t G, int64_t H, int from, int to) {
       if (begin >= end) continue;
       for (int64_t s = 0; s < S; ++s)
         for (int64_t g = 0; g < G; ++g)
-          std::copy_n(old.data() + kept_place(S, G, source, s, g) + begin - source.begin, end - begin,
+          std::copy_n(old + kept_place(S, G, source, s, g) + begin - source.begin, end - begin,
                       values + kept_place(S, G, target, s, g) + begin - target.begin);
     }
 }

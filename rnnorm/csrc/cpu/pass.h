@@ -27,7 +27,9 @@ struct Pass {
       : call(call), walk(call.walk), N(call.N), I(call.I), P(call.P), G(call.G), H(call.H), C(call.C), S(walk.S),
         gemm{call.options.micro, call.half()}, kept(kept), samples(make_samples()), ones(std::max(C, P), T(1)), zeros(std::max(C, P), T(0)),
         stays_h(compact(Operand::zoneout_h, P)), stays_c(compact(Operand::zoneout_c, H)),
-        norm(make_norm(false)), cell_norm(make_norm(true)) {}
+        norm(make_norm(false)), cell_norm(make_norm(true)) {
+    set_kept();
+  }
   Pass(const Pass&) = delete;
 
   T* get(Operand which) const { return pointer<T>(call.tensors[which]); }
@@ -63,6 +65,12 @@ struct Pass {
   template <typename V>
   static void gather(const V* rows, int64_t width, const std::vector<int64_t>& index, V* out) {
     for (size_t s = 0; s < index.size(); ++s) std::copy_n(rows + index[s] * width, width, out + s * width);
+  }
+
+  // Point the norms to the tensors in `kept`.
+  void set_kept() {
+    norm.y = get(Kept::y), norm.rstd = get(Kept::rstd), norm.scale = get(Kept::scale);
+    cell_norm.y = get(Kept::cell_y), cell_norm.rstd = get(Kept::cell_rstd), cell_norm.scale = get(Kept::cell_scale);
   }
 
  private:
@@ -106,9 +114,6 @@ struct Pass {
     norm.bias = bias != nullptr ? bias : zeros.data();
     norm.u = get(of_cell ? Operand::cell_norm_u : Operand::norm_u);
     norm.v = get(of_cell ? Operand::cell_norm_v : Operand::norm_v);
-    norm.y = get(of_cell ? Kept::cell_y : Kept::y);
-    norm.rstd = get(of_cell ? Kept::cell_rstd : Kept::rstd);
-    norm.scale = get(of_cell ? Kept::cell_scale : Kept::scale);
     return norm;
   }
 };

@@ -28,7 +28,9 @@ class Team {
  public:
   int size() const { return size_; }
 
+  // Throws if a thread has failed, before or meanwhile: what the others wait for was not made.
   void wait() {
+    check();
     const int generation = generation_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
@@ -36,16 +38,16 @@ class Team {
       return;
     }
     for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-      if (failed_.load(std::memory_order_relaxed)) throw std::runtime_error("rnnorm: another thread failed");
       if (spins >= most_spins) generation_.wait(generation, std::memory_order_acquire);
       else pause();
     }
+    check();
   }
 
   // Wait until another thread has raised `count` to `least`.
   void wait_for(const std::atomic<int>& count, int least) const {
     for (int spins = 0; count.load(std::memory_order_acquire) < least; ++spins) {
-      if (failed_.load(std::memory_order_relaxed)) throw std::runtime_error("rnnorm: another thread failed");
+      check();
       if (spins >= most_spins) std::this_thread::yield();
       else pause();
     }
@@ -78,6 +80,10 @@ class Team {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
+  }
+
+  void check() const {
+    if (failed_.load(std::memory_order_relaxed)) throw std::runtime_error("rnnorm: another thread failed");
   }
 
   void pass(int generation) {
