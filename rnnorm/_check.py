@@ -100,7 +100,7 @@ def shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> N
 
 def lengths_tensor(lengths: "Tensor | Sequence[int]", T: int, N: int) -> Tensor:
     """`lengths` [N] as int64 on the CPU, each in 1..T."""
-    found = torch.as_tensor(lengths)
+    found = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     if not isinstance(lengths, Tensor) and found.numel() == 0:
         found = found.long()  # an empty list has torch's default dtype
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:

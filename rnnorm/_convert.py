@@ -11,6 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from rnnorm import _check
 from rnnorm._online_norm import OnlineNorm
 
+_FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
 _OWN = {"num_features", "alpha_fwd", "affine", "device", "dtype"}
 
 
@@ -58,13 +59,16 @@ def convert_batchnorm(
     Returns the module. A layer without running statistics, which normalizes by the batch in evaluation mode too, gets
     new ones: train before you evaluate. A layer that stands in several places stays one layer.
     Raises `ValueError` without `batch_size` and `horizon`, for values out of range, for a layer of `momentum=None`
-    without `horizon`, and for a lazy layer before its first call; nothing is changed then.
+    without `horizon`, for a lazy layer before its first call, and for a layer that computes something else than torch's
+    (a subclass with its own `forward`, a pruned or parametrized one, a scripted model); nothing is changed then.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("horizon", horizon, 2)):
         if value is not None and not (_check.is_number(value) and least <= value < math.inf):
             raise ValueError(f"{name} must be a number of samples of at least {least}; got {value!r}")
     if own := options.keys() & _OWN:
         raise TypeError(f"options must not be what the layers themselves decide; got {min(own)}; leave it out")
+    for name, layer in module.named_modules():
+        _refuse_unusual(name or "the module", layer)
     found = {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
     otherwise = next(module.parameters(), torch.empty(0))
     made: dict[nn.Module, OnlineNorm] = {}
@@ -80,6 +84,26 @@ def convert_batchnorm(
             if child in made:
                 setattr(parent, name, made[child])
     return made.get(module, module)
+
+
+def _refuse_unusual(name: str, layer: nn.Module) -> None:
+    """Raises for a batch normalization whose output an `OnlineNorm` with its parameters would not give."""
+    if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in str(layer.original_name):
+        raise ValueError(f"{name} must be a module; got a scripted {layer.original_name}; convert before scripting")
+    if not isinstance(layer, _BatchNorm) or isinstance(layer, LazyModuleMixin):
+        return
+    computed = [held for held in ("weight", "bias") if held not in layer._parameters]
+    if computed or torch.nn.utils.parametrize.is_parametrized(layer):
+        raise ValueError(
+            f"{name} must have parameters of its own; got a computed {' and '.join(computed) or 'value'}; remove what "
+            "computes it before (torch.nn.utils.prune.remove, parametrize.remove_parametrizations)"
+        )
+    kind = type(layer)
+    if kind.forward not in _FORWARDS:
+        raise ValueError(
+            f"{name} must be one of torch's batch normalizations; got a {kind.__name__}, whose forward is its own; "
+            "replace it by torch's layer and what it adds to that"
+        )
 
 
 def _alpha(name: str, layer: _BatchNorm, batch_size: int | None, horizon: float | None) -> float:

@@ -24,7 +24,11 @@ _NOTHING_DROPPED = (
 class Recurrent(RecurrentModule):
     """Stacked recurrent layers, in one or both directions; subclasses choose the cell."""
 
-    __jit_unused_properties__: ClassVar[list[str]] = ["_all_weights", "all_weights"]  # TorchScript would compile them
+    __jit_unused_properties__: ClassVar[list[str]] = [
+        "_all_weights",
+        "all_weights",
+        "mode",
+    ]  # TorchScript would compile them
     _torch_layer: ClassVar[type[nn.RNNBase]]
     _torch_options: ClassVar[tuple[str, ...]] = (
         *("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"),
@@ -64,6 +68,11 @@ class Recurrent(RecurrentModule):
     def _suffixes(self) -> list[list[str]]:
         directions = ("", "_reverse")[: 1 + self.bidirectional]
         return [[f"_l{layer}{direction}" for direction in directions] for layer in range(self.num_layers)]
+
+    @property
+    def mode(self) -> str:
+        """The name that torch's layer gives its kind: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU"."""
+        return self.cell.upper()
 
     @property
     def _all_weights(self) -> list[list[str]]:
@@ -133,8 +142,8 @@ class Recurrent(RecurrentModule):
             raise ValueError(f"input must have 3 dimensions, or 2 for one sequence; got shape {tuple(input.shape)}")
         single = input.dim() == 2
         x = input.unsqueeze(1) if single else input.transpose(0, 1) if self.batch_first else input
-        if single and lengths is not None and torch.as_tensor(lengths).dim() == 0:
-            lengths = torch.as_tensor(lengths).reshape(1)
+        if single and isinstance(lengths, int | Tensor) and torch.as_tensor(lengths, device="cpu").dim() == 0:
+            lengths = torch.as_tensor(lengths, device="cpu").reshape(1)
         own = self._own_by_row()
         x, state = self._prepared(x, hx, single, own)
         found = None if lengths is None else _check.lengths_tensor(lengths, x.size(0), x.size(1))
@@ -214,6 +223,7 @@ class Recurrent(RecurrentModule):
         packed: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         last: list[list[Tensor]] = [[] for _ in state]
+        moved: list[tuple[Tensor, Tensor]] = []
         directions = 1 + self.bidirectional
         resets = (reset, None if reset is None else _masks.reversed_reset(reset, lengths))
         for layer in range(self.num_layers):
@@ -222,13 +232,16 @@ class Recurrent(RecurrentModule):
                 row = layer * directions + reverse
                 h, c = state[0][row], state[1][row] if len(state) == 2 else None
                 results = ops.run(self._operands(own[row], x, h, c, lengths, resets[reverse]), self._spec(reverse == 1))
-                self._move_statistics(own[row], results)
+                moved += self._new_statistics(own[row], results)
                 outputs.append(results.y)
                 for kept, value in zip(last, (results.h, results.c), strict=False):
                     kept.append(value)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
             if self.dropout and self.training and layer + 1 < self.num_layers:
                 x = self._dropped(x, lengths if packed else None)
+        # Not before: a layer that raises must leave those below it as they were.
+        for held, new in moved:
+            held.copy_(new)
         return x, [torch.stack(values) for values in last]
 
     def _dropped(self, x: Tensor, lengths: Tensor | None) -> Tensor:

@@ -111,6 +111,7 @@ class RecurrentModule(RunningStatsModule):
     _statistic_name = re.compile(r"(?:cell_)?norm_(mean|var|u|v)(?:_l\d+(?:_reverse)?)?")
 
     single_step: ClassVar[bool] = False
+    wide_states: ClassVar[bool] = False  # states remain in the weights' dtype under autocast
     cell: str
     norm: norms.Spec
     input_size: int
@@ -238,12 +239,14 @@ class RecurrentModule(RunningStatsModule):
     def reset_parameters(self) -> None:
         """Draw the weights as torch does, uniformly within 1/sqrt(H), and reset norms and running statistics."""
         bound = 1.0 / math.sqrt(self.hidden_size)
-        for name, parameter in self.named_parameters(recurse=False):
+        for path, parameter in self.named_parameters():
+            # What a parametrization computes a weight from is drawn as the weight, as torch's layers do.
+            name = path.split(".")[1] if path.startswith("parametrizations.") else path
             if "norm_scale" in name:
                 nn.init.constant_(parameter, self.norm_init)
             elif "norm_shift" in name:
                 nn.init.zeros_(parameter)
-            elif name.startswith("weight_mogrify"):
+            elif path.startswith("weight_mogrify"):
                 self._reset_mogrifier(name, parameter)
             else:
                 nn.init.uniform_(parameter, -bound, bound)
@@ -283,12 +286,16 @@ class RecurrentModule(RunningStatsModule):
     def _first_states(
         self, x: Tensor, hx: State | None, lead: tuple[int, ...], meaning: str, weight: Tensor
     ) -> list[Tensor]:
-        """The initial states `(*lead, units)`, one for each of the cell's, in the dtype of the checked input `x`; zeros
-        if `hx` is None. Checked against `weight`."""
+        """The initial states `(*lead, units)`, one for each of the cell's; zeros if `hx` is None. Checked.
+
+        In the dtype of the checked input `x`, or under autocast with `wide_states` of `weight`: if a state were rounded
+        at each call, small changes would be lost.
+        """
         names, autocast = CELLS[self.cell].states, autocast_dtype(x) is not None
+        dtype = weight.dtype if autocast and self.wide_states else x.dtype
         widths = {"h": self.proj_size or self.hidden_size, "c": self.hidden_size}
         if hx is None:
-            return [torch.zeros(*lead, widths[name], dtype=x.dtype, device=x.device) for name in names]
+            return [torch.zeros(*lead, widths[name], dtype=dtype, device=x.device) for name in names]
         given = (hx,) if isinstance(hx, Tensor) else tuple(hx) if isinstance(hx, tuple | list) else ()
         tensors = all(isinstance(value, Tensor) for value in given)
         if not tensors or len(given) != len(names) or (len(names) == 1) != isinstance(hx, Tensor):
@@ -300,7 +307,7 @@ class RecurrentModule(RunningStatsModule):
             units = "P" if name == "h" and self.proj_size else "H"
             _check.shape(f"{name}_0", value, (*lead, widths[name]), f"({meaning}{units})")
             _check.like_weights(f"{name}_0", value, weight, autocast)
-        return [value.to(x.dtype) for value in given]
+        return [value.to(dtype) for value in given]
 
     def _operands(
         self, own: Own, x: Tensor, h: Tensor, c: Tensor | None, lengths: Tensor | None, reset: Tensor | None = None
@@ -322,10 +329,12 @@ class RecurrentModule(RunningStatsModule):
             zoneout_c=None if c is None else _masks.zoneout(rates.zoneout_c, training, T, c, wide),
         )
 
-    def _move_statistics(self, own: Own, results: ops.Results) -> None:
-        if self.training and self.norm.kind == "online":
-            for name in ("norm_mean", "norm_var", "cell_norm_mean", "cell_norm_var")[: 2 + 2 * self.cell_norm]:
-                own[name].copy_(getattr(results, name).detach())
+    def _new_statistics(self, own: Own, results: ops.Results) -> list[tuple[Tensor, Tensor]]:
+        """Each running statistic that a call moves, with its new value."""
+        if not self.training or self.norm.kind != "online":
+            return []
+        names = ("norm_mean", "norm_var", "cell_norm_mean", "cell_norm_var")[: 2 + 2 * self.cell_norm]
+        return [(own[name], getattr(results, name).detach()) for name in names]
 
 
 @contextmanager

@@ -40,9 +40,10 @@ class CellModule(RecurrentModule):
 
         `input` is [N, I] or [I]; `hx` is `h` or `(h, c)`, [N, H] or [H] each, zeros if None; `reset` [N] bool ([] for
         one sequence) is true where a new sequence begins: its state before the step is zero. Dtypes and errors as in
-        the layers. Masks of dropout inside the recurrence are drawn at each call. In training mode every call updates
-        the running statistics by one step; backward passes through several calls must run in reverse order of the
-        calls, as autograd runs them.
+        the layers; under autocast the states of LSTM and GRU keep the weights' dtype, as torch's cells do. Masks of
+        dropout inside the recurrence are drawn at each call. In training mode every call updates the running
+        statistics by one step; backward passes through several calls must run in reverse order of the calls, as
+        autograd runs them.
         """
         if isinstance(input, Proxy):
             return self._traced(input, hx, **({} if reset is None else {"reset": reset}))
@@ -58,7 +59,8 @@ class CellModule(RecurrentModule):
         c = state[1] if len(state) == 2 else None
         begins = None if reset is None else _check.reset_tensor(reset, lead, f"({meaning})").reshape(1, -1)
         results = ops.run(self._operands(own, x.unsqueeze(0), state[0], c, None, begins), self._spec())
-        self._move_statistics(own, results)
+        for held, new in self._new_statistics(own, results):
+            held.copy_(new)
         # In place, so that results are not views, which autograd refuses to detach in place.
         last = [s.squeeze_(0) if single else s for s in (results.h, results.c)]
         return (last[0], last[1]) if c is not None else last[0]
@@ -66,6 +68,8 @@ class CellModule(RecurrentModule):
 
 class LSTMCell(CellModule):
     """One step of `rnnorm.LSTM`, called as `torch.nn.LSTMCell`: `(h', c') = cell(x, (h, c))`. Options as in `LSTM`."""
+
+    wide_states = True
 
     def __init__(
         self,
@@ -81,6 +85,8 @@ class LSTMCell(CellModule):
 
 class GRUCell(CellModule):
     """One step of `rnnorm.GRU`, called as `torch.nn.GRUCell`: `h' = cell(x, h)`. Options as in `GRU`."""
+
+    wide_states = True
 
     def __init__(
         self,

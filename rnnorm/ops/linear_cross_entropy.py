@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rnnorm import _torch
 from rnnorm.ops import library
+from rnnorm.ops.call import statistics_dtype
 from rnnorm.ops.registry import choose_loss
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? weights"
@@ -99,7 +100,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * ctx.inputs
         if grad_total is not None:
             for k, (grad, need) in enumerate(zip(ctx.saved_tensors, ctx.needs, strict=True)):
-                grads[k] = grad * grad_total.to(grad.dtype) if need else None
+                # A loss scale may exceed the range of float16.
+                wide = statistics_dtype(grad.dtype)
+                grads[k] = (grad.to(wide) * grad_total.to(wide)).to(grad.dtype) if need else None
         return tuple(grads)
 
 

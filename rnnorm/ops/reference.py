@@ -15,7 +15,7 @@ from rnnorm._cells import CELLS
 from rnnorm.norms import Constants
 from rnnorm.ops import library
 from rnnorm.ops.backend import Backend
-from rnnorm.ops.call import CallSpec, Operands, Results, Round, mogrifier_rounds, statistics_dtype
+from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, Results, Round, mogrifier_rounds, statistics_dtype
 
 
 class OnlineStep(torch.autograd.Function):
@@ -130,18 +130,24 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
     gate_stats, cell_stats = _statistics(o, "norm"), _statistics(o, "cell_norm")
     normalize_gates = normalizer(spec, H, o.norm_scale, o.norm_shift, gate_stats)
     cell = normalizer(spec, H, o.cell_norm_scale, o.cell_norm_shift, cell_stats)
-    normalize_cell: Callable[[Tensor], Tensor] = (lambda c: cell(c, 0)) if spec.cell_norm else (lambda c: c)
+    normalize_cell: Callable[[Tensor], Tensor] = (lambda c: cell(reached(c), 0)) if spec.cell_norm else (lambda c: c)
     cell_of_spec = CELLS[spec.cell]
     step = (cell_of_spec.capped if spec.cap else None) or cell_of_spec.step
     rounds = mogrifier_rounds(o, spec)
 
+    recorded = spec.controlled and library.needs_gradient(operands[: len(DIFFERENTIABLE)])
+
+    def reached(values: Tensor) -> Tensor:
+        # The control process counts every sample, whichever operands need gradients.
+        return values.detach().requires_grad_() if recorded and not values.requires_grad else values
+
     def normalize(pre: Tensor, first: int) -> Tensor:
-        normalized = normalize_gates(pre, first)
+        normalized = normalize_gates(reached(pre), first)
         watch(normalized)
         return normalized
 
     h, c = o.h.to(wide), None if o.c is None else o.c.to(wide)
-    lengths = torch.full((N,), T) if o.lengths is None else o.lengths
+    lengths = torch.full((N,), T, device="cpu") if o.lengths is None else o.lengths
     ys: list[Tensor] = [o.x.new_zeros(N, h.size(1), dtype=wide)] * T
     for t in reversed(range(T)) if spec.reverse else range(T):
         rows = torch.nonzero(lengths > t)[:, 0].to(o.x.device)
@@ -178,8 +184,8 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
     mean, var, cell_mean, cell_var = [*statistics, *[empty] * 4][:4]
     return Results(
         torch.stack(ys).to(dtype),
-        h.to(dtype),
-        empty if c is None else c.to(dtype),
+        h.to(o.h.dtype),
+        empty if c is None or o.c is None else c.to(o.c.dtype),
         *(mean, var, cell_mean, cell_var),
     )
 

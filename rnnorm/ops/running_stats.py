@@ -20,7 +20,7 @@ ROW_BY_ROW = 32
 def _decay(alpha: float, n: int) -> tuple[Tensor, Tensor]:
     """For the recurrence `s <- alpha * s + b_k`: powers [m, 1] and weights [m, m], m = n + 1, such that the state
     before sample i is `powers[i] * s + weights[i] @ b`. For fewer samples, use the upper left corners."""
-    i = torch.arange(n + 1, dtype=torch.float64).unsqueeze(1)
+    i = torch.arange(n + 1, dtype=torch.float64, device="cpu").unsqueeze(1)
     exponent = i - 1 - i.t()
     return torch.pow(alpha, i), torch.where(exponent >= 0, torch.pow(alpha, exponent.clamp(min=0)), 0.0)
 

@@ -173,3 +173,13 @@ def test_conversions_that_cannot_be_say_why() -> None:
     layer.register_parameter("peephole", nn.Parameter(torch.zeros(H)))
     with pytest.raises(ValueError, match="of a LSTM must be those of its class; got peephole; remove it"):
         rnnorm.LSTM.from_torch(layer)
+
+
+def test_reset_draws_what_weights_are_computed_from() -> None:
+    layer = rnnorm.LSTM(INPUTS, H)
+    parametrizations.weight_norm(layer, "weight_hh_l0")
+    direction = layer.parametrizations.weight_hh_l0.original1
+    with torch.no_grad():
+        direction.fill_(7)
+    layer.reset_parameters()
+    assert 0 < float(direction.detach().abs().max()) <= H**-0.5

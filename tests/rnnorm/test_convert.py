@@ -1,11 +1,13 @@
 """Replacing batch normalization in a model."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import rnnorm
 from rnnorm._convert import Replaced
@@ -144,3 +146,35 @@ def test_layers_that_cannot_be_converted() -> None:
         rnnorm.convert_batchnorm(nn.Sequential(nn.LazyBatchNorm1d()), horizon=9)
     with pytest.raises(ValueError, match=r"the momentum of the module must lie in \[0, 1\); got 1.0"):
         rnnorm.convert_batchnorm(nn.BatchNorm1d(3, momentum=1.0), batch_size=9)
+
+
+class _Activated(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def _pruned() -> nn.Module:
+    return prune.l1_unstructured(nn.BatchNorm1d(3), "weight", 1)
+
+
+def _parametrized() -> nn.Module:
+    layer = nn.BatchNorm1d(3)
+    nn.utils.parametrize.register_parametrization(layer, "bias", nn.Identity())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: _Activated(3), "1 must be one of torch's batch normalizations; got a _Activated, whose forward is"),
+        (_pruned, "1 must have parameters of its own; got a computed weight; remove"),
+        (_parametrized, "1 must have parameters of its own; got a computed bias; remove"),
+        (lambda: torch.jit.script(nn.BatchNorm1d(3)), "1 must be a module; got a scripted BatchNorm1d; convert before"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_layers_that_compute_something_else_are_refused(make: Callable[[], nn.Module], message: str) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), make())
+    with pytest.raises(ValueError, match=message):
+        rnnorm.convert_batchnorm(model, batch_size=9)
+    assert isinstance(model[0], nn.BatchNorm1d), "nothing is changed"

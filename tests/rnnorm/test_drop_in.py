@@ -4,6 +4,7 @@ import copy
 import warnings
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 import torch
@@ -167,3 +168,18 @@ def test_dynamic_quantization_of_torchs_layers_does_not_reach_ours() -> None:
     found = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM})
     assert type(found[0]) is torch.ao.nn.quantized.dynamic.LSTM
     assert type(found[1]) is rnnorm.LSTM
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_mode_is_torchs(kind: str) -> None:
+    for options in ({}, {"nonlinearity": "relu"}) if kind == "RNN" else ({},):
+        assert getattr(rnnorm, kind)(3, 4, **options).mode == getattr(nn, kind)(3, 4, **options).mode
+
+
+@pytest.mark.parametrize("backend", registry.names())
+def test_the_default_device_is_for_new_tensors_only(backend: str) -> None:
+    cases.skip_unless_runs(backend)
+    layer, x = rnnorm.LSTM(3, 4, backend=backend), torch.randn(5, 2, 3)
+    with torch.device("meta"):
+        assert layer(x, lengths=[5, 2])[0].device == x.device
+        assert layer(x[:, 0], lengths=3)[0].device == x.device

@@ -362,3 +362,15 @@ def test_two_backwards_through_one_graph_agree():
     first = torch.autograd.grad(total, weight, retain_graph=True)
     second = torch.autograd.grad(total, weight)
     assert torch.equal(first[0], second[0])
+
+
+def test_the_loss_scale_of_float16_may_exceed_its_range(form: str) -> None:
+    if form.startswith("cpu"):
+        pytest.skip("the C++ form has no float16")
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(4, 8) * 0.01).half().requires_grad_(), (torch.randn(10, 8) * 0.01).half()
+    targets = torch.zeros(4, dtype=torch.long)
+    (linear_cross_entropy(hidden, weight, None, targets)[0] * 65536).backward()
+    exact = hidden.detach().double().requires_grad_()
+    (F.cross_entropy(F.linear(exact, weight.double()), targets, reduction="sum") * 65536).backward()
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=5e-3, atol=1)

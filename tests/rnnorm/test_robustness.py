@@ -213,8 +213,9 @@ def test_autocast_of_cells_and_norm(kind: str) -> None:
     module = _make(kind)
     with torch.autocast("cpu", torch.bfloat16):
         found = _call(module, torch.randn(5, 2, 3))
+        theirs = torch.ones(1) if kind == "OnlineNorm" else _call(module, torch.randn(5, 2, 3), getattr(nn, kind)(3, 4))
     # OnlineNorm has no product, so autocast leaves it alone, as batch norm.
-    assert found.dtype == (torch.float32 if kind == "OnlineNorm" else torch.bfloat16)
+    assert found.dtype == theirs.dtype
     found.float().sum().backward()
 
 
@@ -592,3 +593,72 @@ def test_a_float64_layer_under_autocast_wants_float64() -> None:
         assert layer(torch.randn(5, 2, 3).double())[0].dtype == torch.float64
         with pytest.raises(ValueError, match=r"input must have the weights' dtype torch\.float64"):
             layer(torch.randn(5, 2, 3))
+
+
+@pytest.mark.parametrize("backend", registry.names())
+def test_lazily_negated_and_zero_tensors(backend: str) -> None:
+    """Such as the imaginary part of a conjugate, whose memory holds the negative of its values."""
+    cases.skip_unless_runs(backend)
+    layer = _make(backend=backend, norm="layer")
+    x, grad = torch.randn(5, 2, 3), torch.randn(5, 2, 4)
+    found = []
+    for one in (torch._neg_view(-x).requires_grad_(), x.clone().requires_grad_()):
+        y = layer(one)[0]
+        y.backward(torch._neg_view(-grad) if not found else grad)
+        found.append((y, one.grad))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    y = layer(x)[0]
+    y.backward(torch._efficientzerotensor(y.shape, dtype=y.dtype))
+
+
+@pytest.mark.parametrize("backend", registry.names())
+def test_a_layer_that_raises_leaves_those_below_as_they_were(backend: str) -> None:
+    cases.skip_unless_runs(backend)
+    layer = _make(backend=backend, num_layers=2)
+    layer.weight_ih_l1 = nn.Parameter(torch.randn(16, 5))
+    before = {name: value.clone() for name, value in layer.named_buffers()}
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(5, 2, 3))
+    torch.testing.assert_close(dict(layer.named_buffers()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", [name for name in registry.names() if name != "reference"])
+@pytest.mark.parametrize("trained", ["norm_scale", "weight_hr"])
+def test_the_control_process_counts_every_sample(backend: str, trained: str) -> None:
+    """Also those whose pre-activation depends on nothing that needs a gradient."""
+    cases.skip_unless_runs(backend)
+    found = []
+    for name in (backend, "reference"):
+        layer = _make(backend=name, proj_size=3, cell_norm=True).double()
+        for other, parameter in layer.named_parameters():
+            parameter.requires_grad_(other.startswith(trained))
+        torch.manual_seed(2)
+        for _ in range(2):
+            layer.zero_grad()
+            y = layer(torch.randn(4, 2, 3, dtype=torch.float64))[0]
+            (y * torch.randn_like(y)).sum().backward()
+        found.append([layer.norm_u_l0, layer.norm_v_l0, layer.cell_norm_v_l0, getattr(layer, f"{trained}_l0").grad])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("backend", registry.names())
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+def test_cells_carry_small_changes_under_autocast(kind: str, backend: str) -> None:
+    """A state rounded to bfloat16 at each step would stop at the first change below its precision."""
+    cases.skip_unless_runs(backend)
+    torch.manual_seed(0)
+    exact, cell = getattr(nn, kind)(1, 1), getattr(rnnorm, kind)(1, 1, norm="none", backend=backend)
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            parameter.zero_()
+        exact.bias_ih.copy_(torch.tensor([-6.0, 20, 20, 1] if kind == "LSTMCell" else [0.0, 6, 20]))
+    cell.load_state_dict(exact.state_dict())
+
+    def last(cell: nn.Module, autocast: bool) -> Any:
+        state = None
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for _ in range(400):
+                state = cell(torch.ones(1, 1), state)
+        return state[1] if isinstance(state, tuple) else state
+
+    torch.testing.assert_close(last(cell, True), last(exact, False), rtol=1e-2, atol=0)
