@@ -18,11 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from rnnorm import norms
-from rnnorm.ops import triton_kernels, triton_steps
+from rnnorm.ops import triton_kernels, triton_online_norm, triton_steps
 from rnnorm.ops.call import CallSpec, Operands, statistics_dtype
 
 CAPABILITIES = (80, 90, 100)
 _SWITCH = threading.Lock()
+_LAUNCHED = ("moments", "statistics", "normalize", "squares", "sums", "control", "gradient")
 
 
 class Kernel(NamedTuple):
@@ -101,6 +102,38 @@ def compiled(spec: CallSpec, o: Operands, capability: int) -> Iterator[Kernel]:
     with _compiling_for(capability):
         made = triton_kernels.publish.warmup(loop.table, loop.counter, 1, *addresses, grid=(1,))
     yield _read("publish", made)
+
+
+def compiled_online_norm(x: Tensor, affine: bool, guard: str, capability: int) -> list[Kernel]:
+    """Every kernel of a call of `online_norm` with that input and of its backward pass."""
+    made: list[Kernel] = []
+
+    class Compiled:
+        """A kernel that is compiled where it would be launched."""
+
+        def __init__(self, kernel: Any) -> None:
+            self._kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def compile_it(*arguments: Any) -> None:
+                with _compiling_for(capability):
+                    made.append(_read(self._kernel.__name__, self._kernel.warmup(*arguments, grid=grid)))
+
+            return compile_it
+
+    launched = {name: kernel for name, kernel in vars(triton_online_norm).items() if name in _LAUNCHED}
+    mean, var, u, v = (torch.ones(x.size(1), dtype=statistics_dtype(x.dtype)) for _ in range(4))
+    weight = mean if affine else None
+    constants = norms.Online().constants
+    try:
+        for name, kernel in launched.items():
+            setattr(triton_online_norm, name, Compiled(kernel))
+        triton_online_norm.online_norm(x, weight, weight, mean, var, guard, constants)
+        triton_online_norm.online_norm_backward(x, x, weight, weight, mean, var, u, v, guard, constants, True)
+    finally:
+        for name, kernel in launched.items():
+            setattr(triton_online_norm, name, kernel)
+    return made
 
 
 def _read(name: str, made: Any) -> Kernel:

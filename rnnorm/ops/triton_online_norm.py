@@ -59,9 +59,11 @@ def _of_tile(C, CHANNELS: tl.constexpr):
 @triton.jit
 def _affine(c, lanes, r, weight, bias):
     """Factors of `z = a * (x - mean) + b`."""
+    # Else, not after it: the compiler reads on behind a return, with `weight` as None.
     if weight is None:
         return r, tl.zeros_like(r)
-    return r * tl.load(weight + c, mask=lanes, other=0.0), tl.load(bias + c, mask=lanes, other=0.0)
+    else:
+        return r * tl.load(weight + c, mask=lanes, other=0.0), tl.load(bias + c, mask=lanes, other=0.0)
 
 
 @triton.jit
@@ -69,10 +71,11 @@ def _of_z(given, z, factor, pull, K: tl.constexpr):
     """The gradient of z from that of the guarded value."""
     if K.guard == "scale":
         return factor * given - pull * z
-    if K.guard == "clamp":
+    elif K.guard == "clamp":
         limit = tl.full(z.shape, K.limit, z.dtype)
         return tl.where((z >= -limit) & (z <= limit), given, tl.zeros_like(z))
-    return given
+    else:
+        return given
 
 
 @_kernel

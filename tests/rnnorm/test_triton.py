@@ -107,6 +107,29 @@ def test_kernels_compile_without_spills(compiler: Any) -> None:
     assert done > 200
 
 
+@pytest.mark.slow
+def test_kernels_of_online_norm_compile_without_spills(compiler: Any) -> None:
+    axes: dict[str, Sequence[Any]] = {
+        "shape": [(8, 64, 32, 32), (128, 64), (3, 7, 5), (1, 1), (1280, 800)],
+        "guard": list(norms.GUARDS),
+        "capability": [80, 90, 100],
+        "dtype": [torch.float32, torch.bfloat16, torch.float64],
+        "affine": [True, False],
+        "last": [False, True],
+    }
+    found = set()
+    for row in cases.pairwise(axes):
+        x = torch.zeros(row["shape"], dtype=row["dtype"])
+        if row["last"]:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        for kernel in compiler.compiled_online_norm(x, row["affine"], row["guard"], row["capability"]):
+            found.add(kernel.name)
+            assert kernel.local == 0, (row, kernel.name)
+            assert kernel.shared <= SHARED, (row, kernel.name)
+            assert kernel.registers <= 255, (row, kernel.name)
+    assert found == {"moments", "statistics", "normalize", "squares", "sums", "control", "gradient"}
+
+
 def _bits(value: float) -> str:
     return "0d" + struct.pack(">d", value).hex().upper()
 
