@@ -172,9 +172,11 @@ def _norm_works(shape: tuple[int, ...]) -> tuple[Work, Work]:
     return work_of(rnnorm.OnlineNorm(shape[1])), work_of(torchs(shape[1]))
 
 
-def _step_works(V: int, size: int, T: int, N: int, half: bool = False, their_half: bool = False) -> tuple[Work, Work]:
-    inputs, targets = torch.randint(V, (T, N)), torch.randint(V, (T, N))
-    ours = LanguageModel(ModelConfig(hidden_size=size), V)
+def _step_works(
+    V: int, size: int, T: int, N: int, half: bool = False, their_half: bool = False, **options: Any
+) -> tuple[Work, Work]:
+    inputs, targets = ((V ** torch.rand(T, N)).long() - 1 for _ in range(2))  # as frequent as the words of a text
+    ours = LanguageModel(ModelConfig(hidden_size=size, **options), V)
     plain = TorchLanguageModel(V, size)
 
     def our_loss() -> Tensor:
@@ -272,6 +274,10 @@ def rows(quick: bool) -> Iterator[Row]:
     step = functools.partial(_step_works, 10000, 200, T, N)
     yield Row("linear_cross_entropy / torch's pair", "1280,200,10000", decoder, 0.52)
     yield Row("training step, 1x200 tied / torch's parts", at, step, 0.57)
+    if not quick:
+        large: dict[str, Any] = {"decoder": "adaptive", "tied": False, "sparse_embedding": True}
+        works = functools.partial(_step_works, 300_000, H, 35, N, **large)
+        yield Row("training step, 300,000 words, adaptive softmax / torch's parts", f"35,{N},{H}", works, 0.06)
     yield from _bfloat16_rows(sizes, decoder, step)
     lengths, begins = torch.randint(1, T + 1, (N,)), torch.rand(T, N) < 1 / 32
     padded = lambda: _layer_work(_lstm()(H), T, N, H)  # noqa: E731
