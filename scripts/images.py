@@ -33,8 +33,8 @@ import rnnorm
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
-    # Horizons of 100 samples, a third of the images, and of 10 for the backward pass, chosen on tuning seeds: at 1,000 the
-    # statistics lag behind.
+    # Horizons of 100 samples, a third of the images, and of 10 for the backward pass, chosen on tuning seeds: at 1,000
+    # the statistics lag behind.
     "online": lambda channels: rnnorm.OnlineNorm(channels, alpha_fwd=0.99, alpha_bwd=0.9),
     "group": lambda channels: nn.GroupNorm(4, channels),
     "none": lambda channels: nn.Identity(),
