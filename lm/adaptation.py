@@ -238,7 +238,8 @@ def _moved(kind: Kind, name: str, factor: float, score: Callable[[Kind], float])
         while True:
             value = getattr(kind, name) * step
             whole = isinstance(getattr(kind, name), int)
-            tried = replace(kind, **{name: max(1, round(value)) if whole else value})  # type: ignore[type-var]
+            # as short as `given` writes it
+            tried = replace(kind, **{name: max(1, round(value)) if whole else float(f"{value:.6g}")})  # type: ignore[type-var]
             if not (found := score(tried)) < best - _LEAST_GAIN:
                 break
             best, kind = found, tried

@@ -321,7 +321,10 @@ def evaluate(
         frequency, position = by_frequency and score.by_frequency, by_position and score.by_position
         scores.append((split, replace(score, by_frequency=frequency or None, by_position=position or None)))
     if data is None and which == "best":
-        RunFolder(folder).keep_scores(trained.step, [(split, record(score)) for split, score in scores])
+        try:
+            RunFolder(folder).keep_scores(trained.step, [(split, record(score)) for split, score in scores])
+        except OSError as fault:
+            _say(f"warning: the scores are not kept for a report: {fault}")
     if as_json:
         records = [{"split": split, **record(score)} for split, score in scores]
         click.echo(json.dumps(records[0] if len(records) == 1 else records, indent=2))

@@ -7,7 +7,7 @@ text.txt, where the text was the standard input
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,8 +134,8 @@ class RunFolder:
             raise
 
     def keep_scores(self, step: int, scores: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-        """Appends scores of the weights of a step, by split, where the folder can be written."""
-        with suppress(OSError), (self.path / SCORES).open("a", encoding="utf-8") as file:
+        """Appends scores of the weights of a step, by split; raises OSError where the folder cannot be written."""
+        with (self.path / SCORES).open("a", encoding="utf-8") as file:
             for split, record in scores:
                 file.write(json.dumps({"step": step, "split": split, **record}) + "\n")
 

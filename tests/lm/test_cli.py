@@ -488,7 +488,7 @@ def test_evaluation_that_adapts_is_tuned_on_valid_and_named(call, trained):
     (again,) = re.findall("tuned on valid; the same again: (.*)", err)
     repeated = json.loads(call(*options, *again.split())[0])
     assert repeated["protocol"] == tuned["protocol"]
-    assert repeated["nll"] == pytest.approx(tuned["nll"], rel=1e-4)
+    assert repeated["nll"] == pytest.approx(tuned["nll"], rel=1e-9)
     plain = json.loads(call(*options)[0])
     assert plain["protocol"] == "exact"
     assert plain["nll"] != tuned["nll"]
@@ -680,3 +680,10 @@ def test_the_papers_scripts(process, corpus):
     out, _ = process("run", "--split", "valid", program=script)
     assert re.search(r"exact +chunk-mean +unigram +run \(valid\)\n( +[\d.,]+){3}  run\n", out)
     assert "error: a run must be" in process("nowhere", program=script, code=2)[1]
+
+
+def test_scores_that_cannot_be_kept_are_told_and_warned_of(call, trained):
+    (trained / "scores.jsonl").symlink_to(trained / "nowhere/scores.jsonl")
+    out, err = call("eval", trained, "--split", "test")
+    assert out.startswith("test perplexity ")
+    assert "warning: the scores are not kept for a report: " in err
