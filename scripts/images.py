@@ -2,8 +2,8 @@
 
     pip install '.[images]'
     python scripts/images.py --task classify --norm online --batch-size 1 --seeds 1    # one arm
-    python scripts/images.py --task classify --json data/results/images/classify.json  # the whole table, as a study
-    python scripts/images.py --task segment --json data/results/images/segment.json
+    python scripts/images.py --task classify --json runs/classify.json  # the whole table; given again, it goes on
+    python scripts/images.py --task segment --json runs/segment.json
 
 `classify` trains a residual network on 300 of scikit-learn's 1,797 digits (8 x 8; no network needed), or with
 `--data cifar10` on CIFAR-10 from the Hugging Face hub; `segment` a U-Net on 300 generated images of disks, squares and
@@ -15,6 +15,7 @@ arms: SGD with momentum 0.9, a cosine schedule, epochs.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import statistics
@@ -263,7 +264,7 @@ def summary(runs: list[Run]) -> dict[str, Any]:
     }
 
 
-def claim(rows: list[dict[str, Any]], runs: list[Run]) -> str:
+def claim(runs: list[Run]) -> str:
     """Whether online normalization at batch size 1 is within the seeds' spread of batch normalization at 32."""
     tests = {(norm, size): [r.test for r in runs if (r.norm, r.batch_size) == (norm, size)] for norm, size in _ARMS}
     online, batch = (tests[arm] for arm in _ARMS)
@@ -280,12 +281,69 @@ def claim(rows: list[dict[str, Any]], runs: list[Run]) -> str:
 _ARMS = (("online", 1), ("batch", 32))
 
 
-def arms(chosen: argparse.Namespace, bar: Any) -> Iterator[tuple[list[Run], list[Run]]]:
-    """Each arm's runs to tune its learning rate, and those of the table."""
+class Table:
+    """What is done of a table, in a file that is whole at any time; a file of the same settings is continued."""
+
+    def __init__(self, file: Path | None, settings: dict[str, Any]) -> None:
+        self._file, self._settings = file, settings
+        self.runs: list[Run] = []
+        self.tuning: list[Run] = []
+        self._began = time.perf_counter()
+        if file is None or not file.exists():
+            return
+        try:
+            record = json.loads(file.read_text())
+            self.runs, self.tuning = ([Run(**run) for run in record[name]] for name in ("runs", "tuning"))
+            self._began -= 60 * record["minutes"]
+        except (ValueError, TypeError, KeyError) as fault:
+            raise SystemExit(f"--json must name a new file or a table of this script; got {file}: {fault!r}") from None
+        for name, value in settings.items():
+            if record.get(name) != value:
+                raise SystemExit(
+                    f"--json must name a new file or a table of the same settings; got {file}, whose {name} is "
+                    f"{record.get(name)}, not {value}; name another"
+                )
+        print(f"{len(self.done)} arms are in {file} and are not trained again", file=sys.stderr)
+
+    @property
+    def done(self) -> list[tuple[str, int]]:
+        """The arms, in the order of a table."""
+        found = {(run.norm, run.batch_size) for run in self.runs}
+        return sorted(found, key=lambda arm: ([*NORMS].index(arm[0]), arm[1]))
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [summary([run for run in self.runs if (run.norm, run.batch_size) == arm]) for arm in self.done]
+
+    @property
+    def minutes(self) -> float:
+        return (time.perf_counter() - self._began) / 60
+
+    def add(self, tuning: list[Run], runs: list[Run]) -> None:
+        self.tuning += tuning
+        self.runs += runs
+        if self._file is None:
+            return
+        record = {
+            **self._settings,
+            **{"minutes": self.minutes, "torch": torch.__version__, "rnnorm": rnnorm.__version__},
+            **{"claim": claim(self.runs), "table": self.rows, "runs": [run._asdict() for run in self.runs]},
+            "tuning": [run._asdict() for run in self.tuning],
+        }
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        new = self._file.with_name(f".{self._file.name}.new")
+        new.write_text(json.dumps(record, indent=1) + "\n")
+        new.replace(self._file)
+
+
+def arms(chosen: argparse.Namespace, done: list[tuple[str, int]], bar: Any) -> Iterator[tuple[list[Run], list[Run]]]:
+    """Each arm's runs to tune its learning rate, and those of the table; without the arms that are done."""
     task = TASKS[chosen.task]
-    make = task.data[chosen.data or next(iter(task.data))]
+    make = task.data[chosen.data]
     for norm in chosen.norm:
         for size in chosen.batch_size:
+            if (norm, size) in done:
+                continue
 
             def run(lr: float, seed: int, norm: str = norm, size: int = size) -> Run:
                 bar.set_description(f"{norm}, batch size {size}, lr {lr:g}, seed {seed}")
@@ -341,7 +399,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--lr", nargs="+", type=float, default=list(GRID), help=f"learning rates to try (default: {GRID})"
     )
-    parser.add_argument("--epochs", type=int, help="epochs (default: 15)")
+    parser.add_argument("--epochs", type=int, help="epochs (default: 15; of segment 20)")
     parser.add_argument("--threads", type=int, default=1, help="number of torch's threads (default: 1)")
     parser.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write TensorBoard files, a folder a run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run and the table, after each arm")
@@ -355,38 +413,31 @@ def main(given: list[str] | None = None) -> None:
     if min(*chosen.batch_size, chosen.seeds, *(chosen.lr or [0]), chosen.epochs or 1) <= 0:
         parser.error("--batch-size, --seeds, --lr and --epochs must be greater than 0")
     chosen.epochs = chosen.epochs or TASKS[chosen.task].epochs
+    chosen.data = chosen.data or next(iter(known))
     torch.set_num_threads(chosen.threads)
 
     from tqdm import tqdm
 
-    began, tried, runs, rows = time.perf_counter(), [], [], []
+    settings = {
+        **{"task": chosen.task, "data": chosen.data, "epochs": chosen.epochs, "seeds": chosen.seeds},
+        **{"grid": chosen.lr, "tuning_seeds": [*TUNING_SEEDS], "momentum": MOMENTUM, "threads": chosen.threads},
+    }
+    table = Table(chosen.json, settings)
     each = chosen.seeds + (len(chosen.lr) * len(TUNING_SEEDS) if len(chosen.lr) > 1 else 0)
-    count = len(chosen.norm) * len(chosen.batch_size) * each * chosen.epochs
+    left = {*itertools.product(chosen.norm, chosen.batch_size)} - {*table.done}
+    count = len(left) * each * chosen.epochs
     with tqdm(total=count, unit=" epochs", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
-        for tuning, found in arms(chosen, bar):
-            tried += tuning
-            runs += found
-            rows.append(summary(found))
-            minutes = (time.perf_counter() - began) / 60
-            if chosen.json:
-                chosen.json.parent.mkdir(parents=True, exist_ok=True)
-                record = {
-                    **{"task": chosen.task, "data": chosen.data or next(iter(known)), "epochs": chosen.epochs},
-                    **{"grid": chosen.lr, "tuning_seeds": TUNING_SEEDS, "momentum": MOMENTUM, "minutes": minutes},
-                    **{"torch": torch.__version__, "rnnorm": rnnorm.__version__, "threads": chosen.threads},
-                    **{"claim": claim(rows, runs), "table": rows, "runs": [run._asdict() for run in runs]},
-                    "tuning": [run._asdict() for run in tried],
-                }
-                chosen.json.write_text(json.dumps(record, indent=1) + "\n")
+        for tuning, found in arms(chosen, table.done, bar):
+            table.add(tuning, found)
     score = "accuracy" if chosen.task == "classify" else "mean IoU"
     print(f"| norm | batch size | learning rate | {score}, median | quartiles | diverged |\n|---|---|---|---|---|---|")
-    for row in rows:
+    for row in table.rows:
         low, high = row["quartiles"]
         print(
             f"| {row['norm']} | {row['batch_size']} | {row['lr']:g} | {row['median']:.4f} | {low:.4f} to {high:.4f} "
             f"| {row['diverged']} of {row['seeds']} |"
         )
-    print(f"\n{claim(rows, runs)}\n{minutes:.1f} minutes, {chosen.threads} threads".lstrip())
+    print(f"\n{claim(table.runs)}\n{table.minutes:.1f} minutes, {chosen.threads} threads".lstrip())
 
 
 if __name__ == "__main__":

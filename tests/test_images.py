@@ -50,6 +50,23 @@ def test_the_table_of_every_arm(images: Any, tmp_path: Path, capsys: pytest.Capt
     assert record["claim"].startswith("online at batch size 1: median 0.")
 
 
+def test_a_table_goes_on_where_it_was(images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, options = tmp_path / "segment.json", ["--task", "segment", "--seeds", "1", "--lr", "0.1", "--norm"]
+    images.main([*options, "batch", "online", "--json", str(tmp_path / "whole.json")])
+    images.main([*options, "online", "--batch-size", "4", "--json", str(file)])
+    trained, train = [], images.train
+    monkeypatch.setattr(images, "train", lambda *given: (trained.append(given[2:4]), train(*given))[1])
+    images.main([*options, "batch", "online", "--json", str(file)])
+    assert trained == [("batch", 1), ("batch", 4), ("batch", 32), ("online", 1), ("online", 32)]
+    whole, gone_on = (json.loads((tmp_path / name).read_text())["table"] for name in ("whole.json", "segment.json"))
+    assert gone_on == whole
+    with pytest.raises(SystemExit, match=r"segment\.json, whose seeds is 1, not 2; name another"):
+        images.main([*options, "batch", "--seeds", "2", "--json", str(file)])
+    file.write_text("[]")
+    with pytest.raises(SystemExit, match="must name a new file or a table of this script; got "):
+        images.main([*options, "batch", "--json", str(file)])
+
+
 def test_one_seed_one_run_and_norms_differ(images: Any) -> None:
     task = images.TASKS["segment"]
     data = task.data["shapes"](1)
