@@ -292,8 +292,8 @@ class TrainedModel:
         held = "that it began with" if split in ("train", "valid") else f"that {SCORES} in its folder tells of"
         also = "" if split in ("train", "valid") else ", or move that file away"
         raise UserError(
-            f"a run must be evaluated with the {split} text {held}; got another in {source}; restore it, score it as a "
-            f"text of its own, by --data {source}{also}"
+            f"a run must be evaluated with the {split} text {held}; got another in {source}; restore it, score it "
+            f"as another text, by --data {source}{also}"
         )
 
     def _score(self, text: Text, encoded: Stream, protocol: ProtocolName, chunk: int, groups: bool = False) -> Score:

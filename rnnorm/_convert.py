@@ -95,7 +95,7 @@ def _refuse_unusual(name: str, layer: nn.Module) -> None:
     computed = [held for held in ("weight", "bias") if held not in layer._parameters]
     if computed or torch.nn.utils.parametrize.is_parametrized(layer):
         raise ValueError(
-            f"{name} must have parameters of its own; got a computed {' and '.join(computed) or 'value'}; remove what "
+            f"{name} must have ordinary parameters; got a computed {' and '.join(computed) or 'value'}; remove what "
             "computes it before (torch.nn.utils.prune.remove, parametrize.remove_parametrizations)"
         )
     kind = type(layer)

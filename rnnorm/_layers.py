@@ -24,11 +24,8 @@ _NOTHING_DROPPED = (
 class Recurrent(RecurrentModule):
     """Stacked recurrent layers, in one or both directions; subclasses choose the cell."""
 
-    __jit_unused_properties__: ClassVar[list[str]] = [
-        "_all_weights",
-        "all_weights",
-        "mode",
-    ]  # TorchScript would compile them
+    # TorchScript would compile them.
+    __jit_unused_properties__: ClassVar[list[str]] = ["_all_weights", "all_weights", "mode"]
     _torch_layer: ClassVar[type[nn.RNNBase]]
     _torch_options: ClassVar[tuple[str, ...]] = (
         *("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"),

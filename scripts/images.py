@@ -2,7 +2,7 @@
 
     pip install '.[images]'
     python scripts/images.py --task classify --norm online --batch-size 1 --seeds 1    # one arm
-    python scripts/images.py --task classify --json runs/classify.json  # the whole table; given again, it goes on
+    python scripts/images.py --task classify --json runs/classify.json  # the whole table; again: continues it
     python scripts/images.py --task segment --json runs/segment.json
 
 `classify` trains a residual network on 300 of scikit-learn's 1,797 digits (8 x 8; no network needed), or with

@@ -23,7 +23,6 @@ from rnnorm.ops.call import CallSpec, Operands, statistics_dtype
 
 CAPABILITIES = (80, 90, 100)
 _SWITCH = threading.Lock()
-_LAUNCHED = ("moments", "statistics", "normalize", "squares", "sums", "control", "gradient")
 
 
 class Kernel(NamedTuple):
@@ -121,7 +120,11 @@ def compiled_online_norm(x: Tensor, affine: bool, guard: str, capability: int) -
 
             return compile_it
 
-    launched = {name: kernel for name, kernel in vars(triton_online_norm).items() if name in _LAUNCHED}
+    launched = {
+        name: kernel
+        for name, kernel in vars(triton_online_norm).items()
+        if isinstance(kernel, triton.JITFunction) and not name.startswith("_")
+    }
     mean, var, u, v = (torch.ones(x.size(1), dtype=statistics_dtype(x.dtype)) for _ in range(4))
     weight = mean if affine else None
     constants = norms.Online().constants

@@ -315,7 +315,7 @@ def test_a_text_that_was_replaced_is_not_scored_as_the_runs_own(call, trained, c
     for options in ((), ("--cache",), ("--protocol", "chunk-mean"), ("--checkpoint", "last")):
         err = fault(call, "eval", trained, "--split", split, *options)
         assert f"a run must be evaluated with the {split} text that " in err
-        assert f"got another in {corpus}; restore it, score it as a text of its own, by --data {corpus}" in err
+        assert f"got another in {corpus}; restore it, score it as another text, by --data {corpus}" in err
         assert ("scores.jsonl" in err) == (split == "test")
     others = {"train", "valid", "test"} - {split}
     call("eval", trained, *(word for other in others for word in ("--split", other)))

@@ -167,8 +167,8 @@ def _parametrized() -> nn.Module:
     ("make", "message"),
     [
         (lambda: _Activated(3), "1 must be one of torch's batch normalizations; got a _Activated, whose forward is"),
-        (_pruned, "1 must have parameters of its own; got a computed weight; remove"),
-        (_parametrized, "1 must have parameters of its own; got a computed bias; remove"),
+        (_pruned, "1 must have ordinary parameters; got a computed weight; remove"),
+        (_parametrized, "1 must have ordinary parameters; got a computed bias; remove"),
         (lambda: torch.jit.script(nn.BatchNorm1d(3)), "1 must be a module; got a scripted BatchNorm1d; convert before"),
     ],
 )

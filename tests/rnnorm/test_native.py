@@ -628,4 +628,4 @@ def test_tanh_is_precise() -> None:
         module.weight_ih_l0.fill_(1)
         x = torch.cat([torch.linspace(-10, 10, 100_001), torch.logspace(-30, 1, 1000)])
         y = module(x[None, :, None])[0].flatten()
-    torch.testing.assert_close(y.double(), x.double().tanh(), rtol=8 * 2**-24, atol=0)
+    torch.testing.assert_close(y.double(), x.double().tanh(), rtol=6 * 2**-24, atol=0)

@@ -662,3 +662,20 @@ def test_cells_carry_small_changes_under_autocast(kind: str, backend: str) -> No
         return state[1] if isinstance(state, tuple) else state
 
     torch.testing.assert_close(last(cell, True), last(exact, False), rtol=1e-2, atol=0)
+
+
+def test_a_scripted_backward_that_raises_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = _make(backend="scripted")
+    y = layer(torch.randn(5, 2, 3))[0]
+    before = {name: value.clone() for name, value in layer.named_buffers()}
+    backend = type(registry.by_name("scripted"))
+    sound = backend.backward
+
+    def moves_and_raises(*given: Any) -> None:
+        sound(*given)
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(backend, "backward", moves_and_raises)
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        y.sum().backward()
+    torch.testing.assert_close(dict(layer.named_buffers()), before, rtol=0, atol=0)
