@@ -8,8 +8,12 @@ zeros for them, so nothing that is kept depends on uninitialized memory.
 
 Tensors with a time axis are found through `table`, their addresses on the device, and the step through `counter`, so
 that a captured graph serves every call and every step. A program never reads what it or another program of the same
-launch has written; there are no atomics, so runs repeat to the bit. Loads stand before stores: the compiler moves none
-across a store, and each that waits behind one costs the time of a trip to memory.
+launch has written; there are no atomics, so runs repeat to the bit.
+
+Loads stand before stores: the compiler moves none across a store, and each that waits behind one costs the time of a
+trip to memory. In programs of several warps a barrier stands between them: the warp that loads a value, such as a state
+or a gradient that the step replaces, need not be the one that stores it. Those of `stream_*` are one warp, whose lanes
+load and store what is theirs.
 
 A float constant is rounded to float32 unless it stands in the same expression as a tensor of float64: constants are
 used where they are needed, never held in a variable, and `tl.maximum` and `tl.minimum`, which also drop NaN, are not
@@ -342,12 +346,18 @@ def _split(grad, table, at, ok, STAY: tl.constexpr, SLOT: tl.constexpr, K: tl.co
 
 
 @triton.jit
-def _leave(table, new, old, entering, h_state, mask, s, n, h, P, cells, ok, K: tl.constexpr):
-    """End a step with its new h: zoneout, output, state, and what enters the next step's product."""
+def _renew(new, old, table, mask, s, n, h, P, ok, K: tl.constexpr):
+    """The new h after zoneout, and what of it enters the next step's product."""
     new = _zoned(new, old, table, s * P + h, ok, K.stay_h, STAY_H, K)
     enters = new
     if mask is not None:
         enters = new * tl.load(mask + n * P + h, mask=ok, other=0.0)
+    return new, enters
+
+
+@triton.jit
+def _leave(table, new, enters, old, entering, h_state, s, n, h, P, cells, ok, K: tl.constexpr):
+    """End a step with its new h: output, state, and what enters the next step's product."""
     tl.store(entering + n * P + h, enters.to(K.narrow), mask=ok)
     tl.store(h_state + n * P + h, new, mask=ok)
     tl.store(_at(table, OUT, K.narrow) + s * P + h, tl.where(ok, new, 0.0).to(K.narrow), mask=cells)
@@ -397,21 +407,25 @@ def lstm(
         acts = (_sigmoid(normed[0][3]), _sigmoid(normed[1][3]), _tanh(normed[2][3]), _sigmoid(normed[3][3]))
         o = acts[3]
         c = tl.where(ok, acts[1] * c_old + acts[0] * acts[2], 0.0)
-    if PART == FIRST:
-        tl.store(extra + s * H + h, c, mask=cells)
-    else:
-        if PART == LAST:
-            c = tl.load(_at(table, CELL, K.wide) + s * H + h, mask=ok, other=0.0)
-            o = tl.load(gates + s * C + 3 * H + h, mask=ok, other=0.0)
+    if PART == LAST:
+        c = tl.load(_at(table, CELL, K.wide) + s * H + h, mask=ok, other=0.0)
+        o = tl.load(gates + s * C + 3 * H + h, mask=ok, other=0.0)
+    if PART != FIRST:
         y_c, r_c, guard_c, c = _normalized(
             c, 0, h, ok, H, cell_scale, cell_shift, cell_mean, cell_rstd, tl.constexpr(K.cell_kind), K
         )
         t, c_new = _tanh(c), _zoned(c, c_old, table, s * H + h, ok, K.stay_c, STAY_C, K)
+        if hidden is None:
+            old = tl.load(h_state + n * H + h, mask=ok & carries, other=0.0)
+            new, enters = _renew(o * t, old, table, mask, s, n, h, H, ok, K)
+    tl.debug_barrier()
+    if PART == FIRST:
+        tl.store(extra + s * H + h, c, mask=cells)
+    else:
         if hidden is not None:
             tl.store(hidden + n * H + h, tl.where(ok, o * t, 0.0).to(K.narrow), mask=cells)
         else:
-            old = tl.load(h_state + n * H + h, mask=ok & carries, other=0.0)
-            _leave(table, o * t, old, entering, h_state, mask, s, n, h, H, cells, ok, K)
+            _leave(table, new, enters, old, entering, h_state, s, n, h, H, cells, ok, K)
         tl.store(c_state + n * H + h, c_new, mask=ok)
         if K.save:
             tl.store(extra + s * H + h, t, mask=cells)
@@ -436,7 +450,9 @@ def projected(
     ok = active & (h < P)
     old = tl.load(h_state + n * P + h, mask=ok & carries, other=0.0)
     new = tl.load(product + n * P + h, mask=ok, other=0.0).to(K.wide)
-    _leave(table, new, old, entering, h_state, mask, s, n, h, P, inside & (h < P), ok, K)
+    new, enters = _renew(new, old, table, mask, s, n, h, P, ok, K)
+    tl.debug_barrier()
+    _leave(table, new, enters, old, entering, h_state, s, n, h, P, inside & (h < P), ok, K)
 
 
 @_kernel
@@ -463,18 +479,21 @@ def gru(
         y_z, r_z, guard_z, z = _normalized(x_z, 1, h, ok, H, scale, shift, mean, rstd, tl.constexpr(K.kind), K)
         r, z = _sigmoid(r), _sigmoid(z)
         x = tl.where(ok, x + r * apart, 0.0)
+    if PART == LAST:
+        x = tl.load(_at(table, NORM, K.wide) + s * C + at, mask=ok, other=0.0)
+        z = tl.load(gates + H, mask=ok, other=0.0)
+    if PART != FIRST:
+        y_n, r_n, guard_n, q = _normalized(x, 2, h, ok, H, scale, shift, mean, rstd, tl.constexpr(K.kind), K)
+        n_gate = _tanh(q)
+        new, enters = _renew(n_gate + z * (old - n_gate), old, table, mask, s, n, h, H, ok, K)
+    tl.debug_barrier()
     if PART == FIRST:
         tl.store(gates + 2 * H, x, mask=cells)
     else:
-        if PART == LAST:
-            x = tl.load(_at(table, NORM, K.wide) + s * C + at, mask=ok, other=0.0)
-            z = tl.load(gates + H, mask=ok, other=0.0)
-        y_n, r_n, guard_n, q = _normalized(x, 2, h, ok, H, scale, shift, mean, rstd, tl.constexpr(K.kind), K)
-        new = _tanh(q)
-        _leave(table, new + z * (old - new), old, entering, h_state, mask, s, n, h, H, cells, ok, K)
+        _leave(table, new, enters, old, entering, h_state, s, n, h, H, cells, ok, K)
         _keep(table, s, 2, 3, h, H, y_n, r_n, guard_n, inside, cells, NORM, tl.constexpr(K.kind), K)
         if K.save:
-            tl.store(gates + 2 * H, new, mask=cells)
+            tl.store(gates + 2 * H, n_gate, mask=cells)
     if PART != LAST:
         _keep(table, s, 0, 3, h, H, y_r, r_r, guard_r, inside, cells, NORM, tl.constexpr(K.kind), K)
         _keep(table, s, 1, 3, h, H, y_z, r_z, guard_z, inside, cells, NORM, tl.constexpr(K.kind), K)
@@ -501,7 +520,9 @@ def rnn(
         q = tl.where(q < 0, 0.0, q)
     else:
         q = _tanh(q)
-    _leave(table, q, old, entering, h_state, mask, s, n, h, H, cells, ok, K)
+    new, enters = _renew(q, old, table, mask, s, n, h, H, ok, K)
+    tl.debug_barrier()
+    _leave(table, new, enters, old, entering, h_state, s, n, h, H, cells, ok, K)
     _keep(table, s, 0, 1, h, H, y, r, guard, inside, cells, NORM, tl.constexpr(K.kind), K)
     if K.save:
         tl.store(_at(table, GATES, K.wide) + s * H + h, q, mask=cells)
@@ -532,6 +553,7 @@ def projected_backward(
     cells, ok = inside & (h < P), active & (h < P)
     later, out = _arrive(table, direct, product, mask, s, n, h, P, cells, ok, K)
     d, through = _split(out, table, s * P + h, ok, K.stay_h, STAY_H, K)
+    tl.debug_barrier()
     _pass(direct, later, through, n, h, P, cells, active, carries)
     tl.store(_at(table, D_APART, K.wide) + s * P + h, d, mask=cells)
     tl.store(operand + n * P + h, d.to(K.narrow), mask=cells)
@@ -581,6 +603,8 @@ def lstm_backward(
                 dqs[g], table, s, g, 4, h, inside, ok, H, scale, shift, rstd, NORM, tl.constexpr(K.kind), K
             )  # fmt: skip
             ds += (gate,)
+    tl.debug_barrier()
+    if PART != FIRST:
         for g in tl.static_range(4):
             d, dz = ds[g]
             _write(d, dz, table, operand, s, n, g * H + h, C, cells, carries, scale, tl.constexpr(K.kind), K)
@@ -630,6 +654,8 @@ def gru_backward(
             dh * (old - new) * z * (1.0 - z), table, s, 1, 3, h, inside, ok, H, scale, shift, rstd,
             NORM, tl.constexpr(K.kind), K,
         )  # fmt: skip
+    tl.debug_barrier()
+    if PART != FIRST:
         _write(dr, dz_r, table, operand, s, n, h, C, cells, carries, scale, tl.constexpr(K.kind), K)
         _write(dz, dz_z, table, operand, s, n, H + h, C, cells, carries, scale, tl.constexpr(K.kind), K)
         tl.store(_at(table, D_APART, K.wide) + at, dn * r, mask=cells)
@@ -660,5 +686,6 @@ def rnn_backward(
     d, dz = _denormalized(
         d, table, s, 0, 1, h, inside, ok, H, scale, shift, rstd, NORM, tl.constexpr(K.kind), K
     )  # fmt: skip
+    tl.debug_barrier()
     _pass(direct, later, through, n, h, H, cells, active, carries)
     _write(d, dz, table, operand, s, n, h, H, cells, carries, scale, tl.constexpr(K.kind), K)

@@ -104,7 +104,27 @@ def test_kernels_compile_without_spills(compiler: Any) -> None:
             assert kernel.local == 0, (row, kernel.name)
             assert kernel.shared <= SHARED, (row, kernel.name)
             assert kernel.registers <= 255, (row, kernel.name)
+            assert _in_order(kernel.ptx), (row, kernel.name)
     assert done > 200
+
+
+def _in_order(ptx: str) -> bool:
+    """One warp, or a barrier between the last load and the first store."""
+    lines = ptx.splitlines()
+    loads, barriers, stores = (
+        [k for k, line in enumerate(lines) if what in line] for what in ("ld.global", "bar.sync", "st.global")
+    )
+    alone = ".reqntid 32" in ptx or not loads
+    return alone or any(max(loads) < k < min(stores) for k in barriers)
+
+
+@pytest.mark.parametrize("norm", ["online-none", "layer"])
+def test_no_warp_stores_what_another_one_still_loads(compiler: Any, norm: str) -> None:
+    """A size, dtype and mode in which the compiler gives loads and stores of h to different warps."""
+    spec = _spec("lstm", cases.NORMS[norm], training=False)
+    kernels = [*compiler.compiled(spec, compiler.operands(spec, 3, 40, torch.float64), 90)]
+    assert [kernel.name for kernel in kernels if not _in_order(kernel.ptx)] == []
+    assert not _in_order(kernels[0].ptx.replace("bar.sync", ""))
 
 
 @pytest.mark.slow
