@@ -11,9 +11,9 @@ from lm.errors import UserError
 from lm.model import sketch
 
 
-def require_backend(name: str) -> None:
-    """Raises UserError unless the recurrence can run by this name here."""
-    known = rnnorm.backends()
+def require_backend(name: str, device: torch.device) -> None:
+    """Raises UserError unless the recurrence can run by this name on the device."""
+    known = rnnorm.backends(device)
     if name != "auto" and name not in known:
         raise UserError(f"a backend must be one of auto, {', '.join(known)}; got {name!r}; choose one of these")
     if name != "auto" and known[name] is not None:

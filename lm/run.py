@@ -96,8 +96,8 @@ def train(settings: Config, path: Path, *, resume: str = "auto", overwrite: bool
 
         # the settings too: those of a run that is resumed are in its folder, which other machines need not see
         settings, aside, saved, start, text = team.of_first(opened)
-        require_backend(settings.train.backend)  # on each process: the first step waits for no one's compiler
         device = require_device(team.place(settings.train.device))
+        require_backend(settings.train.backend, device)  # on each process: the first step waits for no one's compiler
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # or the context of each process would also take memory of the first GPU
         require_memory(settings.model, text.tokenizer.size)
@@ -128,7 +128,7 @@ def _placed(settings: Config, saved: Mapping[str, Any] | None, team: Team, say: 
     """The settings with the device that `auto` stands for, as the run keeps them."""
     before = None if saved is None else config.build(saved["config"]).train.device
     device = resolve_device(settings.train.device, before)
-    require_device(team.place(device))
+    require_backend(settings.train.backend, require_device(team.place(device)))
     if before is not None and before.partition(":")[0] != device.partition(":")[0]:
         say(f"the run was on {before} and is now on {device}: its bits will differ from a run on {before} alone")
     precision = resolve_precision(settings.train.precision, device)
@@ -145,7 +145,6 @@ def _require(settings: Config, team: Team) -> None:
         raise UserError(
             f"model.sparse_embedding must be trained by one process; got {team.size}; set model.sparse_embedding=false"
         )
-    require_backend(options.backend)
     if options.batch_size < team.size * options.accumulate:
         raise UserError(
             f"train.batch_size must have a column for each of train.accumulate parts in each process; "

@@ -329,8 +329,8 @@ def load(
         >>> model = lm.load("runs/mine")
     """
     place = RunFolder(Path(folder))
-    require_backend(backend)
     where = require_device(device)
+    require_backend(backend, where)
     saved = place.saved(which, say)
     settings = config.build(saved["config"])
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"backend": backend})})

@@ -128,10 +128,10 @@ def _check(missing: Sequence[Job], devices: Sequence[str]) -> None:
     settings = [job.arm.settings for job in missing]
     for source, place, reading in {(each.data.source, each.data.dir, each.data.reading) for each in settings}:
         corpora.load(source, Path(place), corpora.SPLITS, reading)  # each run is scored on the test text too
-    for backend in {each.train.backend for each in settings}:
-        require_backend(backend)
     for device in set(devices) or {each.train.device for each in settings}:
-        require_device(device)
+        there = require_device(device)
+        for backend in {each.train.backend for each in settings}:
+            require_backend(backend, there)
 
 
 def _described(study: Study) -> str:

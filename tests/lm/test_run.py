@@ -15,7 +15,7 @@ from lm.errors import UserError
 from lm.evaluator import evaluate
 from lm.events import Stepped
 from lm.lock import Lock
-from lm.machine import resolve_device
+from lm.machine import require_backend, resolve_device
 from lm.model import LanguageModel
 from lm.trained import load
 from lm.trainer import DivergedError
@@ -210,6 +210,17 @@ def test_auto_is_the_device_of_the_run_or_of_the_machine(monkeypatch, asked, bef
     assert resolve_device(asked, before) == device
 
 
+def test_a_backend_must_run_on_the_device_of_the_run(monkeypatch):
+    """And no other device is asked about: for the CPU that may start a compiler."""
+    asked = []
+    monkeypatch.setattr("rnnorm.backends", lambda device: asked.append(device) or {"triton": None, "cpu": "no CPU"})
+    gpu = torch.device("cuda:1")
+    require_backend("triton", gpu)
+    with pytest.raises(UserError, match="a backend must be able to run here; got cpu: no CPU"):
+        require_backend("cpu", gpu)
+    assert asked == [gpu, gpu]
+
+
 def test_a_run_keeps_its_device_and_says_when_it_moves(train, tmp_path, monkeypatch):
     """The GPU is the CPU here, under another name."""
     monkeypatch.setattr(run, "require_device", lambda name: torch.device("cpu"))
@@ -232,15 +243,18 @@ def test_a_run_keeps_its_device_and_says_when_it_moves(train, tmp_path, monkeypa
 
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_resumes_on_the_cpu_and_is_evaluated_on_both(train, tmp_path, cuda):
-    train("train.device=cuda", "train.max_steps=3", "train.optimizer=adam")
+    adam = ("train.optimizer=adam", "train.lr=0.01")
+    train("train.device=cuda", "train.max_steps=3", *adam)
     saved = checkpoint.load(tmp_path / "run/checkpoints/last.safetensors")
     assert all(value.device.type == "cpu" for value in saved["model"].values())
-    train("train.device=cpu", "train.max_steps=6", "train.optimizer=adam")
-    outcome = train("train.device=cuda", "train.optimizer=adam")
+    train("train.device=cpu", "train.max_steps=6", *adam)
+    outcome = train("train.device=cuda", *adam)
     here, there = (load(tmp_path / "run", device=device) for device in ("cpu", "cuda"))
     assert here.score_split("valid").nll == pytest.approx(outcome.score.nll, rel=1e-4)
     assert there.score_split("valid").nll == pytest.approx(outcome.score.nll, rel=1e-4)
-    assert there.sample(length=5, seed=1).count(" ") == 4
+    named = load(tmp_path / "run", device="cuda", backend="triton")
+    assert named.score_split("valid").nll == there.score_split("valid").nll
+    assert len(re.findall(r"\n|\S+", there.sample(length=5, seed=1))) == 5
     assert [token.text for token in here.next_words("the", 3)] == [token.text for token in there.next_words("the", 3)]
 
 
