@@ -14,6 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from rnnorm import _check, _masks, _torchscript, norms, ops
 from rnnorm._cells import CELLS
+from rnnorm._torch import autocast_dtype
 
 State = Tensor | tuple[Tensor, Tensor]
 Own = dict[str, Any]  # the weights and statistics of one layer and direction by operand name; None where absent
@@ -357,13 +358,3 @@ def in_evaluation(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in training.items():
             part.training = mode
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """Autocast's dtype for products with `tensor`; None if autocast is off or the tensor is float64."""
-    kind = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
-        return None
-    if not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)

@@ -1,6 +1,6 @@
 """Private names of torch, in one place, each with a fallback for versions of torch that lack it.
 
-Checked on torch 2.13.0 and 2.14.1.
+Checked on torch 2.11.0, 2.13.0 and 2.14.1.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,6 +43,16 @@ def in_backward() -> bool:
 def has_modes() -> bool:
     """True if a mode that intercepts operators is active."""
     return _modes() != 0 or _modes_before_dispatch() != 0
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Autocast's dtype for products with `tensor`; None if autocast is off or the tensor is float64."""
+    kind = tensor.device.type
+    # Other devices have no autocast, and raise when they are asked; torch 2.11 cannot compile the second question.
+    known = kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind)
+    if tensor.dtype == torch.float64 or not known or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def is_transformed(tensors: Sequence[Tensor | None]) -> bool:

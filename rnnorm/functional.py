@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rnnorm import ops
+from rnnorm._torch import autocast_dtype
 
 
 def linear_cross_entropy(
@@ -53,7 +54,7 @@ def _call(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     _check(hidden, weight, bias, targets, weights)
-    return ops.linear_cross_entropy(hidden, weight, bias, targets, weights, _product_dtype(hidden))
+    return ops.linear_cross_entropy(hidden, weight, bias, targets, weights, autocast_dtype(hidden) or hidden.dtype)
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None) -> None:
@@ -67,10 +68,3 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
         raise ValueError(f"targets and mask must be [M] = [{rows[0]}]; got {found}")
     if targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64; got {targets.dtype}; convert them with .long()")
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype

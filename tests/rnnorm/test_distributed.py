@@ -1,5 +1,6 @@
 """Running statistics averaged over real processes, against the definition."""
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def _train(count: int) -> Any:
     """A step of data parallel training."""
     torch.manual_seed(0)
     layer = rnnorm.LSTM(3, 4, backend="reference")
-    data = nn.parallel.DistributedDataParallel(layer, forward_sync_buffers=False)
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters  # torch 2.13 has another name for it
+    name = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known)
+    data = nn.parallel.DistributedDataParallel(layer, **{name: False})
     x = torch.randn(5, 4, 3).tensor_split(count, 1)[dist.get_rank()]
     for _ in range(2):
         data.zero_grad()
