@@ -1,7 +1,7 @@
 """The Triton backend's check of itself: a small call and its backward pass against the scripted backend.
 
-It runs once for each process, device and kind of call, before the first such call, until the kernels have been tested
-on devices.
+It runs once for each process, device and kind of call, before the first such call: the kernels were tested on one kind
+of device, with one compiler. There it found a store that overtook a load.
 """
 
 import threading
