@@ -132,9 +132,14 @@ assert len(BY_ID) == len(ALL)
 CANDIDATES = [backend.name for backend in registry.BACKENDS if backend.name != "reference"]
 
 
+def why_not(backend: str, device: str = "cpu") -> str | None:
+    """Why this machine cannot run the backend, None if it can."""
+    return registry.by_name(backend).why_not(torch.device(device), torch.float32, None)
+
+
 def skip_unless_runs(backend: str, device: str = "cpu") -> None:
     """Skip, with the reason, if this machine cannot run the backend."""
-    reason = registry.by_name(backend).why_not(torch.device(device), torch.float32, None)
+    reason = why_not(backend, device)
     if reason is not None:
         pytest.skip(f"backend {backend!r}: {reason}")
 
