@@ -76,7 +76,7 @@ def show_stats(source: str, min_count: int | None, data_dir: Path, **reading: st
 @click.option(
     "--out", type=files.path, help="New folder to write train.txt, valid.txt and test.txt to.  [default: NAME-words]"
 )
-@click.option("--language", default="en", help="Language whose abbreviations and apostrophes are known.")
+@click.option("--language", default="en", help="Language whose abbreviations and apostrophes are known: de, fr …")
 @click.option("--lower", is_flag=True, help="Lower case.")
 @click.option("--numbers", is_flag=True, help="Write each number as N.")
 @_split
@@ -93,10 +93,11 @@ def prepare_data(
     """
     from lm.corpora import prepare
 
+    words = prepare.splitter(language, lower=lower, numbers=numbers)
     corpus = corpora.load(source, data_dir, (), Reading(**reading))
     out = out or Path(f"{corpus.name}-words")
     corpus.require("word", _WAYS)
-    prepare.prepare(corpus, out, prepare.splitter(language, lower=lower, numbers=numbers))
+    prepare.prepare(corpus, out, words)
     click.echo(f"{out}: " + ", ".join(f"{name}.txt" for name in corpus.splits) + f"; train with --data {out}")
 
 

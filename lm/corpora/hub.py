@@ -103,9 +103,14 @@ def dataset(source: str, data_dir: Path, options: Reading) -> dict[str, Text]:
         source: `NAME` or `NAME:CONFIG`; a folder that `datasets` can load, too.
 
     Raises:
-        UserError: no answer from the hub; no column of text.
+        UserError: no name; no answer from the hub; no column of text.
     """
     name, _, configuration = source.partition(":")
+    if not name:
+        raise UserError(
+            f"a data set of the hub must have a name, hf:NAME or hf:NAME:CONFIG; got 'hf:{source}'; give one, such as "
+            "hf:Salesforce/wikitext:wikitext-2-raw-v1"
+        )
     column = "" if options.column == Reading.column else f"-{options.column}"
     folder = data_dir / "hub" / (source.replace("/", "--").replace(":", "--") + column)
     if not holds_text(folder):

@@ -21,10 +21,20 @@ def splitter(language: str = "en", *, lower: bool = False, numbers: bool = False
         lower: in lower case.
         numbers: a word that is a number is `N`.
 
+    Raises:
+        UserError: a language that the tokenizer does not know; it would take it for English.
+
     Source: the tokenizer of Moses (Koehn et al. 2007), by sacremoses.
     """
     from sacremoses import MosesTokenizer
+    from sacremoses.corpus import NonbreakingPrefixes
 
+    known = {*NonbreakingPrefixes().available_langs.values(), "ja", "ko"}  # the last two have rules only
+    if language not in known:
+        raise UserError(
+            f"a language must be the code of one whose abbreviations are known: {', '.join(sorted(known))}; "
+            f"got {language!r}; en is the nearest for others in Latin letters"
+        )
     moses = MosesTokenizer(language)
 
     def words(line: str) -> str:

@@ -592,6 +592,8 @@ def test_help_names_every_option_and_key(process, call):
         (("report", "run", "--out", ""), "a path must not be empty; got ''; write . for the working folder"),
         (("train", "--data", "markov", "--run", ""), "a path must not be empty; got ''"),
         (("data", "prepare", "a.txt", "--out", ""), "a path must not be empty; got ''"),
+        (("data", "prepare", "a.txt", "--language", "german"), "cs, de, el, en, es, "),
+        (("train", "--data", "hf:"), "a data set of the hub must have a name, hf:NAME or hf:NAME:CONFIG; got 'hf:'"),
         (("fly",), "No such command 'fly'"),
     ],
 )
