@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,6 +94,8 @@ def estimate_statistics(model: LanguageModel, data: Columns, window: str) -> Non
     steps, width = data.steps, data.width
     rate = 1 - max(norm.alpha_fwd for norm in norms.values())
     rows = min(steps, math.ceil(_HORIZONS / rate / width)) if rate else steps
+    if rows < steps:
+        data = replace(data, steps=rows, last=width)  # a GPU gets no more than is read
     data = data.to(next(model.parameters()).device)
     state: State | None = None
     with evaluating(model), _moving(list(norms)):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from torch import Tensor
 
 import rnnorm
@@ -51,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(fault.format_message(), 2)
     except (UserError, rnnorm.BackendUnavailable) as fault:
         return _fail(str(fault), 2)
+    except torch.OutOfMemoryError as fault:
+        return _fail(
+            f"the GPU's memory must hold the model and a step; {str(fault).splitlines()[0]}; raise train.accumulate, "
+            "lower train.batch_size or train.window, or free the GPU",
+            2,
+        )
     except OSError as fault:
         return _fail(f"{fault.filename or 'a file'}: {fault.strerror or fault}", 2)
     except distributed.ElsewhereError:
@@ -203,6 +210,8 @@ def compose(
     held = next((path for place in runs if place is not None and (path := place / "config.toml").is_file()), None)
     if preset is None and held is not None:
         tables = config.read_toml(held, "a run's configuration")
+        if held.parent != folder:  # where that run was says nothing of where this one is
+            config.put(tables, "train", "device", "auto")
     else:
         tables = config.preset(preset or "default")
     tables = config.override(tables, [])
@@ -566,7 +575,7 @@ def export_model(folder: Path, file: Path, to: str, which: Which) -> None:
     """
     from lm.export import FORMATS, export
 
-    worst = export(load(folder, which=which), to, file)
+    worst = export(load(folder, which=which, device="cpu"), to, file)
     found = "not checked: onnxruntime is not installed" if worst is None else f"largest difference {worst:.2g}"
     click.echo(f"{file}: {to}, {file.stat().st_size:,} bytes" + (f"; {found}" if to in FORMATS else ""))
 

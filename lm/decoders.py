@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm.errors import UserError
-from lm.loss import linear_cross_entropy, token_nll
+from lm.loss import linear_cross_entropy, summed_nll, token_nll
 
 _MOST_LOG_PROBS = 2**24  # computed at once where all of a row are needed for one
 
@@ -86,7 +86,7 @@ class MixtureOfSoftmaxes(nn.Linear):
         if mask is not None:
             nats, shares = nats[mask], shares * mask[..., None]
         rows = (latents.flatten(0, 2), self.weight, self.bias, self._repeated(targets))
-        bound = linear_cross_entropy(*rows, shares.flatten())[0] - (shares * log_prior).sum()
+        bound = summed_nll(*rows, shares.flatten()) - (shares * log_prior).sum()
         return nats.sum() + (bound - bound.detach()), nats.numel()
 
     def token_nll(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -139,6 +139,8 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
     Source: Grave et al., ICML 2017 (arXiv 1609.04309).
     """
 
+    _starts: Tensor
+
     def __init__(self, units: int, vocabulary: int, cutoffs: Sequence[int] | None = None) -> None:
         if cutoffs is None:
             cutoffs = sorted({max(1, vocabulary // 100), max(1, vocabulary // 10)})[: 1 + (units >= 16)]
@@ -153,11 +155,12 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
                 f"got {units}; raise model.hidden_size, or set fewer model.cutoffs"
             )
         super().__init__(units, vocabulary, [*cutoffs])
+        self.register_buffer("_starts", torch.tensor(cutoffs), persistent=False)  # of the clusters, on the device
 
     def loss(self, hidden: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, int]:
         """Returns the summed nats of `targets` [T, N] under `hidden` [T, N, H], and how many counted."""
         rows, wanted = (hidden.flatten(0, 1), targets.flatten()) if mask is None else (hidden[mask], targets[mask])
-        parts = [linear_cross_entropy(*operands)[0] for _, operands in self._clusters(rows, wanted)]
+        parts = [summed_nll(*operands) for _, operands in self._clusters(rows, wanted)]
         return torch.stack(parts).sum(), len(rows)
 
     def token_nll(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -182,7 +185,7 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
         """Yields rows and what their nats are the sum of: first all in the head, where a cluster is one more class,
         then those of each cluster that has any."""
         starts = self.cutoffs[:-1]
-        cluster = torch.bucketize(targets, torch.tensor(starts, device=targets.device), right=True)
+        cluster = torch.bucketize(targets, self._starts, right=True)
         in_head = torch.where(cluster == 0, targets, starts[0] - 1 + cluster)
         yield slice(None), (rows, self.head.weight, self.head.bias, in_head)
         for number, start in enumerate(starts):

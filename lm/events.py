@@ -36,7 +36,7 @@ class Stepped(Event):
         position, length: time steps of the epoch done, and in all.
         nll: mean nats per token of this step; `tokens` of them.
         epoch_nll, epoch_tokens: sums over the epoch so far.
-        seconds: duration of the step; on a GPU the mean over the steps whose numbers were read together.
+        seconds: duration of the step; on a GPU, where the numbers of several are read together, its share by tokens.
         following: steps that are done too, whose events follow at once; 0 unless on a GPU.
     """
 

@@ -6,6 +6,7 @@ and `c`; zeros at the start) give log-probabilities [T, B, V] and the state afte
 tokenizer goes with it, as JSON.
 """
 
+import copy
 import importlib.util
 import io
 import json
@@ -233,7 +234,9 @@ def _checked(trained: TrainedModel, form: Format) -> tuple[bytes, float | None]:
             f"model.sum_layers=false; got {shape.mogrifier_rounds}, {shape.cap_input_gate} and {shape.sum_layers}; "
             "use it through lm.load"
         )
-    model = trained.model.cpu().float()
+    model = copy.deepcopy(trained.model).cpu().float()
+    for layer in model.recurrent:
+        layer.backend = "auto"  # the one that was asked for may not run on the CPU
     tokenizer = json.dumps(trained.tokenizer.state())
     with evaluating(model), _quietly():
         example = (torch.zeros(3, 2, dtype=torch.int64), *state_tensors(model(torch.zeros(3, 2).long())[1]))

@@ -126,12 +126,15 @@ def train(settings: Config, path: Path, *, resume: str = "auto", overwrite: bool
 
 def _placed(settings: Config, saved: Mapping[str, Any] | None, team: Team, say: Say) -> Config:
     """The settings with the device that `auto` stands for, as the run keeps them."""
-    before = None if saved is None else config.build(saved["config"]).train.device
+    theirs = None if saved is None else config.build(saved["config"]).train
+    before = None if theirs is None else theirs.device
     device = resolve_device(settings.train.device, before)
     require_backend(settings.train.backend, require_device(team.place(device)))
     if before is not None and before.partition(":")[0] != device.partition(":")[0]:
         say(f"the run was on {before} and is now on {device}: its bits will differ from a run on {before} alone")
     precision = resolve_precision(settings.train.precision, device)
+    if theirs is not None and settings.train.precision == "auto":
+        precision = theirs.precision
     slow = rnnorm.why_not_bfloat16(device) if precision != "float32" else None
     if slow is not None:
         say(f"products in bfloat16 are slower here than in float32: {slow}")
@@ -358,11 +361,14 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, *_OF_SCHEDULERS)
 def rehearse(settings: Config, say: Say = print) -> None:
     """Says what `train` would train, and how large and fast it is by one timed step. No run is written, none resumed.
 
+    The step is the second, the first one compiles and allocates; on a GPU the fifth, whose loops are graphs by then.
+
     Raises:
         UserError: settings or a text that cannot work here.
     """
     _require(settings, Team())
     settings = _placed(settings, None, Team(), say)
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"log_every": 1})})
     text = _text(settings, None, _start(settings.train, say), say)
     require_memory(settings.model, text.tokenizer.size)
     torch.manual_seed(settings.train.seed)
@@ -374,7 +380,7 @@ def rehearse(settings: Config, say: Say = print) -> None:
     def watch(event: Event) -> None:
         if isinstance(event, Stepped):
             steps.append(event)
-            if len(steps) >= 2:  # the first one compiles and allocates
+            if len(steps) >= (5 if device.type == "cuda" else 2):
                 trainer.stop("rehearsal")
 
     trainer.listeners.append(watch)
@@ -383,10 +389,7 @@ def rehearse(settings: Config, say: Say = print) -> None:
     weights = sum(parameter.nbytes for parameter in model.parameters())
     kept = [value for state in trainer.optimizer.state.values() for value in state.values()]
     state = sum(value.nbytes for value in kept if isinstance(value, Tensor))
-    say(
-        f"memory: weights {_mib(weights)}, gradients {_mib(weights)}, optimizer {_mib(state)}; "
-        f"this process used {_mib(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)} at most"
-    )
+    say(f"memory: weights {_mib(weights)}, gradients {_mib(weights)}, optimizer {_mib(state)}; {_used(device)} at most")
     last, options = steps[-1], settings.train
     rate = last.tokens / last.seconds
     epoch = trainer.data.active(0, trainer.data.steps)
@@ -395,6 +398,13 @@ def rehearse(settings: Config, say: Say = print) -> None:
         f"tokens takes about {_duration(epoch / rate)}, {options.epochs} epochs "
         f"{_duration(options.epochs * epoch / rate)}, validations not counted"
     )
+
+
+def _used(device: torch.device) -> str:
+    """What used how much memory where the model is."""
+    if device.type == "cuda":
+        return f"tensors on the GPU used {_mib(torch.cuda.max_memory_allocated(device))}"
+    return f"this process used {_mib(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)}"
 
 
 def _mib(size: float) -> str:

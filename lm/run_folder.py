@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lm import checkpoint, config, files, tokenizers
@@ -195,6 +196,8 @@ class RunFolder:
         """Inside, whatever is raised on values that do not fit is a fault of the checkpoint."""
         try:
             yield
+        except torch.OutOfMemoryError:  # of a GPU, a RuntimeError
+            raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
             why = " ".join(str(fault).split())[:200]
             raise UserError(
@@ -228,5 +231,7 @@ class RunFolder:
 def _may_change(name: str, settings: Config) -> bool:
     if name == "train.average_patience":
         return not settings.train.averaging  # nothing uses it then
+    if name == "train.precision":
+        return settings.train.precision == "auto"  # the run keeps what it was at first
     ends = name in ("train.epochs", "train.max_steps")
     return (name in _MAY_CHANGE or name.startswith("eval.")) and not (ends and settings.train.schedule == "cosine")

@@ -170,13 +170,17 @@ class Columns:
         moved = replace(self, device=device, held=None)
         if device.type == "cpu":
             return moved
+        return replace(moved, held=replace(self, device=torch.device("cpu"), held=None)._table().to(device))
+
+    def _table(self) -> Tensor:
+        """The first inputs and all targets, as `held` has them."""
         table = np.empty((self.steps + 1, self.width), np.int32)
-        here = replace(self, device=torch.device("cpu"), held=None)
         for start in range(0, self.steps, rows := max(1, _SOME // max(1, self.width))):
             stop = min(start + rows, self.steps)
-            inputs, targets = here.gather(start, stop)
-            table[start], table[start + 1 : stop + 1] = inputs[0], targets
-        return replace(moved, held=torch.from_numpy(table).to(device))
+            inputs, table[start + 1 : stop + 1] = self.gather(start, stop)
+            if start == 0:
+                table[0] = inputs[0]
+        return torch.from_numpy(table)
 
     def active(self, start: int, stop: int) -> int:
         """Returns how many targets of the window count."""

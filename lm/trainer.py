@@ -307,7 +307,7 @@ class Trainer:
             return
         unread, self._unread = self._unread, []
         values = torch.stack([step.found for step in unread]).tolist()
-        seconds = (time.perf_counter() - unread[0].began) / len(unread)
+        seconds_per_token = (time.perf_counter() - unread[0].began) / sum(step.tokens for step in unread)
         events: list[Stepped] = []
         total, wrong = self.state.nll, None
         for step, (nats, norm) in zip(unread, values, strict=True):
@@ -328,7 +328,7 @@ class Trainer:
                     epoch_tokens=step.before.tokens + step.tokens,
                     lr=step.rate,
                     grad_norm=norm,
-                    seconds=seconds,
+                    seconds=step.tokens * seconds_per_token,
                     following=len(unread) - len(events) - 1,
                 )
             )

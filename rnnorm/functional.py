@@ -35,10 +35,19 @@ def linear_cross_entropy(
         ValueError: wrong shape or dtype, or the target of a counted row outside 0 … V - 1.
         RuntimeError: backward with create_graph=True.
     """
-    weights = None if mask is None else mask.to(hidden.dtype)
-    total = _call(hidden, weight, bias, targets, weights)[0]
     count = targets.numel() if mask is None else int(torch.count_nonzero(mask))
-    return total, count
+    return summed_nll(hidden, weight, bias, targets, mask), count
+
+
+def summed_nll(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """The sum of `linear_cross_entropy` alone: to count the rows of a mask, that one waits for a GPU.
+
+    Arguments, arithmetic and errors as there.
+    """
+    weights = None if mask is None else mask.to(hidden.dtype)
+    return _call(hidden, weight, bias, targets, weights)[0]
 
 
 def token_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def _runs(folders: Sequence[Path]) -> list[Source]:
         gathered = results.gather(Job(arm, settings.train.seed), log, scores, diverged)
         valid = next((row for row in log if row["kind"] in ("final", "valid")), {})
         key = str(valid.get("data_sha256", settings.data.source)), str(valid.get("unit", "word"))
-        entry = Entry({**gathered, "versions": provenance.versions()}, _internals(log))
+        entry = Entry({**gathered, "versions": provenance.versions(settings.train.device)}, _internals(log))
         found.setdefault(key, []).append((arm, entry))
     names = [Path(pairs[0][0].settings.data.source).name or "text" for pairs in found.values()]
     labels = [f"runs on {name}" for name in names] if len(found) > 1 else ["runs"]

@@ -12,8 +12,9 @@ import torch
 import rnnorm
 
 
-def versions() -> dict[str, str]:
-    """Returns what a result depends on beside its settings and data."""
+def versions(device: str = "cpu") -> dict[str, str]:
+    """Returns what a result depends on beside its settings and data; `device`: where the run was."""
+    gpu = device if device.startswith("cuda") else "none"
     return {
         "rnnorm": rnnorm.__version__,
         "commit": _commit(),
@@ -21,6 +22,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "processor": _processor(),
+        "gpu": torch.cuda.get_device_name(gpu) if gpu != "none" and torch.cuda.is_available() else gpu,
     }
 
 
@@ -43,7 +45,7 @@ def _processor() -> str:
 
 def collect(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
     """Returns the distinct checksums of each split's text and vocabulary, and the distinct versions."""
-    versions = [result["versions"] for result in results]
+    versions = [{"gpu": "none"} | result["versions"] for result in results]  # older results do not name one
     return {
         "data_sha256": _distinct(results, "data_sha256"),
         "vocabulary_sha256": _distinct(results, "vocabulary_sha256"),

@@ -68,6 +68,8 @@ def load(folder: Path, job: Job) -> dict[str, Any] | None:
     ours, theirs = _settings(job), result["settings"]
     # a setting added after the result was written had its default then
     theirs = {**config.flatten(config.Config()), **theirs}
+    if ours["train.precision"] == "auto":  # each run keeps what that was where it began
+        del ours["train.precision"]
     others = [f"{k} is {theirs[k]} there and {v} here" for k, v in ours.items() if theirs[k] != v]
     if others:
         raise UserError(
@@ -131,8 +133,11 @@ def save(folder: Path, job: Job, scores: Sequence[Mapping[str, Any]], diverged: 
     """
     if diverged is None and any(score["ppl"] is None for score in scores):
         diverged = "perplexity"  # finite in nats, but beyond what exp can hold
-    log = metrics(run_folder(folder, job))
-    result = {**gather(job, log, scores, diverged), "versions": provenance.versions()}
+    place = run_folder(folder, job)
+    written = place / "config.toml"  # tells the device that `auto` was
+    settings = config.build(config.read_toml(written, "")) if written.is_file() else job.arm.settings
+    versions = provenance.versions(settings.train.device)
+    result = {**gather(job, metrics(place), scores, diverged), "versions": versions}
     files.write_whole(path_of(folder, job), json.dumps(result, indent=1).encode())
     return result
 

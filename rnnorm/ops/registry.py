@@ -84,8 +84,10 @@ def why_not_bfloat16(device: str | torch.device = "cpu") -> str | None:
     device = torch.device(device)
     if device.type == "cpu":
         return native.why_not_bfloat16()
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return "the GPU is older than compute capability 8.0"
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                return "the GPU is older than compute capability 8.0"
     return None
 
 

@@ -26,7 +26,7 @@ from rnnorm.ops.call import (
     results_like,
     statistics_dtype,
 )
-from rnnorm.ops.running_stats import backward_weights, controlled, forward_weights, scanned, statistics
+from rnnorm.ops.running_stats import BLOCK, backward_weights, controlled, forward_weights, scanned, statistics
 
 
 class Norm(NamedTuple):
@@ -578,6 +578,13 @@ def _masks(o: Operands, real: Tensor | None) -> Masks:
     return Masks(o.recurrent_mask, zoneout_h, zoneout_c, reset)
 
 
+@functools.lru_cache(64)
+@torch.inference_mode(False)
+def _weights(backward: bool, alpha: float, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The weights of `statistics`, or `backward_weights`, kept: a copy to a GPU would wait for it."""
+    return (backward_weights if backward else forward_weights)(alpha, n, torch.empty(0, dtype=dtype, device=device))
+
+
 def _norm(o: Operands, spec: CallSpec, prefix: str, on: bool, backward: bool) -> Norm:
     """The normalization with that prefix, on copies of its running statistics."""
     wide, N = statistics_dtype(o.x.dtype), o.x.size(1)
@@ -589,11 +596,8 @@ def _norm(o: Operands, spec: CallSpec, prefix: str, on: bool, backward: bool) ->
         parts[name] = empty if statistic is None else statistic.clone()
     weights = empty
     if on and spec.controlled:
-        weights = (
-            backward_weights(spec.constants.alpha_bwd, N, empty)
-            if backward
-            else forward_weights(spec.constants.alpha_fwd, N, empty)
-        )
+        alpha = spec.constants.alpha_bwd if backward else spec.constants.alpha_fwd
+        weights = _weights(backward, alpha, min(N, BLOCK), wide, o.x.device)
     return Norm(
         kind=spec.norm if on else "none",
         guard=spec.guard,

@@ -424,6 +424,14 @@ def test_a_run_that_begins_with_another_has_its_settings(call, trained, tmp_path
     assert different == {"init_from", "optimizer", "average_patience"}
 
 
+def test_a_run_that_begins_with_another_is_where_this_machine_can_be(call, trained, tmp_path):
+    text = (trained / "config.toml").read_text()
+    assert 'device = "cpu"' in text
+    (trained / "config.toml").write_text(text.replace('device = "cpu"', 'device = "cuda:7"'))  # begun on a GPU
+    call("train", "--init-from", trained, "--run", "tuned")
+    assert 'device = "cpu"' in (tmp_path / "tuned/config.toml").read_text()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

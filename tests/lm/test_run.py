@@ -3,6 +3,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -964,6 +965,23 @@ def test_a_rehearsal_writes_nothing(settings, tmp_path):
     run.rehearse(settings("train.max_steps=1", "train.optimizer=adam"), say=said.append)
 
 
+def test_a_rehearsal_times_one_step(settings, monkeypatch):
+    """On a GPU too, where steps are otherwise read together: not the first ones, which compile."""
+    made, build = [], run._trainer
+
+    def slow_at_first(model, *rest):
+        trainer = build(model, *rest)
+        trainer.deferred, step = True, trainer._step
+        trainer._step = lambda *window: (time.sleep(0.5 * (not made)), made.append(window), step(*window))
+        return trainer
+
+    said = []
+    monkeypatch.setattr(run, "_trainer", slow_at_first)
+    run.rehearse(settings("train.log_every=1000"), say=said.append)
+    assert len(made) == 2
+    assert float(re.search(r"one step: ([\d.]+) s", said[3])[1]) < 0.25
+
+
 def test_a_run_in_a_thread_needs_no_signals(train):
     reasons = []
     thread = threading.Thread(target=lambda: reasons.append(train("train.max_steps=1").reason))
@@ -978,6 +996,10 @@ def test_auto_precision_is_resolved_once_and_kept(train, tmp_path, monkeypatch):
         train("train.precision=auto", "train.max_steps=1", folder=expected)
         written = config.build(config.read_toml(tmp_path / expected / "config.toml", ""))
         assert written.train.precision == expected
+    # the same command again, on a machine where `auto` is another
+    train("train.precision=auto", "train.max_steps=2", folder="float32")
+    saved = checkpoint.load(tmp_path / "float32/checkpoints/last.safetensors")
+    assert (saved["trainer"]["step"], saved["config"]["train"]["precision"]) == (2, "float32")
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "bfloat16-decoder"])

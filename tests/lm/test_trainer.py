@@ -86,7 +86,12 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_ends_with_the_same_bits(trainer, case):
+    assert_resumed_with_the_same_bits(trainer, case)
+
+
+def assert_resumed_with_the_same_bits(trainer, case, **more):
     settings, model_settings = CASES[case]
+    model_settings = model_settings | more
     settings = {"window": "uniform{2..9}"} | settings
     model_settings = {"dropout": 0.3, "embedding_dropout": 0.1} | model_settings
     events, kept = [], {}
@@ -464,6 +469,16 @@ def deferred(run):
     return run
 
 
+def test_a_step_has_its_share_of_the_time_of_those_read_with_it(trainer):
+    """So tokens per second are the same for all of them, however long their windows."""
+    found = []
+    run = deferred(trainer([found.append], {"window": "uniform{2..9}", "log_every": 5, "max_steps": 5}))
+    run.fit()
+    speeds = [event.tokens / event.seconds for event in found if isinstance(event, Stepped)]
+    assert len({event.tokens for event in found if isinstance(event, Stepped)}) > 1
+    assert speeds == pytest.approx([speeds[0]] * 5)
+
+
 def without_times(events):
     return [
         replace(event, seconds=0.0, **({"following": 0} if isinstance(event, Stepped) else {}))
@@ -554,15 +569,23 @@ _ON_THE_CPU = ("aten::_assert_async", "aten::_fused_adam_", "aten::_fused_adamw_
 _WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal")
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "asgd", "adam", "adamw"])
-def test_a_step_that_is_not_logged_reads_nothing_back(trainer, monkeypatch, optimizer):
+MODELS = [
+    *(pytest.param(optimizer, {}, id=optimizer) for optimizer in ("sgd", "asgd", "adam", "adamw")),
+    pytest.param("sgd", {"decoder": "mixture", "experts": 3, "embedding_size": 5}, id="mixture"),
+    pytest.param("rmsprop", {"mogrifier_rounds": 2, "cap_input_gate": True}, id="mogrifier"),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "shape"), MODELS)
+def test_a_step_that_is_not_logged_reads_nothing_back(trainer, monkeypatch, optimizer, shape):
     """Every operation of a step, inside our operators and the optimizer too, as a GPU would run them."""
     # what the CPU reads where a GPU compares on the device
     loss = importlib.import_module("rnnorm.ops.linear_cross_entropy")
     monkeypatch.setattr(loss, "_check_targets", loss._assert_in_range)
     monkeypatch.setattr("rnnorm.ops.library.math", SimpleNamespace(isfinite=lambda _: False))
     settings = {"optimizer": optimizer, "average_patience": None, "log_every": 100, "clip": 0.25, "accumulate": 2}
-    run = deferred(trainer((), settings, backend="scripted", dropout=0.2, embedding_dropout=0.1, num_layers=2))
+    dropped = {"dropout": 0.2, "embedding_dropout": 0.1}
+    run = deferred(trainer((), settings, backend="scripted", num_layers=2, **dropped, **shape))
     run._step(0, 7)
     with torch.profiler.profile() as profile:
         run._step(7, 14)
@@ -636,10 +659,10 @@ def on_cuda(trainer, cuda):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("optimizer", ["sgd", "asgd", "adam", "adamw"])
-def test_a_step_on_a_gpu_waits_for_nothing(on_cuda, optimizer, waiting_for_nothing):
+@pytest.mark.parametrize(("optimizer", "shape"), MODELS)
+def test_a_step_on_a_gpu_waits_for_nothing(on_cuda, optimizer, shape, waiting_for_nothing):
     settings = {"optimizer": optimizer, "average_patience": None, "log_every": 100, "clip": 0.25}
-    run = on_cuda((), settings, dropout=0.2, backend="auto")
+    run = on_cuda((), settings, dropout=0.2, backend="auto", **shape)
     assert run.deferred
     run._step(0, 7)
     with waiting_for_nothing():
@@ -663,6 +686,12 @@ def test_a_run_on_a_gpu_equals_one_on_the_cpu(trainer, on_cuda, case):
             assert (ours.step, ours.position) == (theirs.step, theirs.position)
             assert ours.nll == pytest.approx(theirs.nll, rel=1e-3)
             assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_resumed_on_a_gpu_ends_with_the_same_bits(on_cuda, case):
+    assert_resumed_with_the_same_bits(on_cuda, case, backend="auto")
 
 
 @pytest.mark.gpu

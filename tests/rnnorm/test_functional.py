@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnnorm.functional import linear_cross_entropy, token_nll
+from rnnorm.functional import linear_cross_entropy, summed_nll, token_nll
 from rnnorm.ops import build, chunked, native, registry
 
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(build.load() is not None, reason=f"{build.load()}"))
@@ -90,6 +90,15 @@ def test_masked_rows_count_nothing_and_get_no_gradient():
     total.backward()
     assert torch.equal(hidden.grad[~mask], torch.zeros(2, 5, dtype=torch.float64))
     assert hidden.grad[mask].abs().min() > 0
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, False, True]), torch.tensor([0.5, 0.0, -2.0])], ids=str)
+def test_the_sum_alone(mask):
+    hidden, weight, bias, targets = problem(3)
+    total, _ = linear_cross_entropy(hidden, weight, bias, targets, mask)
+    alone = summed_nll(hidden, weight, bias, targets, mask)
+    assert torch.equal(alone, total)
+    assert torch.equal(*(torch.autograd.grad(value, weight)[0] for value in (alone, total)))
 
 
 def test_no_row_at_all():
