@@ -69,11 +69,13 @@ def norm_init(value: Any, affine: bool) -> float:
     return float(value)
 
 
-def reset_tensor(reset: Tensor, lead: Sequence[int], meaning: str) -> Tensor:
+def reset_tensor(reset: Tensor, lead: Sequence[int], meaning: str, device: torch.device) -> Tensor:
     is_tensor("reset", reset)
     shape("reset", reset, lead, meaning)
     if reset.dtype != torch.bool:
         raise ValueError(f"reset must have dtype torch.bool; got {reset.dtype}; convert it with .bool()")
+    if reset.device != device:
+        raise ValueError(f"reset must be on the input's device {device}; got {reset.device}; move it with .to(device)")
     return reset
 
 

@@ -148,7 +148,7 @@ class Recurrent(RecurrentModule):
             shape, meaning = (
                 ((x.size(0),), "(T,)") if single else (input.shape[:2], "(N, T)" if self.batch_first else "(T, N)")
             )
-            reset = _check.reset_tensor(reset, shape, meaning)
+            reset = _check.reset_tensor(reset, shape, meaning, x.device)
             reset = reset.unsqueeze(1) if single else reset.t() if self.batch_first else reset
         y, last = self._run(x, state, found, own, reset, packed=False)
         # In place, so that results are not views, which autograd refuses to detach in place.
@@ -181,7 +181,7 @@ class Recurrent(RecurrentModule):
             shape, meaning = (sizes.size(0), N), "(T, N)"
             if self.batch_first:
                 shape, meaning = shape[::-1], "(N, T)"
-            reset = _check.reset_tensor(reset, shape, meaning)
+            reset = _check.reset_tensor(reset, shape, meaning, x.device)
             reset = reset.t() if self.batch_first else reset
         if packed.sorted_indices is not None:
             state = [s.index_select(1, packed.sorted_indices) for s in state]

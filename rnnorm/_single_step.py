@@ -57,7 +57,7 @@ class CellModule(RecurrentModule):
         lead, meaning = ((), "") if single else ((x.size(0),), "N, ")
         state = [value.unsqueeze(0) if single else value for value in self._first_states(x, hx, lead, meaning, weight)]
         c = state[1] if len(state) == 2 else None
-        begins = None if reset is None else _check.reset_tensor(reset, lead, f"({meaning})").reshape(1, -1)
+        begins = None if reset is None else _check.reset_tensor(reset, lead, f"({meaning})", x.device).reshape(1, -1)
         results = ops.run(self._operands(own, x.unsqueeze(0), state[0], c, None, begins), self._spec())
         for held, new in self._new_statistics(own, results):
             held.copy_(new)

@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -90,35 +91,69 @@ class Cache(Generic[Held]):
         with self._lock:
             self._held.clear()
 
+    def drop(self, key: Hashable) -> None:
+        with self._lock:
+            self._held.pop(key, None)
+
+    def values(self) -> list[Held]:
+        with self._lock:
+            return [*self._held.values()]
+
+
+class _Side:
+    """Where graphs of one of the user's streams are recorded: a stream beside it, and a pool of memory.
+
+    The only memory that a recording takes is the workspace that torch keeps for the products of a stream. Graphs of two
+    of the user's streams must not share it, and it must stay with the graphs when torch drops it, as it does while
+    torch.compile records: so their pool holds it. A first graph, of nothing that matters, stays in the pool: once the
+    last one is gone torch records no other there.
+    """
+
+    def __init__(self, current: Any, taken: Sequence[int]) -> None:
+        for _ in range(_STREAMS):  # of which torch hands out one after another, so this one may be in use
+            self.stream = torch.cuda.Stream(current.device)
+            if self.stream.cuda_stream not in (current.cuda_stream, *taken):
+                break
+        self._pool = torch.cuda.graph_pool_handle()
+        number = torch.zeros(1, device=current.device)
+        self._first = number, self.record(current, [number.zero_])
+
+    def record(self, current: Any, launches: Sequence[Launch]) -> Any:
+        self.stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
+            # In another mode, calls of other threads could break the recording, or be broken by it.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                for launch in launches:
+                    launch()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self.stream)
+        return graph
+
+
+_STREAMS = 32  # that torch has
+_SIDES: Cache[_Side] = Cache(BOUND)
+_RECORDING = threading.Lock()
+
 
 def record(launches: Sequence[Launch]) -> Launch:
     """The replay of a CUDA graph of these launches, recorded on a stream beside the current one.
 
-    A launch may have a method `warm`, for what this thread must not do first while a graph is recorded.
+    A launch may have a method `warm`, for what this thread must not do first while a graph is recorded. One thread
+    records at a time: others may have the same stream and pool.
     """
     for launch in launches:
         getattr(launch, "warm", lambda: None)()
     current = torch.cuda.current_stream()
-    stream, pool = _SIDES.get((current.device, current.cuda_stream), lambda: _side(current.device))
-    stream.wait_stream(current)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        # In another mode, calls of other threads could break the recording, or be broken by it.
-        graph.capture_begin(pool, capture_error_mode="thread_local")
+    place = current.device, current.cuda_stream
+    with _RECORDING:
+        taken = [side.stream.cuda_stream for side in _SIDES.values()]
         try:
-            for launch in launches:
-                launch()
-        finally:
-            graph.capture_end()
-    current.wait_stream(stream)
-    return graph.replay
-
-
-def _side(device: torch.device) -> tuple[Any, Any]:
-    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-
-
-# For each stream of the user, the one that records, and the pool of its graphs. The only memory that a recording takes
-# is the workspace that torch keeps for the products of a stream. Graphs of two of the user's streams must not share it,
-# and it must stay with the graphs when torch drops it, as it does while torch.compile records: so their pool holds it.
-_SIDES: Cache[tuple[Any, Any]] = Cache(BOUND)
+            return _SIDES.get(place, lambda: _Side(current, taken)).record(current, launches).replay
+        except RuntimeError:
+            _SIDES.drop(place)
+            with suppress(RuntimeError):
+                _Side(current, taken)  # torch before 2.13 draws no random numbers until another recording succeeds
+            raise

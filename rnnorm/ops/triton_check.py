@@ -6,6 +6,7 @@ of device, with one compiler. There it found a store that overtook a load.
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -47,21 +48,20 @@ def reason(device: torch.device, dtype: torch.dtype, spec: CallSpec | None, H: i
 
 def _apart(check: Callable[[], Failure | None]) -> Failure | None:
     """Run a check in a thread that has none of the caller's modes: no autocast, no tracing, no gradients."""
-    found: list[Failure | None] = []
-    thread = threading.Thread(target=lambda: found.append(check()))
-    thread.start()
-    thread.join()
-    return found[0]
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(check).result()
 
 
 def compare(device: torch.device, dtype: torch.dtype, spec: CallSpec, H: int) -> Failure | None:
     """The largest difference of a call of H units from the scripted backend, if it is too large; also any error."""
     try:
         own, other = _operands(device, dtype, spec, H), _operands(device, dtype, spec, H)
-        with torch.no_grad(), torch.cuda.device_of(own.x):
+        with torch.no_grad(), torch.cuda.device_of(own.x), triton_steps.once():
             found = _named(own, spec, *_run(triton_steps, own, spec))
             expected = _named(other, spec, *_run(Scripted(), other, spec))
             return _difference(found, expected, _BOUNDS[dtype], f"a {spec.cell} with norm {spec.norm!r} on {device}")
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
     except Exception as fault:  # a compiler or a driver may raise anything
         return Failure(f"its check of itself on {device} failed with {type(fault).__name__}: {fault}")
 
@@ -79,6 +79,8 @@ def compare_online_norm(device: torch.device, dtype: torch.dtype) -> Failure | N
                     found, expected, _BOUNDS[dtype], f"OnlineNorm with guard {guard!r} on {device}"
                 ):
                     return fault
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
     except Exception as fault:  # a compiler or a driver may raise anything
         return Failure(f"its check of itself on {device} failed with {type(fault).__name__}: {fault}")
     return None

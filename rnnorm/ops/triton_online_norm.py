@@ -45,14 +45,14 @@ _kernel = triton.jit(do_not_specialize=["N"])
 @triton.jit
 def _place(n, c, d, C, D, K: tl.constexpr):
     """Offsets of values [channels, values] of sample n."""
-    return n * C * D + (d * C + c if K.channels_last else c * D + d)
+    return n * C * D + (d.to(tl.int64) * C + c if K.channels_last else c * D + d)
 
 
 @triton.jit
 def _of_tile(C, CHANNELS: tl.constexpr):
     """The sample, the channels [channels, 1], which of them exist, and their places in [N, C] of a program."""
     n = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    c = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
     return n, c, c < C, n * C + c
 
 
@@ -112,7 +112,7 @@ def statistics(
         loaded = ()
         for i in tl.static_range(UNROLL):
             inside = lanes & (first + i < N)
-            at = (first + i) * C + c
+            at = (first + i + tl.zeros_like(c)) * C + c  # 64 bits
             own = tl.load(m + at, mask=inside, other=0.0).to(K.wide)
             wide = own
             if w is not None:
@@ -233,7 +233,7 @@ def control(
         loaded = ()
         for i in tl.static_range(UNROLL):
             inside = lanes & (first + i < N)
-            at = (first + i) * C + c
+            at = (first + i + tl.zeros_like(c)) * C + c  # 64 bits
             d = tl.load(m + at, mask=inside, other=0.0).to(K.wide) - tl.load(before + at, mask=inside, other=0.0)
             dd = d * d
             if w is not None:

@@ -10,6 +10,8 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -130,8 +132,13 @@ def plan(o: Operands, spec: CallSpec, backward: bool, save: bool, grad_y: bool) 
 
 def _precision() -> tuple[Any, ...]:
     matmul = torch.backends.cuda.matmul
-    reduced = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
-    return matmul.fp32_precision, getattr(torch.backends, "fp32_precision", None), *reduced
+    names = [
+        *("fp32_precision", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"),
+        *("allow_bf16_reduced_precision_reduction_split_k", "allow_fp16_reduced_precision_reduction_split_k"),
+        "allow_fp16_accumulation",
+    ]
+    found = [getattr(matmul, name, None) for name in names]
+    return getattr(torch.backends, "fp32_precision", None), *found
 
 
 def block_of(units: int) -> int:
@@ -152,12 +159,13 @@ class _Loop:
         self.lock = threading.Lock()
         self.runner = graphs.Runner(record)
         device, self.wide = plan.device, statistics_dtype(plan.dtype)
-        self.fixed: dict[str, Tensor | None] = {
-            name: torch.empty(shape, dtype=dtype, device=device) if on else None
-            for name, dtype, shape, on in self.buffers()
-        }
-        self.table = torch.empty(kernels.SLOTS, dtype=torch.int64, device=device)
-        self.counter = torch.empty(1, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # later calls, in other modes, write to the same buffers
+            self.fixed: dict[str, Tensor | None] = {
+                name: torch.empty(shape, dtype=dtype, device=device) if on else None
+                for name, dtype, shape, on in self.buffers()
+            }
+            self.table = torch.empty(kernels.SLOTS, dtype=torch.int64, device=device)
+            self.counter = torch.empty(1, dtype=torch.int64, device=device)
         self.at = {"table": self.table, "counter": self.counter, "direction": plan.direction}
 
     def buffers(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], bool]]:
@@ -191,6 +199,11 @@ class _Loop:
         addresses = [here] * kernels.SLOTS
         for slot, tensor in slots.items():
             if tensor is not None and tensor.numel():
+                if tensor.device != self.plan.device:
+                    raise ValueError(
+                        f"all tensors of a call must be on one device; got {tensor.device} and {self.plan.device}; "
+                        "move one with .to(device)"
+                    )
                 addresses[slot] = tensor.data_ptr()
         kernels.publish[(1,)](self.table, self.counter, first, *addresses)
 
@@ -323,7 +336,7 @@ def slabs(o: Operands, spec: CallSpec, save: bool) -> list[Tensor]:
 
     def kept(kind: str, gates: int) -> list[Tensor]:
         if kind == "none" or not save:
-            return [slab(0)] * 3
+            return [slab(0) for _ in range(3)]
         if kind == "frozen":  # the same for all samples, as it was in the forward pass
             rstd = o.x.new_empty((1, 1, gates * H), dtype=statistics_dtype(o.x.dtype))
         else:
@@ -354,6 +367,17 @@ UNCAPTURABLE = (
 
 _LOOPS: graphs.Cache[_Loop] = graphs.Cache(graphs.BOUND)
 _SEEN: graphs.Cache[bool] = graphs.Cache(1024)
+_ONCE: ContextVar[bool] = ContextVar("once", default=False)
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """Inside, no loop is kept."""
+    token = _ONCE.set(True)
+    try:
+        yield
+    finally:
+        _ONCE.reset(token)
 
 
 def _loop(kind: type[_Loop], plan: Plan) -> _Loop:
@@ -367,7 +391,7 @@ def _loop(kind: type[_Loop], plan: Plan) -> _Loop:
             "lengths must be None in a call that a CUDA graph captures; got a tensor on the CPU; pad the sequences"
         )
     _SEEN.get(key, lambda: True)
-    if captured or record is None:
+    if captured or record is None or _ONCE.get():
         return kind(plan)
     stream = torch.cuda.current_stream(plan.device).cuda_stream if plan.device.type == "cuda" else 0
     return _LOOPS.get((*key, stream), lambda: kind(plan, record))
@@ -543,7 +567,7 @@ def _weight_gradients(
     narrow = narrow.t()
     found["weight_ih"] = torch.mm(narrow, x.flatten(0, 1))
     total = pre.sum(0)
-    found["bias_ih"] = found["bias_hh"] = total
+    found["bias_ih"], found["bias_hh"] = total, total.clone()  # a caller may change one
     if spec.declared.apart:
         joined = spec.declared.together[0][1] * (pre.size(1) // spec.gates)
         rest = apart.flatten(0, 1)

@@ -8,6 +8,7 @@ In this order on the day a device is at hand:
     python scripts/benchmark.py --device cuda
 """
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -103,6 +104,41 @@ def test_loops_and_graphs_are_bounded() -> None:
     for N in range(1, graphs.BOUND + 9):
         _step(layer, torch.randn(3, N, 24, device="cuda"))
     assert len(triton_steps._LOOPS) <= graphs.BOUND
+
+
+def test_graphs_are_recorded_after_the_last_one_is_gone() -> None:
+    """The pool that they share outlives them; else torch refuses, and before 2.13 draws no random numbers then."""
+    layer = _layer("LSTM", "layer").eval()
+
+    def call(N: int) -> None:
+        with torch.no_grad():
+            layer(torch.zeros(8, N, 24, device="cuda"))
+
+    for _ in range(2):
+        call(40)
+    for N in range(1, graphs.BOUND + 1):  # each once, so that none is recorded
+        call(N)
+    for _ in range(2):
+        call(40)
+    torch.rand(3, device="cuda")
+
+
+def test_threads_record_one_after_another() -> None:
+    xs = [torch.randn(35, N, 24, device="cuda") for N in (3, 4, 5, 6)]
+    expected = [_step(_layer("LSTM", "layer"), x) for x in xs]
+    found: dict[int, list[list[Tensor]]] = {}
+    layers = [_layer("LSTM", "layer") for _ in xs]
+
+    def work(number: int) -> None:
+        found[number] = [_step(layers[number], xs[number]) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(xs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(_same(step, expected[number]) for number, steps in found.items() for step in steps)
+    assert len(found) == len(xs)
 
 
 def test_a_warm_call_waits_for_nothing(waiting_for_nothing: Any) -> None:

@@ -1,6 +1,8 @@
 """The graphs of a loop: which there are, when they are recorded and replayed, and how many are kept."""
 
+import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -108,10 +110,10 @@ def test_threads_share_what_the_cache_makes() -> None:
 
 
 class _Stream:
-    device, cuda_stream = "cuda:0", 7
+    device = "cpu"
 
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log = name, log
+    def __init__(self, name: str, log: list[str], number: int = 7) -> None:
+        self.name, self.log, self.cuda_stream = name, log, number
 
     def wait_stream(self, other: "_Stream") -> None:
         self.log.append(f"{self.name} waits for {other.name}")
@@ -138,8 +140,9 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         yield
         found.append(f"off {stream.name}")
 
+    numbers = itertools.chain((7, 8, 7, 8), itertools.count(9))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: _Stream("current", found))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream("side", found))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream("side", found, next(numbers)))
     monkeypatch.setattr(torch.cuda, "stream", inside)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
@@ -155,19 +158,56 @@ def test_recording(log: list[str]) -> None:
         def __call__(self) -> None:
             log.append("product")
 
+    begin = ("side waits for current", "on side", "begin thread_local in the pool")
+    end = ("end", "off side", "current waits for side")
     replay = graphs.record([Product(), lambda: log.append("kernel")])
-    assert log == [
-        *("warm", "side waits for current", "on side", "begin thread_local in the pool", "product", "kernel", "end"),
-        *("off side", "current waits for side"),
-    ]
+    # the first graph stays in the pool
+    assert log == ["warm", *begin, *end, *begin, "product", "kernel", *end]
     replay()
     assert log[-1] == "replay"
+    log.clear()
+    graphs.record([lambda: log.append("kernel")])
+    assert log == [*begin, "kernel", *end]
+
+
+def test_a_side_is_a_stream_that_nothing_else_is(log: list[str]) -> None:
+    """Torch hands out few streams, one after another: the user's stream comes again, and those of other sides."""
+    graphs.record([])
+    (side,) = graphs._SIDES.values()
+    assert side.stream.cuda_stream == 8
+    assert graphs._Side(torch.cuda.current_stream(), [8]).stream.cuda_stream == 9
 
 
 def test_a_recording_that_fails_is_ended(log: list[str]) -> None:
     def refused() -> None:
         raise RuntimeError("operation not permitted")
 
+    graphs.record([])
+    (before,) = graphs._SIDES.values()
+    log.clear()
     with pytest.raises(RuntimeError, match="not permitted"):
         graphs.record([refused])
-    assert log[-1] == "end"
+    begin, end = ["side waits for current", "on side", "begin thread_local in the pool"], ["end", "off side"]
+    # another one that succeeds, in another pool
+    assert log == [*begin, "end", *begin, *end, "current waits for side"]
+    graphs.record([])
+    assert graphs._SIDES.values() != [before]
+
+
+def test_one_thread_records_at_a_time(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def slow() -> None:
+        inside.append(1)
+        time.sleep(0.02)
+        most.append(len(inside))
+        inside.pop()
+
+    graphs.record([])
+    threads = [threading.Thread(target=lambda: graphs.record([slow])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4

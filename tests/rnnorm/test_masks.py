@@ -466,6 +466,10 @@ def test_invalid_resets_are_refused() -> None:
         layer(x, reset=torch.zeros(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"reset must have dtype torch.bool; got torch.float64"):
         layer(x, reset=torch.zeros(5, 2))
+    with pytest.raises(ValueError, match=r"reset must be on the input's device cpu; got meta; move it"):
+        layer(x, reset=torch.zeros(5, 2, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match=r"reset must be on the input's device cpu; got meta; move it"):
+        rnnorm.GRUCell(3, 4)(x[0], reset=torch.zeros(2, dtype=torch.bool, device="meta"))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -198,6 +199,23 @@ def test_replayed_graphs_equal_reference(recorder: _Recorder, name: str) -> None
     assert len(recorder.sizes) <= len(triton_steps._LOOPS._held)  # graphs of one step only
 
 
+@pytest.mark.usefixtures("recorder")
+def test_a_loop_serves_every_mode() -> None:
+    """Its buffers are made in inference mode here, and written to in other modes later."""
+    layer, x = rnnorm.LSTM(2, 2, backend="triton", norm="layer").eval(), torch.randn(1, 1, 2)
+    with torch.inference_mode():
+        expected = layer(x)[0]
+    with torch.no_grad():
+        assert torch.equal(layer(x)[0], expected)
+    layer(x)[0].sum().backward()
+
+
+@pytest.mark.usefixtures("recorder")
+def test_the_loops_of_the_check_are_not_kept() -> None:
+    assert triton_check.compare(torch.device("cpu"), torch.float32, _spec("gru", "layer", True), 2) is None
+    assert len(triton_steps._LOOPS) == 0
+
+
 def test_window_lengths_make_no_new_graphs(recorder: _Recorder) -> None:
     layer = cases.BY_ID["rnn_tanh-online-scale-N1"].build("triton")
     scripted = cases.BY_ID["rnn_tanh-online-scale-N1"].build("scripted")
@@ -346,6 +364,37 @@ def test_the_backend_checks_itself(cell: str, norm: str, training: bool, dtype: 
     assert triton_check.compare(torch.device("cpu"), dtype, _spec(cell, norm, training), 7) is None
 
 
+def test_no_two_results_are_one_tensor() -> None:
+    """torch.compile refuses an operator whose outputs share memory; a caller may change a gradient in place."""
+    layer, x = rnnorm.LSTM(2, 3, backend="triton"), torch.randn(1, 2, 2)
+    spec = layer._spec()
+    operands = triton_check._operands(torch.device("cpu"), torch.float32, spec, 3)
+    saved = triton_steps.slabs(operands, spec, save=True)
+    assert len({id(tensor) for tensor in saved}) == len(saved)
+    biases = [layer.bias_ih_l0, layer.bias_hh_l0]
+    one, other = torch.autograd.grad(layer(x)[0].sum(), biases)
+    before = other.clone()
+    one.mul_(0.5)
+    assert torch.equal(other, before)
+
+
+def test_tensors_of_another_device_are_refused() -> None:
+    spec = rnnorm.GRU(2, 3, norm="layer")._spec()
+    operands = triton_check._operands(torch.device("cpu"), torch.float32, spec, 3)
+    reset = torch.zeros(triton_check.T, triton_check.N, dtype=torch.bool, device="meta")
+    with pytest.raises(ValueError, match="on one device; got meta and cpu"):
+        triton_steps.forward(operands._replace(reset=reset), spec, False)
+
+
+def test_the_settings_of_products_decide_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    for value in (False, True):
+        settings = SimpleNamespace(fp32_precision="none", allow_fp16_accumulation=value)
+        monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+        found.add(triton_steps._precision())
+    assert len(found) == 2
+
+
 def test_the_check_allows_for_rounding_where_nothing_is_left_but_rounding() -> None:
     def fault(found: float, wanted: float) -> Any:
         pair = ([("a gradient", torch.tensor([value]))] for value in (found, wanted))
@@ -388,6 +437,20 @@ def test_a_fault_on_a_device_is_reported_once(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(rnnorm.BackendUnavailable, match=expected):
         rnnorm.LSTM(2, 7, backend="triton")(x)
     assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_check_without_memory_says_nothing_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    layer, x = rnnorm.GRU(2, 7), torch.randn(3, 2, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_check, "_run", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            layer(x)
+    layer(x)
+    assert [*triton_check._REASONS.values()] == [None]
 
 
 @pytest.mark.usefixtures("fresh")
@@ -459,7 +522,7 @@ _FAULTS_OF_ONLINE_NORM = {
     ),
     "y squared": ("(r * r * dd)", "(r * dd)", "none"),
     "gradient of the weight": ("sum_weight += r * gd_mean * D", "sum_weight += gd_mean * D", "none"),
-    "channels last": ("d * C + c if", "d * C + C - 1 - c if", "none"),
+    "channels last": ("d.to(tl.int64) * C + c if", "d * C + C - 1 - c if", "none"),
 }
 
 
