@@ -337,7 +337,7 @@ class LSTM(Recurrent):
             the new state is the expectation. One value for all states, or a pair for h and c (default 0).
         norm_init: initial scale of the norms' affine map (default 1).
         mogrifier_rounds: LSTM only; rounds in which x and h gate each other before each step, alternately
-            `x = 2 sigmoid(Q h + b) x` and `h = 2 sigmoid(R x + b) h`, each with weights of its own (default 0).
+            `x = 2 sigmoid(Q h + b) x` and `h = 2 sigmoid(R x + b) h`, each with separate weights (default 0).
         mogrifier_rank: rank of those weights, 0 for full rank (default 0).
         cap_input_gate: LSTM only; True for `c' = f*c + min(i, 1 - f)*g` (default False).
 

@@ -35,8 +35,8 @@ def linear_cross_entropy(
         ValueError: wrong shape or dtype, or the target of a counted row outside 0 … V - 1.
         RuntimeError: backward with create_graph=True.
     """
-    count = targets.numel() if mask is None else int(torch.count_nonzero(mask))
-    return summed_nll(hidden, weight, bias, targets, mask), count
+    total = summed_nll(hidden, weight, bias, targets, mask)
+    return total, targets.numel() if mask is None else int(torch.count_nonzero(mask))
 
 
 def summed_nll(

@@ -89,7 +89,7 @@ def held(study: Study, folder: Path) -> tuple[Study, dict[Job, dict[str, Any]]]:
     there = [*kept(folder)]
     if others := sorted({name for name, _, _ in there} - {arm.name for arm in study.arms}):
         raise UserError(
-            f"a study's folder must hold results of its own arms only; {folder} has {', '.join(others)}; choose "
+            f"a study's folder must hold results of the study's arms only; {folder} has {', '.join(others)}; choose "
             "another folder with --run, or move those results away"
         )
     study = replace(study, seeds=max([study.seeds, *(seed for _, seed, _ in there)]))

@@ -33,7 +33,7 @@ def _operands_schema(mutable: Sequence[str] = ()) -> str:
 
 
 _SPEC_SCHEMA = ", ".join(f"{_SCALARS[kind]} {name}" for name, kind in CallSpec.__annotations__.items())
-# torch.compile must not put the operators into CUDA graphs of its own: the Triton backend keeps buffers between calls.
+# torch.compile must not put the operators into its CUDA graphs: the Triton backend keeps buffers between calls.
 _TAGS = [torch.Tag.cudagraph_unsafe]
 _RESULTS_SCHEMA = ", ".join(["Tensor"] * len(Results._fields))
 

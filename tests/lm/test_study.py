@@ -476,7 +476,9 @@ def test_the_folder_of_another_study_is_refused(read, tmp_path, recorded):
     (folder / "results/notes.json").write_text("")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     other = read(SMALL.replace('"bad"', '"worse"'), seeds=1)
-    with pytest.raises(UserError, match=r"results of its own arms only; .* has bad; choose another folder with --run"):
+    with pytest.raises(
+        UserError, match=r"results of the study's arms only; .* has bad; choose another folder with --run"
+    ):
         study.run(other, folder, arms=["good"], say=lambda _: None)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     more = read(SMALL + '[[arms]]\nname = "worse"\n', seeds=1)

@@ -89,9 +89,8 @@ def test_a_resumed_run_ends_with_the_same_bits(trainer, case):
     assert_resumed_with_the_same_bits(trainer, case)
 
 
-def assert_resumed_with_the_same_bits(trainer, case, **more):
+def assert_resumed_with_the_same_bits(trainer, case):
     settings, model_settings = CASES[case]
-    model_settings = model_settings | more
     settings = {"window": "uniform{2..9}"} | settings
     model_settings = {"dropout": 0.3, "embedding_dropout": 0.1} | model_settings
     events, kept = [], {}
@@ -648,10 +647,10 @@ def test_a_step_stays_on_its_device(trainer, monkeypatch, optimizer):
 
 @pytest.fixture
 def on_cuda(trainer, cuda):
-    """`on_cuda(…)`: as `trainer(…)`, on the GPU; the validation too."""
+    """`on_cuda(…)`: as `trainer(…)`, on the GPU and with its kernels; the validation too."""
 
     def make(*given, **named):
-        cpu = trainer(*given, **named)
+        cpu = trainer(*given, **{"backend": "auto", **named})
         score = lambda: evaluate(cpu.model, *cpu.scored, protocol="columns", batch_size=2)  # noqa: E731
         return Trainer(cpu.model.to(cuda), cpu.config, cpu.data, score, cpu.listeners)
 
@@ -662,7 +661,7 @@ def on_cuda(trainer, cuda):
 @pytest.mark.parametrize(("optimizer", "shape"), MODELS)
 def test_a_step_on_a_gpu_waits_for_nothing(on_cuda, optimizer, shape, waiting_for_nothing):
     settings = {"optimizer": optimizer, "average_patience": None, "log_every": 100, "clip": 0.25}
-    run = on_cuda((), settings, dropout=0.2, backend="auto", **shape)
+    run = on_cuda((), settings, dropout=0.2, **shape)
     assert run.deferred
     run._step(0, 7)
     with waiting_for_nothing():
@@ -691,7 +690,7 @@ def test_a_run_on_a_gpu_equals_one_on_the_cpu(trainer, on_cuda, case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_resumed_on_a_gpu_ends_with_the_same_bits(on_cuda, case):
-    assert_resumed_with_the_same_bits(on_cuda, case, backend="auto")
+    assert_resumed_with_the_same_bits(on_cuda, case)
 
 
 @pytest.mark.gpu

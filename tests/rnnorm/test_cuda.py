@@ -108,6 +108,8 @@ def test_loops_and_graphs_are_bounded() -> None:
 
 def test_graphs_are_recorded_after_the_last_one_is_gone() -> None:
     """The pool that they share outlives them; else torch refuses, and before 2.13 draws no random numbers then."""
+    from rnnorm.ops import triton_steps
+
     layer = _layer("LSTM", "layer").eval()
 
     def call(N: int) -> None:
@@ -120,6 +122,7 @@ def test_graphs_are_recorded_after_the_last_one_is_gone() -> None:
         call(N)
     for _ in range(2):
         call(40)
+    assert triton_steps._LOOPS.values()[-1].runner._replays, "the last loop was recorded"
     torch.rand(3, device="cuda")
 
 
