@@ -191,30 +191,34 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.ar, self.tar, self.precision = model, ar, tar, precision
 
-    def forward(self, window: Window, state: State | None) -> tuple[Tensor, Tensor, State]:
+    def forward(self, window: Window, state: State | None, per_change: float) -> tuple[Tensor, Tensor, State]:
         """Returns what to differentiate, the nats to report, and the state after the window.
 
         The first two are sums over the window's targets; a penalty is added to the first alone, times the number of
         targets, as the trainer divides by that.
+
+        Arguments:
+            per_change: targets of all columns in the window for each change from a step to the next; by it the parts of
+                a window add up to what the whole has, however short a column of one is.
         """
         half = partial(torch.autocast, window.inputs.device.type, torch.bfloat16)
         with half() if self.precision == "bfloat16" else nullcontext():
             raw, dropped, state = self.model.outputs(window.inputs, state, window.lengths)
         with half() if self.precision != "float32" else nullcontext():
-            nats, count = self.model.loss(dropped, window.targets, window.mask)
+            nats, _ = self.model.loss(dropped, window.targets, window.mask)
         loss = nats
         if self.ar:
-            loss = loss + count * self.ar * _mean_square(dropped, window.mask)
+            loss = loss + self.ar * _squares(dropped, window.mask)
         if self.tar and len(raw) > 1:
             mask = None if window.mask is None else window.mask[1:]
-            loss = loss + count * self.tar * _mean_square(raw[1:] - raw[:-1], mask)
+            loss = loss + per_change * self.tar * _squares(raw[1:] - raw[:-1], mask)
         return loss, nats.detach(), state
 
 
-def _mean_square(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over the rows [T, N] that count, in the dtype of the running sums."""
+def _squares(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The sum over the rows [T, N] that count of each one's mean square, in the dtype of the running sums."""
     kept = values if mask is None else values[mask]
-    return kept.float().square().mean() if kept.dtype != torch.float64 else kept.square().mean()
+    return (kept if kept.dtype == torch.float64 else kept.float()).square().sum() / values.shape[-1]
 
 
 def _decoder(config: ModelConfig, width: int, vocabulary: int) -> Decoder:

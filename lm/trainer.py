@@ -341,10 +341,12 @@ class Trainer:
     def _backward(self, start: int, stop: int, count: int) -> tuple[Tensor, State | None]:
         """Makes the gradient of the mean nats of a window's `count` targets; returns the sum of this process's in
         float64, and the state of all columns after the window."""
+        per_change = count / max(self.data.active(start + 1, stop), 1)
         nats, states = [], []
         for number, (cut, data) in enumerate(self.parts, 1):
             with self.team.apart(self.objective) if number < len(self.parts) else nullcontext():
-                loss, summed, state = self.objective(data.window(start, stop), columns_of(self.carried, *cut))
+                window, carried = data.window(start, stop), columns_of(self.carried, *cut)
+                loss, summed, state = self.objective(window, carried, per_change)
                 # the team averages over its processes what is here a sum over them
                 (loss * self.team.size / count).backward()
             nats.append(summed.double())

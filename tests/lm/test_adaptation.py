@@ -112,9 +112,10 @@ def test_gradient_statistics_are_root_mean_squares_over_segments(net, text, toke
 
 
 @pytest.mark.parametrize("window", [1, 6, 1000])
-@pytest.mark.parametrize("rows", [1, 4, 256])
-def test_the_cache_is_its_definition(net, text, tokenizer, monkeypatch, window, rows):
+@pytest.mark.parametrize(("rows", "pairs"), [(1, 99), (4, 99), (256, 10**6), (256, 20), (256, 1)])
+def test_the_cache_is_its_definition(net, text, tokenizer, monkeypatch, window, rows, pairs):
     monkeypatch.setattr(adaptation, "_ROWS", rows)
+    monkeypatch.setattr(adaptation, "_PAIRS", pairs)
     ids, cache = text(6, seed=1).ids, replace(CACHE, window=window)
     found = nlls(net, ids, tokenizer, Adaptation(1.0, None, cache), None)
     inputs = torch.from_numpy(np.concatenate([[tokenizer.eos], ids[:-1]]))[:, None]
@@ -185,6 +186,53 @@ def test_tuning_is_never_worse_than_where_it_began(net, text, tokenizer, rms, te
     best = min(float(line.split()[0]) for line in lines)
     assert best == pytest.approx(math.exp(scores[-1]), rel=5e-4)
     assert all(mean.protocol in "\n".join(lines) for mean in means)
+
+
+@pytest.mark.parametrize("weight", [0.9, 0.995])
+def test_a_weight_of_the_cache_is_tuned_from_the_given_one_up_to_all(net, text, tokenizer, weight):
+    """A text of one word, which the cache alone foretells best."""
+    ids, begun = np.full(50, 3), Adaptation(1.0, None, replace(CACHE, weight=weight))
+    found = adaptation.tune(net, ids, tokenizer.eos, begun, temperature=False, say=lambda line: None)
+    assert found.cache.weight == max(weight, 0.99)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_switched_on_where_they_are_needed(net, text, tokenizer, rms, mode):
+    ids = text(5).ids
+    with mode():
+        again = adaptation.gradient_rms(net, text(40).ids, tokenizer.eos, 5)
+        inside = nlls(net, ids, tokenizer, MEANS["all"], again)
+    assert np.array_equal(inside, nlls(net, ids, tokenizer, MEANS["all"], rms))
+
+
+def test_outputs_are_kept_for_a_cache_only(net, text, tokenizer, rms, monkeypatch):
+    kept = []
+    monkeypatch.setattr(
+        adaptation, "_joined", lambda *lists, joined=adaptation._joined: (kept.append(len(lists[1])), joined(*lists))[1]
+    )
+    for means in MEANS.values():
+        nlls(net, text(5).ids, tokenizer, means, rms)
+    assert [count > 0 for count in kept] == [means.cache is not None for means in MEANS.values()]
+
+
+def test_constants_are_given_back_as_they_were():
+    means = Adaptation(
+        1.23456789, replace(DYNAMIC, lr=1 / 3e5, decay=0.0), replace(CACHE, window=2_000_001, weight=1.0)
+    )
+    assert adaptation.given(means) == [
+        "--temperature=1.23456789",
+        "--dynamic",
+        f"--set eval.dynamic_lr={1 / 3e5!r}",
+        "--set eval.dynamic_decay=0",
+        "--set eval.dynamic_eps=0.01",
+        "--set eval.dynamic_segment=5",
+        "--cache",
+        "--set eval.cache_weight=1",
+        "--set eval.cache_theta=0.7",
+        "--set eval.cache_window=2000001",
+    ]
+    assert "temperature(1.23456789)" in means.protocol
+    assert "window 2000001" in means.protocol
 
 
 def test_the_protocol_names_every_constant():

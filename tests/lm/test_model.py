@@ -265,12 +265,12 @@ def test_activation_penalties(model, padded):
     changes = [float((raw[t + 1, n] - raw[t, n]).square().sum()) for t in range(3) for n in range(2) if real[t + 1, n]]
     for ar, tar in ((0.0, 0.0), (2.0, 0.0), (0.0, 3.0), (2.0, 3.0)):
         seed()
-        loss, nats, _ = Objective(net, ar, tar)(window, None)
+        loss, nats, _ = Objective(net, ar, tar)(window, None, count / len(changes))
         expected = count * (ar * sum(squares) / (12 * len(squares)) + tar * sum(changes) / (12 * len(changes)))
         assert (loss - nats).item() == pytest.approx(expected, rel=1e-9)
     one = Window(IDS[:1], IDS[:1], None, None)
     seed()
-    loss, nats, _ = Objective(net, 0.0, 3.0)(one, None)
+    loss, nats, _ = Objective(net, 0.0, 3.0)(one, None, 2.0)
     assert torch.equal(loss, nats), "the temporal one is 0 for one step"
 
 
@@ -283,7 +283,7 @@ def test_precision_holds_for_all_products_or_the_decoders(precision):
         seen.update(decoder=torch.is_autocast_enabled("cpu")),
         loss(hidden, *rest),
     )[1]
-    loss, nats, _ = Objective(net, ar=1.0, precision=precision)(Window(IDS, IDS, None, None), None)
+    loss, nats, _ = Objective(net, ar=1.0, precision=precision)(Window(IDS, IDS, None, None), None, 1.0)
     assert seen == {
         "layers": torch.bfloat16 if precision == "bfloat16" else torch.float32,
         "decoder": precision != "float32",

@@ -147,7 +147,7 @@ def test_the_loss_falls_and_every_token_counts_once_an_epoch(trainer, text):
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 @pytest.mark.parametrize("count", [2, 3])
 def test_parts_of_a_step_equal_the_whole_without_norm(trainer, cell, count):
-    settings = {"batch_size": 5, "lr": 1.0, "momentum": 0.5, "clip": 0.5, "window": "uniform{2..9}"}
+    settings = {"batch_size": 5, "lr": 1.0, "momentum": 0.5, "clip": 0.5, "window": "uniform{2..9}", "ar": 2, "tar": 1}
     whole, parts = (
         trainer((), {**settings, "accumulate": accumulate}, norm="none", cell=cell) for accumulate in (1, count)
     )
@@ -277,8 +277,8 @@ def test_max_steps_stops_inside_an_epoch(trainer):
 class Penalized(Objective):
     """A regularizer as one may be added: in the objective alone."""
 
-    def forward(self, window, state):
-        loss, nats, state = super().forward(window, state)
+    def forward(self, window, state, per_change):
+        loss, nats, state = super().forward(window, state, per_change)
         return loss + 10 * nats.detach() * self.model.decoder.bias.square().sum(), nats, state
 
 
@@ -297,6 +297,29 @@ def test_a_penalty_is_differentiated_and_not_reported(trainer, monkeypatch, accu
     assert seen[0].grad_norm < seen[1].grad_norm
     assert not torch.equal(runs[0].model.decoder.bias, runs[1].model.decoder.bias)
     assert torch.equal(runs[0].model.layers.weight_hh_l0, runs[1].model.layers.weight_hh_l0)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_parts_penalize_as_the_whole_where_columns_end_early(trainer, text, tokenizer, monkeypatch, count):
+    """A last window of two rows, whose second only one of four columns reaches: five targets, one change."""
+    ids, told = text(40).ids, []
+
+    class Told(Objective):
+        def forward(self, window, state, per_change):
+            told.append(per_change)
+            return super().forward(window, state, per_change)
+
+    monkeypatch.setattr("lm.trainer.Objective", Told)
+    ids, norms = ids[: len(ids) - (len(ids) - 1) % 4], []
+    settings = {"batch_size": 4, "window": str(len(ids) // 4 - 1), "max_steps": 2, "lr": 1e-6, "tar": 100.0}
+    for accumulate in (1, count):
+        run, events = trainer((), {**settings, "accumulate": accumulate}, norm="none", dropout=0.0), []
+        data = stream.columns(ids, 4, tokenizer.eos)
+        Trainer(run.model, run.config, data, run.validate, [events.append]).fit()
+        norms.append([event.grad_norm for event in events if isinstance(event, Stepped)])
+    first = len(ids) // 4 - 1
+    assert told == [ratio for parts in (1, count) for ratio in [first / (first - 1)] * parts + [5.0] * parts]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("key", ["ar", "tar"])
