@@ -6,8 +6,9 @@ import json
 import math
 import re
 import sys
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lm.corpora import Split
 from lm.corpora.checks import Ways
 from lm.errors import UserError
 from lm.evaluator import PROTOCOLS, Group, ProtocolName, Score, headline, record
+from lm.lock import Lock
 from lm.run_folder import TEXT, RunFolder, Which
 from lm.sample import LONGEST
 from lm.trained import TrainedModel, load
@@ -147,7 +149,7 @@ def train(
     given = {f"train.{name}": value for name, value in options.items() if value is not None}
     if init_from is not None:
         given["train.init_from"] = str(init_from.resolve())
-    with _input(data, folder or Path("runs") / f"{_stem(preset)}-input") as kept:
+    with _input(data, folder or Path("runs") / f"{_stem(preset)}-input", dry_run) as (kept, lock):
         if kept is not None:
             data, folder = str(kept), kept.parent
         settings = compose(preset, data, folder, assignments, given)
@@ -155,7 +157,7 @@ def train(
         if dry_run:
             run.rehearse(settings, say=click.echo)
             return 0
-        outcome = run.train(settings, folder, resume=resume, overwrite=overwrite, say=_say)
+        outcome = run.train(settings, folder, resume=resume, overwrite=overwrite, lock=lock, say=_say)
     if outcome.reason not in ENDS:
         _say(f"stopped by {outcome.reason} after step {outcome.step}; saved; resume with: rnnlm train --run {folder}")
         return _STOPPED.get(outcome.reason, 1)
@@ -177,27 +179,31 @@ def _name(source: str) -> str:
 
 
 @contextmanager
-def _input(data: str | None, folder: Path) -> Iterator[Path | None]:
-    """Inside, with `--data -`: the file that keeps the standard input in a new run's folder; it goes again where no run
-    begins."""
+def _input(data: str | None, folder: Path, dry_run: bool) -> Iterator[tuple[Path | None, Lock | None]]:
+    """Inside, with `--data -`: the file that keeps the standard input in a new run's folder, and the folder's lock; it
+    goes again where no run begins."""
     if data != "-":
-        yield None
+        yield None, None
+        return
+    if dry_run:
+        with tempfile.TemporaryDirectory() as made:
+            files.write_chunks(kept := Path(made) / TEXT, _standard_input())
+            yield kept, None
         return
     if (folder / "config.toml").exists():
         raise UserError(
             f"a text from the standard input must be for a new run; got {folder}, which holds a run and its text; "
             "leave out --data to resume it, or choose another folder with --run"
         )
-    kept = folder / TEXT
-    if distributed.is_first():
-        files.write_chunks(kept, iter(lambda: sys.stdin.buffer.read(2**20), b""))
-    try:
-        yield kept
-    finally:
-        if not (folder / "config.toml").exists():
-            kept.unlink(missing_ok=True)
-            with suppress(OSError):
-                folder.rmdir()
+    if not distributed.is_first():
+        yield folder / TEXT, None
+        return
+    with RunFolder(folder).with_text(_standard_input()) as lock:
+        yield folder / TEXT, lock
+
+
+def _standard_input() -> Iterator[bytes]:
+    return iter(lambda: sys.stdin.buffer.read(2**20), b"")
 
 
 def compose(

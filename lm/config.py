@@ -1,5 +1,6 @@
 """Every setting of a run: its meaning, its allowed values, its default."""
 
+import glob
 import textwrap
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -456,10 +457,15 @@ def absolute(data: DataConfig) -> DataConfig:
         raise UserError("data.dir, data.source and data.tokenizer_file must not hold the character NUL; remove it")
     changed: dict[str, str] = {"dir": str(Path(data.dir).resolve())}
     if data.source and data.source not in CORPORA:  # an empty path is the working folder
+        if Path(data.source).is_fifo():
+            raise UserError(
+                f"data must be files, which are read more than once; got {data.source}, a pipe; give --data - and pipe "
+                "the text in"
+            )
         if Path(data.source).exists():
             changed["source"] = str(Path(data.source).resolve())
         elif is_pattern(data.source):
-            changed["source"] = str(Path.cwd() / data.source)
+            changed["source"] = str(Path(glob.escape(str(Path.cwd()))) / data.source)
     if data.tokenizer_file is not None:
         changed["tokenizer_file"] = str(Path(data.tokenizer_file).resolve())
     data = data.model_copy(update=changed)

@@ -1,5 +1,6 @@
 """Files read with a clear fault, and files written whole or not at all."""
 
+import glob
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -78,7 +79,7 @@ def write_whole(
 
 
 def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
-    """Writes a file of many bytes under a temporary name and renames it when it is whole; makes its folder.
+    """Writes a file of many bytes as `write_whole` does, chunk by chunk; makes its folder.
 
     Raises:
         UserError: the file cannot be written.
@@ -89,7 +90,10 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 file.writelines(chunks)
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(path)
+            _sync(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -106,9 +110,14 @@ def writing(path: Path) -> Iterator[None]:
 
 def remove_leftovers(path: Path) -> None:
     """Removes what processes that were killed inside `write_whole` have left of a file; let none be running."""
-    for found in path.parent.glob(f".{path.name}.*"):
-        if found.suffix[1:].isdecimal():
+    for found in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if is_leftover(found, path.name):
             found.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path, name: str) -> bool:
+    """Returns whether this may be what a process that was killed has left of a file of this name."""
+    return path.stem == f".{name}" and path.suffix[1:].isdecimal()
 
 
 def _sync(folder: Path) -> None:

@@ -61,6 +61,8 @@ class Lock:
                 "wait until that ends, stop it, or choose another folder with --run"
             ) from None
         self._files.append(file)
+        if not self.holds(folder):  # who held it has removed the file just now
+            return self.take(folder)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
         file.flush()

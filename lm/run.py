@@ -6,7 +6,7 @@ import resource
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,11 @@ class Outcome:
 
 
 _END_OF = {"epochs": "all epochs", "max_steps": "train.max_steps", "patience": "train.patience"}
+_OTHER_TOKENS = (
+    "lower data.min_count, raise data.vocab_size, or use --set data.tokenizer=bpe (or char; a text that puts no spaces "
+    "between words needs one of these)"
+)
+_OTHER_TEXT = "check that the text, its language and its encoding are those that the tokenizer was made for"
 _ANOTHER = "name another run, since a run begins with the best one"
 _MORE = "raise what ended it, as by --set train.epochs=N, or begin another run with its weights: --init-from"
 
@@ -66,13 +71,22 @@ class _Text:
         return len(self.train.ids) / self.train.units(self.tokenizer.unit)
 
 
-def train(settings: Config, path: Path, *, resume: str = "auto", overwrite: bool = False, say: Say = print) -> Outcome:
+def train(
+    settings: Config,
+    path: Path,
+    *,
+    resume: str = "auto",
+    overwrite: bool = False,
+    lock: Lock | None = None,
+    say: Say = print,
+) -> Outcome:
     """Trains in a run folder, from its last checkpoint where it has one.
 
     Arguments:
         path: of the run folder; made where it does not exist.
         resume: `auto` resumes the run of the folder; `never` only starts in an empty folder.
         overwrite: move a folder that holds another run out of the way, to a name beside it.
+        lock: what the folder was reserved with, if it was.
         say: receives lines for a person.
 
     Raises:
@@ -82,11 +96,11 @@ def train(settings: Config, path: Path, *, resume: str = "auto", overwrite: bool
     """
     # of a link, what it leads to is moved, and the link stays
     folder = RunFolder(Path(os.path.realpath(path)) if overwrite else path)
-    with distributed.joined() as team, Lock() as lock:
+    with distributed.joined() as team, nullcontext(lock) if lock else Lock() as lock:
 
         def opened() -> tuple[Config, Path | None, dict[str, Any] | None, dict[str, Any] | None, _Text]:
             _require(settings, team)
-            aside = folder.claim(resume, overwrite, lock)
+            aside = folder.claim(resume, overwrite, lock, settings.data)
             saved = None if aside else folder.last(say)
             if not aside:
                 folder.require_same_run(settings, saved)
@@ -176,7 +190,8 @@ def _text(settings: Config, saved: Mapping[str, Any] | None, start: Mapping[str,
     data = settings.data
     corpus = corpora.load(data.source, Path(data.dir), options=data.reading)
     tokenizer = _tokenizer(data, saved or start)
-    ways = Ways(kind="") if tokenizer else Ways()  # the kind of one that is there is fixed
+    tokenizer_is_given = tokenizer is not None
+    ways = Ways(kind="") if tokenizer_is_given else Ways()  # the kind of one that is there is fixed
     for warning in corpus.require(tokenizer.kind if tokenizer else data.tokenizer, ways):
         say(f"warning: {warning}")
     if corpus.note:
@@ -200,10 +215,7 @@ def _text(settings: Config, saved: Mapping[str, Any] | None, start: Mapping[str,
             "give more text"
         )
     if unknown := stream.many_unknown(valid, tokenizer, "valid"):
-        say(
-            f"{unknown}; lower data.min_count, raise data.vocab_size, or use --set data.tokenizer=bpe (or char; a text "
-            "that puts no spaces between words needs one of these)"
-        )
+        say(f"{unknown}; {_OTHER_TEXT if tokenizer_is_given else _OTHER_TOKENS}")
     return _Text(corpus.name, tokenizer, ids, valid, torch.from_numpy(ids.counts(tokenizer.size)), sha256)
 
 

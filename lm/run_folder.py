@@ -6,8 +6,10 @@ text.txt, where the text was the standard input
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lm import checkpoint, config, files, tokenizers
-from lm.config import Config
+from lm.config import Config, DataConfig
 from lm.errors import UserError
 from lm.lock import NAME as LOCK
 from lm.lock import Lock
 from lm.tokenizers import Tokenizer
 
 TEXT = "text.txt"  # what was read from the standard input, kept so that the run can resume
+_OWN = (TEXT, "config.toml", "tokenizer.json")  # that a run writes first
 SCORES = "scores.jsonl"  # what `eval` has scored of the run's own text, for its report
 _SCORED = ("step", "split", "protocol", "ppl", "data_sha256", "vocabulary_sha256")  # of a whole line of it
 Say = Callable[[str], None]
@@ -64,21 +67,57 @@ class RunFolder:
         """Where the weights of the best validation are kept."""
         return self.checkpoints / checkpoint.BEST
 
-    def claim(self, resume: str, overwrite: bool, lock: Lock) -> Path | None:
-        """Refuses a folder that is not for a run, and locks one that holds a run; returns where to move it aside to,
-        if that was asked for."""
+    @contextmanager
+    def with_text(self, chunks: Iterable[bytes]) -> Iterator[Lock]:
+        """Inside, the folder is locked and keeps these bytes as a new run's text; where no run begins, both go again.
+
+        Raises:
+            UserError: the folder is not free for a new run.
+        """
+        is_new = not self.path.exists()
+        with Lock() as lock:
+            self._require_free()
+            lock.take(self.path)
+            self._require_free()  # of a run that began just now
+            try:
+                files.write_chunks(self.path / TEXT, chunks)
+                yield lock
+            finally:
+                if not self.config.exists():
+                    (self.path / TEXT).unlink(missing_ok=True)
+                    if is_new:
+                        (self.path / LOCK).unlink(missing_ok=True)
+                        with suppress(OSError):
+                            self.path.rmdir()
+
+    def _require_free(self) -> None:
+        """Raises UserError where the folder holds anything but what a run leaves that was killed before it began."""
         path = self.path
-        if not path.exists() or (path.is_dir() and {inner.name for inner in path.iterdir()} <= {LOCK, TEXT}):
-            return None
-        if not self.config.is_file():
+        inner = [*path.iterdir()] if path.is_dir() else []
+        names = {each.name for each in inner if not any(files.is_leftover(each, own) for own in _OWN)}
+        if path.exists() and not (path.is_dir() and (names <= {LOCK} or names == {LOCK, TEXT})):
             raise UserError(
                 f"a run folder must be empty or a run's own; got {path}, which is neither; choose another with --run"
             )
+
+    def claim(self, resume: str, overwrite: bool, lock: Lock, data: DataConfig) -> Path | None:
+        """Refuses a folder that is not for a run, and locks one that holds a run; returns where to move it aside to,
+        if that was asked for."""
+        path = self.path
+        if not self.config.is_file():
+            self._require_free()
+            return None
         if overwrite and Path.cwd().is_relative_to(path):
             raise UserError(
                 f"a run that is moved aside must not hold the working folder; got {path}, which does; change to "
                 "another folder first"
             )
+        for used in (data.source, data.dir, data.tokenizer_file or ""):
+            if overwrite and used != str(path / TEXT) and Path(used).is_relative_to(path):
+                raise UserError(
+                    f"a run that is moved aside must not hold what the new one reads; got {used}; move that to another "
+                    "folder first"
+                )
         lock.take(path)
         if overwrite:
             number = 1
@@ -95,9 +134,12 @@ class RunFolder:
             self.path.rename(aside)
         if not lock.holds(self.path):
             lock.take(self.path)
+            if aside and settings.data.source == str(self.path / TEXT):
+                shutil.copy2(aside / TEXT, self.path)
             if self.config.exists():
                 raise UserError(f"a new run must have an empty folder; another began in {self} just now; {_WAYS}")
-        for name in (self.config, self.tokenizer, self.metrics, self.checkpoints / checkpoint.LAST, self.best):
+        written = (*(self.path / name for name in _OWN), self.metrics, self.checkpoints / checkpoint.LAST, self.best)
+        for name in written:
             files.remove_leftovers(name)
         files.write_whole(self.config, config.to_toml(settings).encode())
         tokenizers.save(tokenizer, self.tokenizer)
@@ -136,9 +178,11 @@ class RunFolder:
 
     def keep_scores(self, step: int, scores: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """Appends scores of the weights of a step, by split; raises OSError where the folder cannot be written."""
-        with (self.path / SCORES).open("a", encoding="utf-8") as file:
-            for split, record in scores:
-                file.write(json.dumps({"step": step, "split": split, **record}) + "\n")
+        lines = [json.dumps({"step": step, "split": split, **record}) + "\n" for split, record in scores]
+        with (self.path / SCORES).open("a+b") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":  # a line that is torn
+                lines.insert(0, "\n")
+            file.write("".join(lines).encode())
 
     def scores(self) -> list[dict[str, Any]]:
         """Returns the scores that `eval` has kept, but lines that are torn."""
@@ -178,8 +222,14 @@ class RunFolder:
             )
 
     def require_vocabulary(self, tokenizer: Tokenizer) -> None:
-        """Raises UserError unless the folder's tokenizer, where it has one, is this."""
-        if self.tokenizer.exists() and tokenizers.load(self.tokenizer).sha256 != tokenizer.sha256:
+        """Raises UserError unless the folder's tokenizer, where it has one that can be read, is this."""
+        try:
+            theirs = tokenizers.load(self.tokenizer) if self.tokenizer.exists() else tokenizer
+        except UserError as fault:
+            raise UserError(
+                f"{fault}; or remove {self.tokenizer}, since the checkpoint holds the tokenizer too"
+            ) from None
+        if theirs.sha256 != tokenizer.sha256:
             raise UserError(
                 f"a checkpoint must be of its folder's vocabulary; got one in {self} of another than "
                 f"{self.tokenizer.name}; put each checkpoint back into its own run folder"

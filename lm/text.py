@@ -75,6 +75,8 @@ class Text:
     stop: int | None = None
     cache: Path | None = field(default=None, compare=False)
     watch: Callable[[int], None] | None = field(default=None, compare=False)  # gets the number of bytes read
+    files: Callable[[], Iterable[tuple[str, int]]] | None = field(default=None, compare=False)
+    """Of a text that was joined from files: the name and the size of each."""
 
     @classmethod
     def of(cls, lines: "Iterable[str] | Text", name: str = "the text") -> "Text":
@@ -174,9 +176,19 @@ class Text:
 
     def place(self, offset: int) -> str:
         """Returns the name of the text with the number of the line that holds the byte at this offset."""
-        before = replace(self, start=0, stop=self.start + offset, watch=None)
-        line = 1 + sum(block.count(b"\n") for block in before._read(BLOCK))
-        return f"{self.name}, line {line:,}"
+        name, line, _ = self.locate(offset)
+        return f"{name}, line {line:,}"
+
+    def locate(self, offset: int) -> tuple[str, int, int]:
+        """Returns where the byte at this offset is: the name of its file, the line there, and the offset there."""
+        name, begin, at = self.name, 0, self.start + offset
+        for each, size in self.files() if self.files else ():
+            if at < begin + size:
+                name = each
+                break
+            begin += size
+        before = replace(self, start=begin, stop=at, watch=None)
+        return name, 1 + sum(block.count(b"\n") for block in before._read(BLOCK)), at - begin
 
 
 _FORM = 1  # of kept facts; raise it where their meaning changes

@@ -403,7 +403,9 @@ def load(path: Path) -> Tokenizer:
     try:
         state = json.loads(read_text(Path(path), "a tokenizer"))
     except (ValueError, RecursionError) as fault:  # an integer of 5,000 digits is a bare ValueError
-        raise UserError(f"a tokenizer file must be JSON; got {path}: {fault}; train the tokenizer again") from None
+        raise UserError(
+            f"a tokenizer file must be JSON; got {path}: {fault}; put the file there that was made"
+        ) from None
     return from_state(state)
 
 

@@ -274,11 +274,16 @@ class TrainedModel:
         """A split of the run's own corpus, or of another, that the tokenizer can take; and its ids."""
         settings = self.config.data
         source = settings.source if data is None else data
-        text = corpora.load(source, Path(settings.dir), [split], settings.reading).splits[split]
+        corpus = corpora.load(source, Path(settings.dir), [split], settings.reading)
+        text = corpus.splits[split]
         if data is None:
             self._require_own(split, text)
         for warning in checks.require({split: text}, self.tokenizer.kind, checks.Ways("", "")):
             self.say(f"warning: {warning}")
+        if data is not None and corpus.note:
+            self.say(
+                f"{corpus.note}; only {split} is scored: to score a whole text, give a folder with it as {split}.txt"
+            )
         encoded = store.encoded(text, self.tokenizer)
         if unknown := stream.many_unknown(encoded, self.tokenizer, split):
             self.say(f"{unknown}; check that the text, its language and its encoding are those of the training text")

@@ -9,6 +9,8 @@ from lm.tokenizers import EOS
 
 # How files of other forms begin, and what their names must end in to be read as such.
 _FORMS = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
+_PACKED = {b"PK\x03\x04": ".zip", b"BZh": ".bz2", b"\xfd7zX": ".xz"}  # that are not read
+_SOME = 1000  # bytes
 _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -42,27 +44,33 @@ def require(splits: Mapping[str, Text], kind: str, ways: Ways = OF_TRAINING) -> 
 def _checked(split: str, text: Text, kind: str, ways: Ways) -> list[str]:
     found = text.facts.found
     head = _head(text)
-    form = next((end for start, end in _FORMS.items() if head.startswith(start)), None)
+    form = next((end for start, end in (_FORMS | _PACKED).items() if head.startswith(start)), None)
     if form and {"utf8", "nul"} & found.keys():
+        renamed = f", or give it a name that ends in {form}" if form in _FORMS.values() else ""
         raise UserError(
-            f"the {split} split must be text; got {text.name}, which begins as a {form} file does; unpack it, or give "
-            f"it a name that ends in {form}"
+            f"the {split} split must be text; got {text.name}, which begins as a {form} file does; unpack it{renamed}"
         )
     encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
     as_bytes = [f"take bytes: {ways.kind}byte"] if ways.kind else []
     if "utf8" in found:
         offset = found["utf8"]
         byte = next(text.part(offset, offset + 1).blocks())[0]
-        named = [f"name its encoding, as by {ways.encoding}{encoding or _likely(text)}"] if ways.encoding else []
+        file, line, at = text.locate(offset)
+        named = (
+            [f"name its encoding, as by {ways.encoding}{encoding or _likely(text) or 'latin-1'}"]
+            if ways.encoding
+            else []
+        )
         raise UserError(
-            f"the {split} split must be UTF-8 text; got {text.place(offset)}, with byte 0x{byte:02x} at byte offset "
-            f"{text.start + offset}; {_either(['convert the file to UTF-8', *named, *as_bytes])}"
+            f"the {split} split must be UTF-8 text; got {file}, line {line:,}, with byte 0x{byte:02x} at byte "
+            f"offset {at}; {_either(['convert the file to UTF-8', *named, *as_bytes])}"
         )
     if "nul" in found:
-        named = [f"give {ways.encoding}{encoding or _likely(text)}"] if ways.encoding else ["convert the file to UTF-8"]
+        likely = encoding or _likely(text)
+        way = f"give {ways.encoding}{likely}" if ways.encoding else "convert the file to UTF-8"
         raise UserError(
             f"the {split} split must be text; got a NUL in {text.place(found['nul'])}, as in UTF-16 and binary files; "
-            f"{_either([*named, *as_bytes])}"
+            f"{_either([way if likely else 'remove it', *as_bytes])}"
         )
     return _checked_words(split, text, ways) if kind == "word" else []
 
@@ -90,11 +98,14 @@ def _head(text: Text) -> bytes:
     return b"".join(replace(text, start=0, stop=min(4, text.start + text.size), watch=None).blocks())
 
 
-def _likely(text: Text) -> str:
-    """The encoding to try for a text without a mark: NUL is every other byte of most UTF-16."""
-    if "nul" not in text.facts.found:
+def _likely(text: Text) -> str | None:
+    """The encoding to try for a text without a mark: NUL is every other byte of most UTF-16; None where it is rare."""
+    if (first := text.facts.found.get("nul")) is None:
         return "latin-1"
-    return "utf-16-le" if (text.start + text.facts.found["nul"]) % 2 else "utf-16-be"
+    some = b"".join(text.part(first, min(first + _SOME, text.size)).blocks())
+    if some.count(0) < len(some) / 4:
+        return None
+    return "utf-16-le" if (text.start + first) % 2 else "utf-16-be"
 
 
 def _either(ways: Sequence[str]) -> str:

@@ -1,13 +1,14 @@
 """Texts in files: plain, compressed, in another encoding, tables; one that is split, or several that are joined."""
 
 import codecs
+import functools
 import glob
 import gzip
 import hashlib
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -113,6 +114,8 @@ def given(content: bytes | Path, name: str, encoding: str) -> Text:
     Raises:
         UserError: the file cannot be read, or is not in the encoding.
     """
+    if isinstance(content, Path) and content.is_fifo():  # a pipe is read once
+        content = b"".join(_plain(content, PLAIN))
     if encoding.lower() in _UTF8:
         return Text(content, name)
     chunks = [content] if isinstance(content, bytes) else _plain(content, PLAIN)
@@ -131,7 +134,13 @@ def join(pattern: str, options: Reading, cache: Path) -> Text:
     stats = [path.stat() for path in paths]
     key = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)]
     key.append([options.encoding, options.column])
-    return kept(lambda: _joined(paths, options), key, cache, pattern)
+    found = kept(lambda: _joined(paths, options), key, cache, pattern)
+    return replace(found, files=functools.partial(_sizes, paths, options))
+
+
+def _sizes(paths: Iterable[Path], options: Reading) -> Iterator[tuple[str, int]]:
+    """The name of each file, and its bytes in what they are joined to."""
+    return ((str(path), sum(map(len, _joined([path], options)))) for path in paths)
 
 
 def _joined(paths: Iterable[Path], options: Reading) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,9 @@ import pytest
 
 from lm import config
 from lm.cli import main
+from lm.lock import Lock
 from lm.model import LanguageModel
+from lm.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
@@ -210,6 +213,78 @@ def test_one_file_and_the_standard_input(process, call, corpus, tmp_path, monkey
     call("train", "--run", "moved", "--data", "moved/text.txt")
 
 
+def test_the_standard_input_replaces_no_file_but_its_own(call, corpus, tmp_path, monkeypatch):
+    text = (corpus / "train.txt").read_bytes() * 3
+
+    def pipe(*arguments, code=0):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+        return call(
+            "train", "--data", "-", "--run", "notes", "--set", "train.max_steps=2", *arguments, *QUICK, code=code
+        )
+
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/text.txt").write_text("my only copy")
+    assert "one step" in pipe("--dry-run")[1] + pipe("--dry-run")[0]
+    assert "which is neither" in pipe(code=2)[1]
+    (tmp_path / "notes/other.txt").write_text("x")
+    assert "which is neither" in pipe(code=2)[1]
+    assert {path.name: path.read_text() for path in (tmp_path / "notes").iterdir()} == {
+        "text.txt": "my only copy",
+        "other.txt": "x",
+    }
+    for path in (tmp_path / "notes").iterdir():
+        path.unlink()
+    for left in (".lock", "text.txt", ".text.txt.4711", ".config.toml.4711", ".tokenizer.json.4711"):
+        (tmp_path / "notes" / left).write_text("of a process that was killed before its run began")
+    pipe()
+    assert (tmp_path / "notes/text.txt").read_bytes() == text
+    assert not [*(tmp_path / "notes").glob(".*.4711")]
+    with Lock() as lock:
+        (tmp_path / "busy").mkdir()
+        lock.take(tmp_path / "busy")
+        (tmp_path / "busy/text.txt").write_text("what another process has just read")
+        assert "in use by process" in pipe("--run", "busy", code=2)[1]
+        assert (tmp_path / "busy/text.txt").read_text() == "what another process has just read"
+
+
+def test_a_run_that_is_moved_aside_leaves_its_standard_input(call, corpus, tmp_path, monkeypatch):
+    text = (corpus / "train.txt").read_bytes() * 3
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+    steps = ("--set", "train.max_steps=2")
+    call("train", "--data", "-", "--run", "run", *steps, *QUICK)
+    call("train", "--run", "run", "--overwrite", *steps, "--set", "model.hidden_size=9")
+    assert (tmp_path / "run/text.txt").read_bytes() == (tmp_path / "run.old1/text.txt").read_bytes() == text
+    call("eval", "run")
+    (tmp_path / "run/my.txt").write_bytes(text)
+    err = fault(call, "train", "--run", "run", "--overwrite", "--data", "run/my.txt", *steps)
+    assert "must not hold what the new one reads; got " in err
+    assert (tmp_path / "run/my.txt").read_bytes() == text
+
+
+def test_a_pipe_is_scored_and_not_trained_on(call, trained, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "got pipe, a pipe; give --data - and pipe the text in" in fault(call, "train", "--data", "pipe", *QUICK)
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("the cat\n",))
+    writer.start()
+    assert json.loads(call("score", trained, "pipe", "--json")[0].splitlines()[0])["count"] == 3
+    writer.join()
+
+
+def test_eval_of_one_file_says_which_part_it_scores(call, trained, corpus, tmp_path):
+    (tmp_path / "book.txt").write_bytes((corpus / "train.txt").read_bytes() * 3)
+    _, err = call("eval", trained, "--data", "book.txt")
+    assert "book.txt is split 90/5/5 by lines: train " in err
+    assert "only valid is scored: to score a whole text, give a folder with it as valid.txt" in err
+
+
+def test_a_pattern_is_of_the_working_folder_whatever_its_name(call, corpus, tmp_path, monkeypatch):
+    (tmp_path / "one[1]*/src").mkdir(parents=True)
+    (tmp_path / "one[1]*/src/a.txt").write_bytes((corpus / "train.txt").read_bytes() * 3)
+    monkeypatch.chdir(tmp_path / "one[1]*")
+    call("train", "--data", "src/*.txt", "--run", "run", "--set", "train.max_steps=2", *QUICK)
+    call("eval", "run")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -368,6 +443,42 @@ def test_data_prepare_and_stats(process, call, tmp_path):
         ["valid", "2", "6", "6", "33.33%", "17", "83.33%"],
     ]
     assert call("data", "stats", "own", "--min-count", "1")[0].splitlines()[1].split()[-1] == "0.00%"
+
+
+def test_a_score_after_a_torn_one_is_kept_whole(call, trained):
+    call("eval", trained)
+    kept = trained / "scores.jsonl"
+    for torn in ("", '{"step": 2, "spl'):
+        before = kept.read_text()
+        kept.write_text(before + torn)
+        call("eval", trained, "--split", "test")
+        rows = RunFolder(trained).scores()
+        assert rows[-1]["split"] == "test"
+        assert len(rows) == 2 + bool(torn)
+    assert "\n\n" not in kept.read_text()
+
+
+def test_a_damaged_tokenizer_beside_a_checkpoint_can_be_removed(call, trained):
+    whole = (trained / "tokenizer.json").read_bytes()
+    (trained / "tokenizer.json").write_bytes(whole[: len(whole) // 2])
+    for command in ("train", "--run", trained), ("eval", trained):
+        assert f"or remove {trained / 'tokenizer.json'}, since the checkpoint holds" in fault(call, *command)
+    (trained / "tokenizer.json").unlink()
+    call("train", "--run", trained)
+    assert (trained / "tokenizer.json").read_bytes() == whole
+
+
+def test_what_to_do_about_unknown_words_is_what_the_run_allows(call, trained, corpus, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "train.txt").write_text("nothing known here\n" * 30)
+    (folder / "valid.txt").write_text("zebras and bees\n" * 30)
+    steps = ("--data", folder, "--set", "train.max_steps=1")
+    _, err = call("train", *steps, "--run", "fresh", *QUICK)
+    assert "raise data.vocab_size, or use --set data.tokenizer=bpe" in err
+    _, err = call("train", *steps, "--run", "tuned", "--init-from", trained)
+    assert "check that the text, its language and its encoding are those that the tokenizer was made for" in err
+    assert "data.vocab_size" not in err
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,16 @@ def test_a_folder_needs_the_splits_that_are_used(tmp_path: Path):
         corpora.load(str(tmp_path), tmp_path)
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_what_is_wrong_in_one_of_joined_files_is_found_there(tmp_path: Path, monkeypatch, large: bool):
+    monkeypatch.setattr(texts, "LARGE", 1000 if large else 10**9)
+    for name, content in (("a", LINES.encode()), ("b", b"one\ntwo \xff\n" + LINES.encode()), ("c", LINES.encode())):
+        write(tmp_path / f"{name}.txt", content)
+    found = corpora.load(str(tmp_path / "*.txt"), tmp_path / "data", options=Reading(split="50/50/0"))
+    with pytest.raises(UserError, match=r"got \S+b\.txt, line 2, with byte 0xff at byte offset 8; convert"):
+        found.require("word")
+
+
 def test_a_pattern_joins_files_in_order(tmp_path: Path):
     write(tmp_path / "src/b/z.py", b"def z():\n\treturn 1")
     write(tmp_path / "src/a.py", b"import b\r\n" * 200)
@@ -223,6 +233,8 @@ def test_a_fault_is_found_in_every_split_for_the_tokenizers_it_matters_to(tmp_pa
         (LINES.encode("utf-16-le"), r"--set data\.encoding=utf-16-le, or"),
         (LINES.encode("utf-16-be"), r"--set data\.encoding=utf-16-be, or"),
         (LINES.encode("latin-1"), r"line 1, with byte 0xe9 .* as by --set data\.encoding=latin-1, or"),
+        (b"PK\x03\x04\0\0", r"a\.txt, which begins as a \.zip file does; unpack it$"),
+        (b"the cat \0 sat on the mat\n", r"a NUL in \S+a\.txt, line 1, as in .*; remove it, or take bytes: --set"),
         (b"a\0\n", r"a NUL in \S+a\.txt, line 1, .*; give --set data\.encoding=utf-16-le, or take bytes: --set"),
     ],
 )
@@ -242,7 +254,7 @@ def test_no_hint_names_an_option_that_is_not_there(tmp_path: Path):
         with pytest.raises(UserError) as caught:
             checks.require({"test": Text(content)}, "word", checks.Ways("", ""))
         assert "--" not in str(caught.value)
-        assert re.search(r"; (convert|replace) [^;]+$", str(caught.value))
+        assert re.search(r"; (convert|replace|remove) [^;]+$", str(caught.value))
 
 
 def test_a_mark_in_the_middle_is_a_warning(tmp_path: Path):

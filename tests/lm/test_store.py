@@ -80,6 +80,33 @@ def test_what_is_being_made_has_no_name_yet(tmp_path: Path, large, monkeypatch):
     assert not [*(tmp_path / "data/cache").glob("*ids-*")]
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda content: b"",
+        lambda content: content[: len(content) // 2],
+        lambda content: bytes(len(content)),
+        lambda content: content + bytes(100),
+        lambda content: b"\xff" * len(content),
+        lambda content: content[:99] + bytes([content[99] ^ 1]) + content[100:],
+    ],
+    ids=["empty", "cut", "zero", "longer", "ones", "bit"],
+)
+def test_what_is_damaged_is_made_again(tmp_path: Path, large, damaged):
+    (tmp_path / "book.txt").write_bytes(LINES.encode())
+    text = opened(tmp_path)
+    table = store.tokenizer("word", text, None, 1, 1000)
+    expected = np.array(store.encoded(text, table).ids)
+    kept = [next((tmp_path / "data/cache").glob(form)) for form in ("ids-*", "tokenizer-*")]
+    whole = [path.read_bytes() for path in kept]
+    for path, content in zip(kept, whole, strict=True):
+        path.unlink()  # its memory is mapped by what was read before
+        path.write_bytes(damaged(content))
+    assert store.tokenizer("word", text, None, 1, 1000).sha256 == table.sha256
+    assert np.array_equal(store.encoded(text, table).ids, expected)
+    assert kept[0].read_bytes() == whole[0]
+
+
 def test_a_small_text_leaves_no_file(tmp_path: Path):
     (tmp_path / "book.txt").write_bytes(LINES.encode())
     text = opened(tmp_path)
