@@ -75,8 +75,7 @@ class Text:
     stop: int | None = None
     cache: Path | None = field(default=None, compare=False)
     watch: Callable[[int], None] | None = field(default=None, compare=False)  # gets the number of bytes read
-    files: Callable[[], Iterable[tuple[str, int]]] | None = field(default=None, compare=False)
-    """Of a text that was joined from files: the name and the size of each."""
+    files: Callable[[], Iterable[tuple[str, int]]] | None = field(default=None, compare=False)  # joined: names, sizes
 
     @classmethod
     def of(cls, lines: "Iterable[str] | Text", name: str = "the text") -> "Text":
