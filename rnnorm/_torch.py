@@ -45,14 +45,17 @@ def has_modes() -> bool:
     return _modes() != 0 or _modes_before_dispatch() != 0
 
 
+def is_autocast(kind: str) -> bool:
+    """True if autocast is on for this kind of device."""
+    # Other devices have no autocast, and raise when they are asked; torch 2.11 cannot compile the second question.
+    known = kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """Autocast's dtype for products with `tensor`; None if autocast is off or the tensor is float64."""
     kind = tensor.device.type
-    # Other devices have no autocast, and raise when they are asked; torch 2.11 cannot compile the second question.
-    known = kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind)
-    if tensor.dtype == torch.float64 or not known or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(kind) if tensor.dtype != torch.float64 and is_autocast(kind) else None
 
 
 def is_transformed(tensors: Sequence[Tensor | None]) -> bool:

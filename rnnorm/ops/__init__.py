@@ -1,10 +1,8 @@
 """Whole-sequence execution: `run` chooses a backend and runs one layer and direction on it."""
 
-import torch
-
 from rnnorm.ops import sequence
 from rnnorm.ops.call import DIFFERENTIABLE, HELD, CallSpec, Operands, Results, mogrifier_shapes, statistics_dtype
-from rnnorm.ops.library import refuse_recomputation, refuse_transforms
+from rnnorm.ops.library import refuse_recomputation, refuse_transforms, without_autocast
 from rnnorm.ops.linear_cross_entropy import linear_cross_entropy
 from rnnorm.ops.online_norm import run_online_norm
 from rnnorm.ops.reference import normalizer
@@ -41,5 +39,5 @@ def run(operands: Operands, spec: CallSpec) -> Results:
     if spec.controlled:
         refuse_recomputation()
     backend = choose(spec.wanted, operands.x.device, operands.x.dtype, spec)
-    with torch.autocast(operands.x.device.type, enabled=False):
+    with without_autocast(operands.x.device.type):
         return backend.forward(operands, spec, save=False)[0]

@@ -39,7 +39,13 @@ def operator(
     """
     _LIBRARY.define(f"{name}{schema}", tags=tags)
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rnnorm::{name}", fake, lib=_LIBRARY)
+    names = [argument.split()[-1] for argument in schema[1 : schema.index(") ->")].split(", ")]
+
+    def checked(*args: Any) -> Any:
+        refuse_part_on_meta(names, args)
+        return fake(*args)
+
+    torch.library.register_fake(f"rnnorm::{name}", checked, lib=_LIBRARY)
     if recorded is not None:
         _LIBRARY.impl(name, recorded, "Autograd")
     return getattr(torch.ops.rnnorm, name)
@@ -63,6 +69,19 @@ def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
         and _PLAIN.issuperset(map(type, tensors))
         and not any(tensor.is_meta for tensor in tensors if tensor is not None)
     )
+
+
+def refuse_part_on_meta(names: Sequence[str], args: Sequence[Any]) -> None:
+    """Raise `ValueError` if some tensors are on `meta`: torch would return uninitialized memory of another device."""
+    # Lengths are on the CPU in every call.
+    given = {name: arg for name, arg in zip(names, args, strict=True) if isinstance(arg, Tensor) and name != "lengths"}
+    on_meta = [name for name, tensor in given.items() if tensor.is_meta]
+    if on_meta and len(on_meta) < len(given):
+        other = next(tensor.device for tensor in given.values() if not tensor.is_meta)
+        raise ValueError(
+            f"all tensors of a call must be on {other}; got {', '.join(on_meta)} on meta, without values; load them "
+            "(load_state_dict with assign=True), or move them with to_empty(device=...) and initialize them"
+        )
 
 
 def refuse_recomputation() -> None:
@@ -99,8 +118,7 @@ def begin_backward(ctx: Any, grads: Sequence[Tensor | None], controlled: bool, r
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """A context without autocast, so that statistics keep their dtype."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    return torch.autocast(device, enabled=False) if _torch.is_autocast(device) else nullcontext()
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnnorm._cells import CELLS
 from rnnorm.norms import Constants
 from rnnorm.ops import library
 from rnnorm.ops.backend import Backend
@@ -123,6 +122,7 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
 
     `watch` is called with the inputs of the nonlinearities, [n, k*H] for the k gates that are normalized together.
     """
+    library.refuse_part_on_meta(Operands._fields, operands)
     o = operands.in_product_dtype()
     T, N, _ = o.x.shape
     dtype, wide = o.x.dtype, statistics_dtype(o.x.dtype)
@@ -131,8 +131,7 @@ def run(operands: Operands, spec: CallSpec, watch: Callable[[Tensor], None] = la
     normalize_gates = normalizer(spec, H, o.norm_scale, o.norm_shift, gate_stats)
     cell = normalizer(spec, H, o.cell_norm_scale, o.cell_norm_shift, cell_stats)
     normalize_cell: Callable[[Tensor], Tensor] = (lambda c: cell(reached(c), 0)) if spec.cell_norm else (lambda c: c)
-    cell_of_spec = CELLS[spec.cell]
-    step = (cell_of_spec.capped if spec.cap else None) or cell_of_spec.step
+    step = (spec.declared.capped if spec.cap else None) or spec.declared.step
     rounds = mogrifier_rounds(o, spec)
 
     recorded = spec.controlled and library.needs_gradient(operands[: len(DIFFERENTIABLE)])

@@ -259,6 +259,12 @@ def test_wrong_shapes_are_refused():
         linear_cross_entropy(hidden, weight, bias, targets[:3])
 
 
+def test_a_weight_without_values_is_refused():
+    hidden, targets = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="must be on cpu; got weight on meta"):
+        linear_cross_entropy(hidden, torch.empty(7, 4, device="meta"), None, targets)
+
+
 def test_double_backward_raises():
     hidden, weight, bias, targets = problem(4)
     total, _ = linear_cross_entropy(hidden, weight, bias, targets)

@@ -327,9 +327,14 @@ def test_operators_are_what_a_subclass_sees() -> None:
     assert any("rnnorm.sequence" in name for name in Named.seen)
 
 
-def test_shapes_without_memory() -> None:
-    y, h = rnnorm.GRU(3, 4, device="meta")(torch.zeros(5, 2, 3, device="meta"))
+@pytest.mark.parametrize("backend", ["auto", "scripted", "reference"])
+def test_shapes_without_memory(backend: str) -> None:
+    layer = rnnorm.GRU(3, 4, device="meta", backend=backend)
+    y, h = layer(torch.zeros(5, 2, 3, device="meta"), lengths=[5, 2])
     assert (y.device.type, y.shape, h.shape) == ("meta", (5, 2, 4), (1, 2, 4))
+    y.sum().backward()
+    assert layer.weight_hh_l0.grad is not None
+    assert layer.weight_hh_l0.grad.is_meta
 
 
 @pytest.mark.parametrize("name", ["sequence", "sequence_saving", "sequence_backward"])

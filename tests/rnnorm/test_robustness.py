@@ -406,6 +406,33 @@ def test_meta_and_later_materialization() -> None:
     torch.testing.assert_close(layer.state_dict(), _make(norm="online", cell_norm=False).state_dict())
 
 
+def _on_meta(module: Any, *names: str) -> Any:
+    for name in names:
+        setattr(module, name, nn.Parameter(getattr(module, name).to("meta")))
+    return module
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", registry.names())
+def test_a_module_that_is_partly_on_meta_is_refused(backend: str, training: bool) -> None:
+    """Torch would run the fake kernels, whose results are uninitialized memory."""
+    with torch.device("meta"):
+        loaded = rnnorm.LSTM(3, 4, norm="layer", backend=backend)
+    loaded.load_state_dict(nn.LSTM(3, 4).state_dict(), strict=False, assign=True)
+    x, lengths = torch.randn(5, 2, 3), torch.tensor([5, 3])
+    calls = [
+        (loaded, lambda layer: layer(x, lengths=lengths), "norm_scale, norm_shift"),
+        (_on_meta(rnnorm.GRU(3, 4, 2, backend=backend), "weight_hh_l1"), lambda layer: layer(x), "weight_hh"),
+        (_on_meta(rnnorm.GRUCell(3, 4, backend=backend), "bias_ih", "bias_hh"), lambda cell: cell(x[0]), "bias_ih"),
+    ]
+    if training and backend != "reference":  # there, and in evaluation mode, torch's own operations refuse it
+        calls.append((_on_meta(rnnorm.OnlineNorm(3, backend=backend), "weight"), lambda norm: norm(x[0]), "weight"))
+    for module, call, names in calls:
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=f"on cpu; got {names}.* on meta"):
+                call(module.train(training))
+
+
 @pytest.mark.parametrize(
     "pair", [("bias_ih", "bias_hh"), ("norm_scale", "norm_shift"), ("cell_norm_scale", "cell_norm_shift")]
 )
