@@ -1,5 +1,6 @@
 """`OnlineNorm`: online normalization as a module, for vectors and feature maps."""
 
+import dataclasses
 import math
 import numbers
 import re
@@ -11,6 +12,8 @@ from torch.fx import Proxy
 
 from rnnorm import _check, norms, ops
 from rnnorm._module import STATISTICS, RunningStatsModule
+
+_SPECIFIED = frozenset(field.name for field in dataclasses.fields(norms.Online))
 
 
 class OnlineNorm(RunningStatsModule):
@@ -24,7 +27,8 @@ class OnlineNorm(RunningStatsModule):
     Input and output are (N, C) or (N, C, *) and have the same dtype and memory format; running statistics are float32
     (float64 for float64). Parameters `weight`, `bias` and buffers `mean`, `var`, `u`, `v` are [C]. In training mode
     statistics, affine map and guard are one pass, and autograd keeps nothing of the input's size but the input.
-    `backend`: as in the layers.
+    `backend`: as in the layers. The constants and the guard are attributes that may be changed; a TorchScript module
+    keeps its constants.
     Raises `ValueError` for constants out of range and for input of a wrong shape, dtype or device, `TypeError` for
     constants that are no numbers and input that is no tensor.
     Source: Chiley et al., NeurIPS 2019 (arXiv 1905.05894), section 3.
@@ -51,15 +55,13 @@ class OnlineNorm(RunningStatsModule):
         super().__init__()
         if not _check.is_number(num_features, numbers.Integral) or num_features <= 0:
             raise ValueError(f"num_features must be an int greater than 0; got {num_features!r}")
-        self.constants = norms.Online(alpha_fwd, alpha_bwd, eps, affine, guard, control_floor).constants
-        self._constants = [*self.constants]  # the same, as TorchScript passes it to the operator
         self.num_features = num_features = int(num_features)
-        self.alpha_fwd = float(alpha_fwd)
-        self.alpha_bwd = float(alpha_bwd)
-        self.eps = float(eps)
+        self.alpha_fwd = alpha_fwd
+        self.alpha_bwd = alpha_bwd
+        self.eps = eps
         self.affine = affine
         self.guard = guard
-        self.control_floor = float(control_floor)
+        self.control_floor = control_floor
         self.backend = backend
         if backend != "auto":
             ops.by_name(backend)
@@ -69,6 +71,16 @@ class OnlineNorm(RunningStatsModule):
         for name in STATISTICS:
             self.register_buffer(name, torch.empty_like(empty, dtype=ops.statistics_dtype(empty.dtype)))
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check what specifies the norm, and make it act from the next call on."""
+        if name in _SPECIFIED:
+            held = {other: self.__dict__[other] for other in _SPECIFIED & self.__dict__.keys()}
+            norm = norms.Online(**{**held, name: value})
+            value = getattr(norm, name)
+            self.constants = norm.constants
+            self._constants = [*norm.constants]  # the same, as TorchScript passes it to the operator
+        super().__setattr__(name, value)
 
     mean: Tensor
     var: Tensor
@@ -122,7 +134,7 @@ class OnlineNorm(RunningStatsModule):
             return y
         channels = [self.num_features] + [1] * (input.dim() - 2)
         # Copies: autograd keeps them, and later training calls move the statistics.
-        y = (input.to(mean.dtype) - mean.clone().view(channels)) * (var + self.eps).rsqrt().view(channels)
+        y = (input.to(mean.dtype) - mean.clone().view(channels)) * (var + self.constants.eps).rsqrt().view(channels)
         if weight is not None and bias is not None:
             y = y * weight.to(y.dtype).view(channels) + bias.to(y.dtype).view(channels)
         if self.guard == "scale":

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib
+import pickle
 from typing import Any
 
 import cases
@@ -126,6 +127,48 @@ def test_an_empty_batch_gives_zero_gradients() -> None:
     norm = rnnorm.OnlineNorm(3)
     norm(torch.zeros(0, 3)).sum().backward()
     assert norm.weight.grad.tolist() == norm.bias.grad.tolist() == [0, 0, 0]
+
+
+_CHANGED = {"alpha_fwd": 0.5, "alpha_bwd": 0.25, "eps": 3, "guard": "scale", "control_floor": 0.5}
+_FORMS = [lambda norm: norm, copy.deepcopy, lambda norm: pickle.loads(pickle.dumps(norm)), torch.jit.script]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("form", _FORMS, ids=["itself", "copied", "pickled", "scripted"])
+def test_changed_constants_act_as_those_of_the_constructor(form: Any) -> None:
+    given, changed = rnnorm.OnlineNorm(3, **_CHANGED), rnnorm.OnlineNorm(3)
+    for name, value in _CHANGED.items():
+        setattr(changed, name, value)
+    assert repr(changed) == repr(given)
+    changed = form(changed)
+    for training in (True, True, False):
+        records = []
+        for norm in (given, changed):
+            x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            y = norm.train(training)(x)
+            records.append((y, *torch.autograd.grad(y.square().sum(), x)))
+        torch.testing.assert_close(*records)
+    torch.testing.assert_close(dict(changed.state_dict()), dict(given.state_dict()))
+
+
+def test_a_compiled_norm_follows_its_constants() -> None:
+    torch._dynamo.reset()
+    norm, twin = rnnorm.OnlineNorm(3), rnnorm.OnlineNorm(3, alpha_fwd=0.5, guard="none")
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    compiled(torch.randn(5, 3))
+    norm.alpha_fwd, norm.guard = 0.5, "none"
+    norm.reset_running_stats()
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(compiled(x), twin(x))
+
+
+@pytest.mark.parametrize(("name", "bad"), [("alpha_fwd", 0), ("alpha_bwd", 2), ("eps", -1), ("guard", "relu")])
+def test_a_constant_out_of_range_changes_nothing(name: str, bad: Any) -> None:
+    norm = rnnorm.OnlineNorm(3)
+    before = repr(norm), norm.constants
+    with pytest.raises(ValueError, match=name):
+        setattr(norm, name, bad)
+    assert (repr(norm), norm.constants) == before
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
