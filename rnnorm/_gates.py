@@ -29,9 +29,13 @@ def gates(layer: Recurrent, input: Tensor, hx: State | None = None) -> dict[str,
         RNN; `_reverse` at the end for the reverse direction.
 
     Raises:
-        TypeError: the input is not a tensor.
+        TypeError: the layer is none of these, or the input is not a tensor.
         ValueError: wrong shape, dtype or device of the input or state.
     """
+    if not isinstance(layer, Recurrent):
+        raise TypeError(
+            f"layer must be an LSTM, GRU or RNN of rnnorm; got {type(layer).__name__}; give the layer itself"
+        )
     _check.is_tensor("input", input)
     if input.dim() != 3 or not input.numel():
         raise ValueError(f"input must be [T, N, I] with at least one step; got shape {tuple(input.shape)}")

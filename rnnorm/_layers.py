@@ -365,7 +365,6 @@ class LSTM(Recurrent):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        *,
         device: Any = None,
         dtype: Any = None,
         **options: Unpack[Options],

@@ -32,6 +32,22 @@ def test_dropout_that_drops_nothing_is_warned_of(kind: str) -> None:
         assert [w.filename for w in caught[1]] == [__file__] * expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("LSTM", (3, 4, 1, True, False, 0.0, False, 0)),
+        ("LSTMCell", (3, 4, True)),
+        ("GRUCell", (3, 4, True)),
+        ("RNNCell", (3, 4, True, "tanh")),
+    ],
+)
+def test_device_and_dtype_by_position(kind: str, arguments: tuple[Any, ...]) -> None:
+    for library in (nn, rnnorm):
+        for parameter in getattr(library, kind)(*arguments, "meta", torch.float64).parameters():
+            assert parameter.is_meta
+            assert parameter.dtype == torch.float64
+
+
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
 def test_numpy_scalars_are_taken(kind: str) -> None:
     def made(integer: Any, real: Any, flag: Any) -> Any:

@@ -61,3 +61,6 @@ def test_a_wrong_input_is_refused():
         rnnorm.gates(layer, x[0])
     with pytest.raises(ValueError, match="input_size = 4; got 3"):
         rnnorm.gates(layer, x[..., :3])
+    for other in (rnnorm.LSTMCell(4, 5), torch.nn.LSTM(4, 5)):
+        with pytest.raises(TypeError, match=f"layer must be an LSTM, GRU or RNN of rnnorm; got {type(other).__name__}"):
+            rnnorm.gates(other, x)
