@@ -19,8 +19,8 @@ from rnnorm._torch import autocast_dtype
 State = Tensor | tuple[Tensor, Tensor]
 Own = dict[str, Any]  # the weights and statistics of one layer and direction by operand name; None where absent
 STATISTICS = {"mean": 0.0, "var": 1.0, "u": 0.0, "v": 0.0}
-# A norm's affine parameters in older state dicts, also pruned or parametrized.
-_OLD_NAME = re.compile(r"((?:parametrizations\.)?(?:cell_)?norm)_(weight|bias)(.*)")
+# The start of the name of a norm's affine parameters in older state dicts, also pruned or parametrized.
+_OLD_NAME = re.compile(r"^((?:parametrizations\.)?(?:cell_)?norm)_(weight|bias)(?=[._]|$)")
 _NEW_NAMES = {"weight": "scale", "bias": "shift"}
 # The fused loops need both operands of a pair, or neither.
 _PAIRS = (("bias_ih", "bias_hh"), ("norm_scale", "norm_shift"), ("cell_norm_scale", "cell_norm_shift"))
@@ -131,11 +131,29 @@ class RecurrentModule(RunningStatsModule):
     draws_masks: bool  # False: dropout inside the recurrence acts as in evaluation mode, also in training
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        held = *self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)
+        own = {prefix + name for name, _ in held}
         for key in [key for key in state_dict if key.startswith(prefix)]:
-            if old := _OLD_NAME.fullmatch(key.removeprefix(prefix)):
-                start, kind, rest = old.groups()
-                state_dict[f"{prefix}{start}_{_NEW_NAMES[kind]}{rest}"] = state_dict.pop(key)
+            new = prefix + _OLD_NAME.sub(lambda old: f"{old[1]}_{_NEW_NAMES[old[2]]}", key.removeprefix(prefix))
+            # A subclass may have a parameter of the old name.
+            if key not in own and new in own - state_dict.keys():
+                state_dict[new] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "norm":
+            value = self._suited_norm(value)
+        super().__setattr__(name, value)
+
+    def _suited_norm(self, value: norms.Name | norms.Spec) -> norms.Spec:
+        """The specification of that norm, for which the layer has all parameters and statistics."""
+        norm = norms.resolve(value)
+        held = self.__dict__.get("norm", norm)
+        if any((norm.kind == kind) != (held.kind == kind) for kind in ("none", "online")) or norm.affine != held.affine:
+            raise ValueError(
+                f"norm must have the parameters and statistics of the layer's {held}; got {norm}; make a new layer"
+            )
+        return norm
 
     def _set_options(self, options: "Options") -> None:
         if unknown := options.keys() - Options.__annotations__:
@@ -143,7 +161,7 @@ class RecurrentModule(RunningStatsModule):
             raise TypeError(f"options of {type(self).__name__} must be among {known}; got {min(unknown)!r}")
         found: Options = {**_DEFAULTS, **options}
         states = CELLS[self.cell].states
-        self.norm = norms.resolve(found["norm"])
+        self.norm = found["norm"]  # type: ignore[assignment]  # resolved where it is set
         self.cell_norm = _check.cell_norm(found["cell_norm"], self.norm.kind, states)
         self.backend = found["backend"]
         if self.backend != "auto":

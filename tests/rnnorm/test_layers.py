@@ -194,3 +194,18 @@ def test_deterministic() -> None:
 
 if __name__ == "__main__":
     _GOLDEN.write_text(json.dumps(_described(), indent=1) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("layer", "rms"), ("online", norms.Online(0.5, 0.25, guard="clamp")), ("none", "none")], ids=str
+)
+@pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
+def test_a_norm_that_is_set_later_acts(kind: str, old: Any, new: Any) -> None:
+    x = torch.randn(5, 2, 3) if kind == "LSTM" else torch.randn(2, 3)
+    layers = []
+    for norm in (old, new):
+        torch.manual_seed(1)
+        layers.append(getattr(rnnorm, kind)(3, 4, norm=norm))
+    layers[0].norm = new
+    torch.testing.assert_close(layers[0](x), layers[1](x), rtol=0, atol=0)
+    assert repr(layers[0]) == repr(layers[1])

@@ -118,6 +118,23 @@ def test_state_dicts_with_the_old_names_of_affine_parameters_load(kind: str, ass
         assert old.keys() == kept.keys()
 
 
+def test_a_subclass_may_use_the_old_names() -> None:
+    class Own(rnnorm.LSTM):
+        def __init__(self) -> None:
+            super().__init__(3, 4)
+            self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(4)), nn.Linear(2, 2)
+            self.norm_weights = nn.ParameterList([torch.ones(1)])
+
+    layer = Own()
+    expected = {name: torch.rand_like(value) for name, value in layer.state_dict().items()}
+    layer.load_state_dict(expected)
+    torch.testing.assert_close(dict(layer.state_dict()), expected, rtol=0, atol=0)
+    names = {"norm_scale_l0": "norm_weight_l0", "norm_shift_l0": "norm_bias_l0"}
+    layer.load_state_dict({names.get(name, name): value for name, value in expected.items()})
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "norm_weight_l0"'):
+        layer.load_state_dict({**expected, "norm_weight_l0": torch.zeros(16)})
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "OnlineNorm"])
 def test_initialization_loops_of_other_programs_leave_norms_alone(kind: str) -> None:
     layer = _make(kind)
