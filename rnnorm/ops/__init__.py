@@ -37,6 +37,7 @@ def run(operands: Operands, spec: CallSpec) -> Results:
     if spec.wanted == "auto" or not by_name(spec.wanted).differentiable:
         return sequence.run(operands, spec)
     if spec.controlled:
+        refuse_transforms(operands)
         refuse_recomputation()
     backend = choose(spec.wanted, operands.x.device, operands.x.dtype, spec)
     with without_autocast(operands.x.device.type):

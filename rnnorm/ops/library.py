@@ -53,7 +53,11 @@ def operator(
 
 def needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
     """True if autograd would record an operation on these tensors."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return (
+        torch.is_grad_enabled()
+        and not torch.is_inference_mode_enabled()  # records nothing, also under `enable_grad`
+        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    )
 
 
 def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:

@@ -149,21 +149,20 @@ online_norm_backward = library.operator(
 def run_online_norm(*args: Any) -> Tensor:
     """Call `rnnorm::online_norm`, without the dispatcher if nothing observes the call, and move `mean` and `var`."""
     x, wanted = args[0], args[-1]
+    library.refuse_transforms(args[:3])
     if wanted != "auto" and by_name(wanted).differentiable:
         library.refuse_recomputation()
-        y, *moved = by_name(wanted).online_norm(*args[:-1])
+        y, *moved = choose(wanted, x.device, x.dtype, None).online_norm(*args[:-1])
+    elif not library.is_unobserved(args[:7]):
+        y, *moved = online_norm(*args)[:3]
+    elif library.needs_gradient(args[:3]):
+        library.refuse_recomputation()
+        backend = choose(wanted, x.device, x.dtype, None, x.size(1))
+        if backend.online_norm_recorded is not None:
+            return backend.online_norm_recorded(*args[:-1])
+        y, *moved = _OnlineNorm.apply(*args[:3], args[3:], True)[:3]
     else:
-        library.refuse_transforms(args[:3])
-        if not library.is_unobserved(args[:7]):
-            y, *moved = online_norm(*args)[:3]
-        elif library.needs_gradient(args[:3]):
-            library.refuse_recomputation()
-            backend = choose(wanted, x.device, x.dtype, None, x.size(1))
-            if backend.online_norm_recorded is not None:
-                return backend.online_norm_recorded(*args[:-1])
-            y, *moved = _OnlineNorm.apply(*args[:3], args[3:], True)[:3]
-        else:
-            y, *moved = _forward(*args)
+        y, *moved = _forward(*args)
     for held, new in zip(args[3:5], moved, strict=True):
         held.copy_(new.detach())
     return y

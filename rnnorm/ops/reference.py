@@ -196,6 +196,10 @@ class Reference(Backend):
     wide_weights = True
 
     def why_not(self, device: torch.device, dtype: torch.dtype, spec: CallSpec | None) -> str | None:
+        if torch.jit.is_tracing():
+            return "torch.jit.trace would record its loop for this number of steps or samples alone"
+        if spec is not None and spec.controlled and torch.compiler.is_compiling():
+            return "torch.compile and torch.export cannot record its control process"
         return None if dtype.is_floating_point else f"it supports floating-point dtypes only; got {dtype}"
 
     def saved_like(self, operands: Operands, spec: CallSpec) -> list[Tensor]:

@@ -137,6 +137,14 @@ def test_compiled_training_equals_eager(cell: str, compiler: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "capture", [torch.export.export, lambda layer, args: torch.compile(layer, backend="eager", fullgraph=True)(*args)]
+)
+def test_the_control_process_of_the_reference_is_not_captured(capture: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"'reference' cannot run this call: torch.compile and torch.export cannot"):
+        capture(_layer("reference"), (torch.randn(3, 2, 3),))
+
+
 @pytest.mark.parametrize(("cell", "norm"), [("LSTM", _ONLINE), ("GRU", _ONLINE), ("RNN", "layer")], ids=str)
 def test_compiled_cells(cell: str, norm: Any) -> None:
     torch._dynamo.reset()

@@ -346,6 +346,17 @@ def test_inference_mode(backend: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", registry.names())
+def test_gradients_enabled_in_inference_mode(backend: str, kind: str) -> None:
+    module = _make(kind, backend=backend)
+    for training in (True, False):
+        module.train(training)
+        with torch.inference_mode(), torch.enable_grad():
+            assert _call(module, torch.randn(5, 2, 3)).is_inference()
+    _train(module.train())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_grad_moves_the_statistics_as_training_does(kind: str) -> None:
     one, other = _make(kind), _make(kind)
     x = torch.randn(5, 2, 3)
@@ -552,9 +563,12 @@ def test_a_scaler_of_gradients_finds_its_scale() -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch.func.jvp's own
 @pytest.mark.parametrize("kind", KINDS)
-def test_transforms_are_refused_not_ignored(kind: str) -> None:
-    module = _make(kind).requires_grad_(False)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_transforms_are_refused_not_ignored(backend: str, kind: str) -> None:
+    module = _make(kind, backend=backend).requires_grad_(False)
     x = torch.randn(5, 2, 3)
+    with pytest.raises(RuntimeError, match=r"backend='reference'"):
+        torch.func.vmap(lambda x: _call(module, x))(x[None])
     with pytest.raises(RuntimeError, match=r"backend='reference'"):
         torch.func.jvp(lambda x: _call(module, x), (x,), (torch.ones_like(x),))
     with pytest.raises(RuntimeError, match=r"backend='reference'"):

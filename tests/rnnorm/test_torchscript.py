@@ -224,6 +224,15 @@ def test_reference_is_refused() -> None:
         torch.jit.script(rnnorm.LSTM(3, 4, backend="reference"))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("kind", ["layer", "norm"])
+def test_reference_is_not_traced(kind: str) -> None:
+    options = {"backend": "reference"}
+    module = rnnorm.LSTM(3, 4, norm="layer", **options) if kind == "layer" else rnnorm.OnlineNorm(3, **options)
+    with pytest.raises(BackendUnavailable, match=r"torch.jit.trace would record its loop for this number of steps"):
+        torch.jit.trace(module, (torch.randn(5, 3),))
+
+
 def test_subclass_with_its_own_forward_is_refused() -> None:
     class Own(rnnorm.GRU):
         def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
