@@ -7,7 +7,8 @@ class Failure(str):
 
 SECOND_BACKWARD = (
     "an online-normalized graph can be run backward once: its control process moves u and v, so a second backward "
-    "would give other gradients; run the forward again instead of passing retain_graph=True"
+    "would give other gradients; run the forward again instead of passing retain_graph=True, or detach the state that "
+    "you carry from an earlier call"
 )
 DOUBLE_BACKWARD = (
     "double backward through online normalization in training mode is not supported: its gradient is a control "

@@ -186,6 +186,16 @@ def test_second_backward_is_refused(backend: str) -> None:
     torch.testing.assert_close(layer.state_dict(), kept)
 
 
+@pytest.mark.parametrize("backend", cases.CANDIDATES)  # on the reference torch's own error comes first
+def test_a_state_that_is_carried_with_its_graph_is_named(backend: str) -> None:
+    layer = _layer(backend)
+    _, state = layer(torch.randn(5, 2, 3))
+    state[0].sum().backward()
+    y, _ = layer(torch.randn(5, 2, 3), state)
+    with pytest.raises(RuntimeError, match="detach the state that you carry from an earlier call"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("norm", ["layer", "none", norms.Online(0.9, 1.0)], ids=["layer", "none", "uncontrolled"])
 @pytest.mark.parametrize("backend", registry.names())
 def test_second_backward_is_the_first_where_nothing_moves(backend: str, norm: Any) -> None:
