@@ -350,7 +350,7 @@ def _bare(value: Any) -> str:
 class Checkpoints:
     """The listener that keeps the last checkpoint, the one before it, and the best one, in a folder.
 
-    It must be the last listener: whatever is logged for a step is logged before that step is saved, so a
+    It must come after the listeners that log: whatever is logged for a step is logged before that step is saved, so a
     resumed run can drop what was logged after it.
 
     Arguments:

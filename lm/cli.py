@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import click
 import torch
@@ -26,6 +26,7 @@ from lm.corpora.checks import Ways
 from lm.errors import UserError
 from lm.evaluator import PROTOCOLS, Group, ProtocolName, Score, headline, record
 from lm.lock import Lock
+from lm.output import Lenient, standard_streams
 from lm.run_folder import TEXT, RunFolder, Which
 from lm.sample import LONGEST
 from lm.trained import TrainedModel, load
@@ -44,6 +45,11 @@ _run_argument = click.argument("folder", metavar="RUN", type=files.path)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 2 for a fault of the input, 1 for a run that diverged."""
+    with standard_streams():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         result = cli.main(arguments, prog_name="rnnlm", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -81,6 +87,11 @@ def _fail(message: str, code: int) -> int:
 def _say(line: str) -> None:
     if distributed.is_first():  # the others would report the same
         click.echo(line, err=True)
+
+
+def _conclude(line: str) -> None:
+    """Prints how training has ended; that nobody can read it is no fault of what was trained."""
+    click.echo(line, file=cast(TextIO, Lenient(sys.stdout)))
 
 
 @click.group(context_settings=_SETTINGS)
@@ -163,9 +174,9 @@ def train(
         return _STOPPED.get(outcome.reason, 1)
     if outcome.score is None:
         return 0  # a process that is not the first
-    click.echo(f"{folder}: {outcome.step:,} steps, {outcome.speed}")
-    click.echo(f"valid {headline(outcome.score)} (exact, best checkpoint)")
-    click.echo(f"TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")
+    _conclude(f"{folder}: {outcome.step:,} steps, {outcome.speed}")
+    _conclude(f"valid {headline(outcome.score)} (exact, best checkpoint)")
+    _conclude(f"TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")
     return 0
 
 
@@ -453,8 +464,8 @@ def run_study(
     folder = folder or Path("runs") / plan.name
     summary, stopped = study.run(plan, folder, seeds=only, say=_say, **options)
     if summary["runs"]:
-        click.echo(study.table(summary))
-    click.echo(f"{folder}: {summary['runs']} of {summary['runs_planned']} runs; runs.csv, arms.csv, summary.json")
+        _conclude(study.table(summary))
+    _conclude(f"{folder}: {summary['runs']} of {summary['runs_planned']} runs; runs.csv, arms.csv, summary.json")
     if stopped is None:
         return 0
     _say(f"stopped by {stopped}; every run is saved; resume with the same command")

@@ -5,6 +5,7 @@ from typing import Any, TextIO
 
 from lm.evaluator import measured, perplexity
 from lm.events import Diverged, EpochEnded, Event, Interrupted, Started, Stepped, Validated
+from lm.output import Lenient
 from lm.tokenizers import Unit
 
 _FORMAT = "training {percentage:3.0f}%|{bar:20}| {desc}, {rate_fmt}{postfix}, {remaining} left"
@@ -16,14 +17,14 @@ class ProgressBar:
     Arguments:
         tokens_per_unit: of the training text, so that its perplexity is per unit as the validation's is.
         unit: of the perplexities.
-        stream: where to; the moving line only appears on a terminal.
+        stream: where to, as long as it can be written; the moving line only appears on a terminal.
 
     Attributes:
         tokens, seconds: trained on by this process, and what its steps took.
     """
 
     def __init__(self, tokens_per_unit: float = 1.0, stream: TextIO | None = None, unit: Unit = "word") -> None:
-        self.stream = sys.stderr if stream is None else stream
+        self.stream = Lenient(sys.stderr if stream is None else stream)
         self.unit = unit
         self.tokens_per_unit = tokens_per_unit
         self.tokens = 0

@@ -291,7 +291,8 @@ def _run(trainer: Trainer, settings: Config, folder: RunFolder, text: _Text) -> 
         internals,
     )
     progress = ProgressBar(text.tokens_per_unit, unit=text.tokenizer.unit)
-    trainer.listeners += [json_lines, tensorboard, progress, _checkpoints(trainer, settings, folder, text)]
+    # what is shown comes after what is kept, which the run can resume from whatever happens then
+    trainer.listeners += [json_lines, tensorboard, _checkpoints(trainer, settings, folder, text), progress]
     try:
         reason, score = _fit(trainer), None
         if reason in ENDS:

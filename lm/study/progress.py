@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lm.output import Lenient
 from lm.study import results
 from lm.study.plan import Job, Study
 from lm.study.statistics import shown
@@ -28,7 +29,8 @@ class StudyProgress:
         self.done, self.diverged = set(done), 0
         self._at_start = len(self.done)
         self._began = self._shown = time.monotonic()
-        self._moving = sys.stderr.isatty()
+        self._stream = Lenient(sys.stderr)
+        self._moving = self._stream.isatty()
         size = f"{len(study.arms)} arms x {study.seeds} seeds"
         say(f"study {study.name}: {size}, {len(self.done)} of {len(self.jobs)} runs are done")
 
@@ -61,14 +63,14 @@ class StudyProgress:
         tail = "" if left is None or stopped else f", about {_duration(left)} left"
         line = f"{head}: {'; '.join(parts)}{tail}"
         width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
-        sys.stderr.write(f"\r\x1b[K{line if len(line) <= width else line[: width - 2] + ' …'}")
-        sys.stderr.flush()
+        self._stream.write(f"\r\x1b[K{line if len(line) <= width else line[: width - 2] + ' …'}")
+        self._stream.flush()
 
     def close(self) -> None:
         """Takes the moving line away."""
         if self._moving:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
 
     def _place(self, job: Job) -> tuple[int, str]:
         """Epochs that a running run has done, and its last validation as text."""

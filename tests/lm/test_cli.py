@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lm import config
+from lm import checkpoint, config
 from lm.cli import main
 from lm.lock import Lock
 from lm.model import LanguageModel
@@ -159,6 +159,21 @@ def test_ctrl_c_saves_and_says_how_to_resume(call, corpus, tmp_path):
         assert out == ""
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"train"' in line]
     assert steps == list(range(1, len(steps) + 1)), "no gap and no double after the resumed run"
+
+
+@pytest.mark.parametrize("broken", [("stderr",), ("stdout",), ("stdout", "stderr")])
+def test_nobody_needs_to_watch(corpus, tmp_path, broken):
+    """A reader that has gone, as `head` has: the run is trained and saved to its end, and ends as if it were there."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as gone:
+        command = ("train", "--data", corpus, "--run", "run", "--set", "train.epochs=2", *QUICK)
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | dict.fromkeys(broken, gone)
+        environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
+        done = subprocess.run([sys.executable, "-m", "lm", *command], **streams, cwd=tmp_path, env=environment)
+    assert done.returncode == 0
+    assert checkpoint.load(tmp_path / "run/checkpoints/last.safetensors")["trainer"]["epoch"] == 2
+    assert '"final"' in (tmp_path / "run/metrics.jsonl").read_text()
 
 
 def test_a_run_that_diverges_exits_with_one(call, corpus, tmp_path):

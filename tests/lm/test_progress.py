@@ -1,5 +1,6 @@
 import io
 import re
+import sys
 
 import pytest
 
@@ -18,6 +19,18 @@ EVENTS = [
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+class Gone(Terminal):
+    def __init__(self, left=0):
+        super().__init__()
+        self.left = left
+
+    def write(self, text):
+        self.left -= 1
+        if self.left < 0:
+            raise BrokenPipeError
+        return super().write(text)
 
 
 def play(stream, events=EVENTS, **options):
@@ -70,3 +83,11 @@ def test_closing_twice_is_nothing(stream):
     progress = play(stream)
     progress.close()
     progress.close()
+
+
+@pytest.mark.parametrize("stream", [None, Gone(), Gone(left=3)])
+def test_a_stream_that_cannot_be_written_stops_nothing(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    progress = play(stream, EVENTS * 2)
+    progress.close()
+    assert progress.tokens == 200

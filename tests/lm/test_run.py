@@ -121,6 +121,18 @@ def test_a_run_folder_holds_all_of_a_run(train, settings, tmp_path):
     assert trained.score_split("valid", protocol="exact").ppl == outcome.score.ppl
 
 
+def test_an_epoch_is_saved_before_it_is_shown(train, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(run.ProgressBar, "_write", fail)
+    with pytest.raises(RuntimeError):
+        train()
+    last = checkpoint.load(tmp_path / "run/checkpoints/last.safetensors")
+    assert last["trainer"]["epoch"] == 1
+    assert measured(tmp_path / "run")[-1]["kind"] == "epoch"
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_load_with_safetensors_alone(train, tmp_path, tied):
     train("train.max_steps=3", f"model.tied={tied}".lower(), "train.optimizer=adam", "train.lr=0.01")
