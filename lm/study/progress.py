@@ -4,6 +4,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,10 @@ class StudyProgress:
         self.line(f"[{len(self.done)}/{len(self.jobs)}] {job}: {outcome}: {reached} (exact)")
 
     def line(self, text: str) -> None:
-        """Says a line above the moving one."""
+        """Says a line above the moving one; one that cannot be said stops no run."""
         self.close()
-        self.say(text)
+        with suppress(OSError, ValueError):
+            self.say(text)
 
     def show(self, live: Collection[Job], stopped: bool) -> None:
         """Moves the line: what is running, how far it is, how long it may take; or that it is about to stop."""

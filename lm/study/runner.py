@@ -85,9 +85,9 @@ def run(
                     _write(study, folder)
                 except _StoppedError:
                     pass
-                except UserError as fault:
-                    failed[job] = str(fault)
-                    progress.line(str(fault))
+                except Exception as fault:  # whatever it is, it is this run's; the others need this loop
+                    failed[job] = str(fault) if isinstance(fault, UserError) else _failure(job, fault)
+                    progress.line(failed[job])
             runs.pass_on()
             progress.show(runs.live, runs.stopped is not None)
     progress.close()
@@ -115,6 +115,10 @@ def _wanted(study: Study, arms: Sequence[str], seeds: Sequence[int]) -> list[Job
         for job in study.jobs()
         if (not arms or {job.arm.name, job.arm.base} & {*arms}) and (not seeds or job.seed in seeds)
     ]
+
+
+def _failure(job: Job, fault: Exception) -> str:
+    return f"{job} failed: {type(fault).__name__}: {' '.join(str(fault).split())}"
 
 
 def _write(study: Study, folder: Path) -> dict[str, Any]:
@@ -161,9 +165,10 @@ class _Runs:
         """Asks each run to save and stop; asked again, kills them. Safe to call from a signal handler."""
         self._asked += 1
         self.stopped = reason
+        self.pass_on()
 
     def pass_on(self) -> None:
-        """Tells the running processes what `stop` asked for."""
+        """Tells the running processes what `stop` asked for, those too that have begun since."""
         for process in list(self.live.values()):
             if self._signalled.get(process, 0) < self._asked:
                 self._signalled[process] = self._asked

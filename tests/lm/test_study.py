@@ -3,10 +3,12 @@ import io
 import itertools
 import json
 import math
+import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -560,6 +562,49 @@ def test_the_output_of_a_failed_run_is_reported(read, tmp_path, monkeypatch):
     monkeypatch.setattr(runner._Runs, "_lm", fail)
     with pytest.raises(UserError, match="good seed 1 failed with exit code 2: the text must be there"):
         runner._Runs(tmp_path, 1, (), 1).work(job)
+
+
+@pytest.mark.parametrize(
+    "fault", [FileExistsError(17, "File exists", "runs/good"), ValueError("no\nJSON"), KeyError("ppl")]
+)
+def test_whatever_stops_a_job_is_its_own_failure(read, tmp_path, recorded, monkeypatch, fault):
+    save, said = runner._Runs._train_and_score, []
+
+    def fail(self, job, device, log):
+        if job.arm.name == "good":
+            raise fault
+        return save(self, job, device, log)
+
+    monkeypatch.setattr(runner._Runs, "_train_and_score", fail)
+    message = rf"1 of 2 failed: good seed 1 failed: {type(fault).__name__}: .*; put it right"
+    with pytest.raises(UserError, match=message):
+        study.run(read(seeds=1), tmp_path / "study", say=said.append)
+    assert said[1].startswith("good seed 1 failed: ")
+    assert said[2].startswith("[1/2] bad seed 1: ")
+
+
+@pytest.mark.parametrize("gone", [BrokenPipeError, RuntimeError])
+def test_signals_are_passed_on_whatever_has_failed(read, tmp_path, monkeypatch, gone):
+    """A job fails, and what says so fails too: the other job is stopped all the same."""
+    ended = []
+
+    def sleep(self, job, device, log):
+        if job.arm.name == "good":
+            raise OSError
+        self.live[job] = subprocess.Popen(["sleep", "9"])
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        ended.append(self.live[job].wait())
+        raise runner._StoppedError
+
+    def say(line):
+        if "failed" in line:
+            raise gone
+
+    monkeypatch.setattr(runner._Runs, "_train_and_score", sleep)
+    monkeypatch.setattr(runner, "_check", lambda *_: None)
+    with pytest.raises((UserError, RuntimeError)):
+        study.run(read(seeds=1), tmp_path / "study", jobs=2, say=say)
+    assert ended == [-signal.SIGINT]
 
 
 @pytest.mark.parametrize(("devices", "used"), [(("cpu",), "cpu"), ((), "cuda:7")])
