@@ -13,11 +13,28 @@ def path(text: str | Path) -> Path:
     """Returns the path that an option of the command line names.
 
     Raises:
-        UserError: it is empty, which would stand for the working folder.
+        UserError: it is empty, which would stand for the working folder; it is not UTF-8, as whose text config.toml and
+            safetensors take it.
     """
     if text == "":
         raise UserError("a path must not be empty; got ''; write . for the working folder")
+    utf8(str(text), "a path", "rename the file or folder")
     return Path(text)
+
+
+def utf8(text: str, what: str, repair: str = "write it again") -> bytes:
+    """Returns text as UTF-8; `what` is its role.
+
+    Raises:
+        UserError: it holds half of a surrogate pair, which a byte that is not UTF-8 arrives as.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as fault:
+        shown = text[max(0, fault.start - 40) : fault.start + 20]
+        raise UserError(
+            f"{what} must be UTF-8 text; got {shown!a}, whose character {fault.start + 1} is none; {repair}"
+        ) from None
 
 
 def read_text(path: Path, what: str) -> str:

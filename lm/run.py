@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import rnnorm
-from lm import checkpoint, config, corpora, distributed, store, stream, tokenizers
+from lm import checkpoint, config, corpora, distributed, files, store, stream, tokenizers
 from lm.checkpoint import Checkpoints
 from lm.config import Config, DataConfig, TrainConfig
 from lm.corpora.checks import Ways
@@ -95,7 +95,7 @@ def train(
         DivergedError: see `Trainer.fit`; the last good checkpoint stays.
     """
     # of a link, what it leads to is moved, and the link stays
-    folder = RunFolder(Path(os.path.realpath(path)) if overwrite else path)
+    folder = RunFolder(files.path(os.path.realpath(path) if overwrite else path))
     with distributed.joined() as team, nullcontext(lock) if lock else Lock() as lock:
 
         def opened() -> tuple[Config, Path | None, dict[str, Any] | None, dict[str, Any] | None, _Text]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lm.errors import UserError
 from lm.evaluator import evaluating
+from lm.files import utf8
 from lm.model import LanguageModel
 from lm.text import Text
 from lm.tokenizers import Tokenizer
@@ -136,14 +137,8 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
     Raises:
         UserError: it is not text.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as fault:  # a byte of the command line that is not UTF-8 arrives as half a surrogate pair
-        raise UserError(
-            f"a prompt must be UTF-8 text; got {prompt[:60]!a}, whose character {fault.start + 1} is none; "
-            "write it again"
-        ) from None
-    ids = [token for some in tokenizer.encode_text(Text(prompt.encode())) for token in some.tolist()]
+    content = utf8(prompt, "a prompt")
+    ids = [token for some in tokenizer.encode_text(Text(content)) for token in some.tolist()]
     if prompt and not tokenizer.lossless and not prompt.endswith("\n"):
         ids.pop()  # the end of the last line
     return ids

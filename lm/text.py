@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lm.errors import UserError
-from lm.files import reading, write_whole
+from lm.files import reading, utf8, write_whole
 
 BLOCK = 2**22  # bytes
 LARGE = 2**24  # bytes of a text from which on what is made of it is kept in files
@@ -79,10 +79,23 @@ class Text:
 
     @classmethod
     def of(cls, lines: "Iterable[str] | Text", name: str = "the text") -> "Text":
-        """Returns the text of these lines; a text is returned as it is."""
+        """Returns the text of these lines; a text is returned as it is.
+
+        Raises:
+            UserError: a line that is not text.
+        """
         if isinstance(lines, Text):
             return lines
-        return cls("".join(f"{line}\n" for line in lines).encode(), name)
+        return cls.of_string("".join(f"{line}\n" for line in lines), name)
+
+    @classmethod
+    def of_string(cls, content: str, name: str = "the text") -> "Text":
+        """Returns a string as a text.
+
+        Raises:
+            UserError: it is not text.
+        """
+        return cls(utf8(content, name), name)
 
     @cached_property
     def size(self) -> int:

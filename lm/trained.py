@@ -64,13 +64,13 @@ class TrainedModel:
         `ppl = exp(nll / N)`, nats summed in float64. `unit` is what the tokenizer's `ppl` is per.
 
         Raises:
-            UserError: a text of fewer than 2 tokens, or that holds the word `<eos>`.
+            UserError: a text of fewer than 2 tokens, or that holds the word `<eos>`, or half of a surrogate pair.
 
         Example:
             >>> score = model.score("the cat sat\\non the mat\\n")
             >>> score.ppl, score.tokens, score.unk
         """
-        whole = Text(text.encode())
+        whole = Text.of_string(text)
         return self._score(whole, store.encoded(whole, self.tokenizer), "exact", self.config.eval.chunk)
 
     def token_log_probs(self, text: str) -> list[Token]:
@@ -83,7 +83,7 @@ class TrainedModel:
             >>> for token in model.token_log_probs("the cat sat\\n"):
             ...     print(f"{token.text:12} {token.log_prob:8.3f}")
         """
-        encoded = stream.encode(Text(text.encode()), self.tokenizer)
+        encoded = stream.encode(Text.of_string(text), self.tokenizer)
         nats = token_nlls(self.model, encoded, self.tokenizer, self.config.eval.chunk)
         return [Token(self.tokenizer.piece(int(i)), -float(n)) for i, n in zip(encoded.ids, nats, strict=True)]
 
@@ -162,11 +162,14 @@ class TrainedModel:
     def score_lines(self, text: str) -> Iterator[ScoredLine]:
         """Returns an iterator of the lines of a text, each scored by itself, from the zero state.
 
+        Raises:
+            UserError: a text that holds the word `<eos>`, or half of a surrogate pair.
+
         Example:
             >>> for line in model.score_lines("the cat sat\\nthe cat ran\\n"):
             ...     print(line.log_prob, [token.text for token in line.tokens])
         """
-        return scoring.lines(self, Text(text.encode()), one_stream=False)
+        return scoring.lines(self, Text.of_string(text), one_stream=False)
 
     def score_split(
         self,
@@ -186,8 +189,8 @@ class TrainedModel:
             groups: by frequency and by position too, where the protocol is `exact`.
 
         Raises:
-            UserError: no such corpus; a text that the tokenizer cannot take, or too short for the protocol; without
-                `data`, another text than the run's.
+            UserError: no such split or corpus; a text that the tokenizer cannot take, or too short for the protocol;
+                without `data`, another text than the run's.
         """
         settings = self.config.eval
         text, encoded = self._text(split, data)
@@ -272,6 +275,8 @@ class TrainedModel:
 
     def _text(self, split: Split, data: str | None) -> tuple[Text, Stream]:
         """A split of the run's own corpus, or of another, that the tokenizer can take; and its ids."""
+        if split not in corpora.SPLITS:
+            raise UserError(f"a split must be one of {', '.join(corpora.SPLITS)}; got {split!r}; choose one of these")
         settings = self.config.data
         source = settings.source if data is None else data
         corpus = corpora.load(source, Path(settings.dir), [split], settings.reading)

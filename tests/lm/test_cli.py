@@ -725,6 +725,11 @@ def test_help_names_every_option_and_key(process, call):
         (("data", "prepare", "a.txt", "--encoding", "base64"), "an encoding of text that Python knows; got 'base64'"),
         (("report", "run", "--out", ""), "a path must not be empty; got ''; write . for the working folder"),
         (("train", "--data", "markov", "--run", ""), "a path must not be empty; got ''"),
+        (
+            ("train", "--data", "markov", "--run", "a\udcff"),
+            r"a path must be UTF-8 text; got 'a\udcff', whose character 2",
+        ),
+        (("study", "a.toml", "--run", "a\udcff"), "is none; rename the file or folder"),
         (("data", "prepare", "a.txt", "--out", ""), "a path must not be empty; got ''"),
         (("data", "prepare", "a.txt", "--language", "german"), "cs, de, el, en, es, "),
         (("train", "--data", "hf:"), "a data set of the hub must have a name, hf:NAME or hf:NAME:CONFIG; got 'hf:'"),
@@ -754,6 +759,12 @@ def test_a_split_that_is_missing_empty_or_not_text(call, corpus, tmp_path, conte
     assert message in err
     assert "valid.txt" in err or "valid" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_named_after_a_preset_s_file(call, corpus, tmp_path):
+    (tmp_path / "a\udcff.toml").write_text("")
+    assert "a path must be UTF-8 text" in fault(call, "train", "--data", "text", "--preset", "a\udcff.toml", *QUICK)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_bad_input_to_a_real_process(process, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lm.errors import UserError
-from lm.files import read_text, write_whole
+from lm.files import path, read_text, utf8, write_whole
 
 
 def test_text_comes_back_as_it_was(tmp_path: Path):
@@ -41,3 +41,16 @@ def test_faults_name_the_file(tmp_path: Path):
     (tmp_path / "latin.txt").write_bytes(b"ab\xe9 c")
     with pytest.raises(UserError, match=r"must be UTF-8 text; .*latin.txt with byte 0xe9 at byte offset 2; convert"):
         read_text(tmp_path / "latin.txt", "the text")
+
+
+def test_a_path_is_text(tmp_path: Path):
+    assert path(tmp_path) == path(f"{tmp_path}") == tmp_path
+    for wrong in ("a\udcff", Path("a\udcff/run")):
+        with pytest.raises(UserError, match=r"a path must be UTF-8 text; got 'a\\udcff.*', whose character 2 is none"):
+            path(wrong)
+
+
+def test_a_long_text_that_is_none_is_shown_around_the_fault():
+    assert utf8("a\u2014", "a text") == b"a\xe2\x80\x94"
+    with pytest.raises(UserError, match=r"a text must be UTF-8 text; got 'a{40}\\ud800b{19}', whose character 101 is"):
+        utf8("a" * 100 + "\ud800" + "b" * 100, "a text")

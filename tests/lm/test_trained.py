@@ -10,6 +10,7 @@ import torch
 
 import lm
 from lm import checkpoint, config, run, stream
+from lm.adaptation import Adaptation
 from lm.errors import UserError
 from lm.evaluator import evaluate
 
@@ -119,6 +120,14 @@ def test_next_words_are_the_model_s(trained):
         (lambda m: m.next_words(count=0), "a count must be at least 1; got 0"),
         (lambda m: m.next_words("\udcff"), "a prompt must be UTF-8 text"),
         (lambda m: m.sample(temperature=-1), "a temperature must be at least 0; got -1"),
+        (
+            lambda m: m.score("the c\udcfft"),
+            r"the text must be UTF-8 text; got 'the c\\udcfft', whose character 6 is none",
+        ),
+        (lambda m: m.score_lines("\ud800"), "the text must be UTF-8 text"),
+        (lambda m: m.token_log_probs("\ud800"), "the text must be UTF-8 text"),
+        (lambda m: m.score_split("dev"), "a split must be one of train, valid, test; got 'dev'; choose one"),
+        (lambda m: m.score_adapted("dev", Adaptation()), "a split must be one of train, valid, test; got 'dev'"),
         (lambda m: m.score(""), "at least 2 tokens"),
         (lambda m: m.score("<eos>"), "text must not hold the word <eos>"),
     ],
