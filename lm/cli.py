@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 import click
-import torch
 from torch import Tensor
 
 import rnnorm
@@ -26,6 +25,7 @@ from lm.corpora.checks import Ways
 from lm.errors import UserError
 from lm.evaluator import PROTOCOLS, Group, ProtocolName, Score, headline, record
 from lm.lock import Lock
+from lm.machine import out_of_memory
 from lm.output import Lenient, standard_streams
 from lm.run_folder import TEXT, RunFolder, Which
 from lm.sample import LONGEST
@@ -60,12 +60,6 @@ def _main(arguments: Sequence[str] | None) -> int:
         return _fail(fault.format_message(), 2)
     except (UserError, rnnorm.BackendUnavailable) as fault:
         return _fail(str(fault), 2)
-    except torch.OutOfMemoryError as fault:
-        return _fail(
-            f"the GPU's memory must hold the model and a step; {str(fault).splitlines()[0]}; raise train.accumulate, "
-            "lower train.batch_size or train.window, or free the GPU",
-            2,
-        )
     except OSError as fault:
         return _fail(f"{fault.filename or 'a file'}: {fault.strerror or fault}", 2)
     except distributed.ElsewhereError:
@@ -77,6 +71,11 @@ def _main(arguments: Sequence[str] | None) -> int:
         return _fail(f"{fault}; lower train.lr or set train.clip, in another run folder", 1)
     except (KeyboardInterrupt, click.Abort):
         return _fail("stopped; what was not saved before is lost", 130)
+    except (MemoryError, RuntimeError) as fault:
+        if (lacking := out_of_memory(fault)) is None:
+            raise
+        click.echo(f"error: {lacking}", err=True)  # of this process alone, even among several
+        return 2
 
 
 def _fail(message: str, code: int) -> int:

@@ -70,7 +70,7 @@ class Team:
         """
         if self.size == 1 or not device.startswith("cuda"):
             return device
-        number, found = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
+        number, found = _number("LOCAL_RANK", self.rank), torch.cuda.device_count()
         if device != "cuda" or number >= found:
             raise UserError(
                 f"processes on GPUs must have train.device=cuda and a GPU each; got {device} and {found} GPUs for "
@@ -153,11 +153,11 @@ def joined() -> Iterator[Team]:
     Processes use gloo for tensors on the CPU, and nccl for tensors on GPUs.
 
     Raises:
-        UserError: the other processes cannot be found.
+        UserError: the other processes cannot be found; their number is none.
         ProcessError: another process of the run was lost, or this one alone failed.
     """
     own = not dist.is_initialized()
-    size = int(os.environ.get("WORLD_SIZE", "1")) if own else dist.get_world_size()
+    size = _number("WORLD_SIZE", 1) if own else dist.get_world_size()
     if size == 1:
         yield Team()
         return
@@ -180,6 +180,14 @@ def joined() -> Iterator[Team]:
     finally:
         if own and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _number(name: str, usual: int) -> int:
+    """A number that torchrun has put into the environment."""
+    value = os.environ.get(name, str(usual))
+    if not value.isdecimal():
+        raise UserError(f"{name} must be a number that torchrun has set; got {value!r}; unset it, or start torchrun")
+    return int(value)
 
 
 def _meet() -> None:

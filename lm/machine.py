@@ -61,3 +61,19 @@ def require_memory(config: ModelConfig, vocabulary: int) -> None:
             f"the weights of a model must fit into {there / 2**30:,.0f} GiB of memory; got {size / 2**30:,.0f} GiB; "
             "lower model.hidden_size or model.num_layers"
         )
+
+
+def out_of_memory(fault: MemoryError | RuntimeError) -> str | None:
+    """Returns what to tell of memory that was lacking, on a GPU or here; None where that is not the fault."""
+    said = " ".join(str(fault).split("\n")[0].split())
+    if isinstance(fault, torch.OutOfMemoryError):
+        memory, repair = "the GPU's memory", "free the GPU"
+    elif isinstance(fault, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in said:  # numpy's, torch's
+        memory, repair = "the memory", "end other programs"
+        said = said.partition("DefaultCPUAllocator: ")[2] or said or "there is too little"
+    else:
+        return None
+    return (
+        f"{memory} must hold the model and a step; {said}; raise train.accumulate, lower train.batch_size or "
+        f"train.window, or {repair}"
+    )

@@ -179,7 +179,7 @@ class Text:
         key = [_FORM, str(self.content.resolve()), known.st_size, known.st_mtime_ns, self.start, self.size]
         kept = self.cache / f"facts-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
         if kept.exists():
-            with suppress(ValueError, TypeError):  # of another version
+            with suppress(ValueError, TypeError, RecursionError):  # of another version
                 return Facts(**json.loads(kept.read_bytes()))
         with watched(self, "reading") as text:
             found = _examine(text)

@@ -99,7 +99,7 @@ def _is_before(line: str, step: int) -> bool:
     try:
         row = json.loads(line)
         return row["kind"] in _KEPT and row["step"] <= step and step > 0
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

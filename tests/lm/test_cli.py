@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 
 from lm import checkpoint, config
 from lm.cli import main
@@ -666,6 +667,52 @@ def test_an_empty_text_has_no_score(call, trained, tmp_path, monkeypatch):
         assert message in fault(call, "score", trained, "empty.txt", *options)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert "got the standard input, which is empty" in fault(call, "score", trained)
+
+
+def test_a_closed_standard_input_is_an_empty_text(call, trained, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdin", None)
+    assert "got the standard input, which is empty" in fault(call, "score", trained)
+    assert fault(call, "train", "--data", "-", "--run", "other", *QUICK)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**58, dtype=torch.uint8), lambda: bytearray(2**58)])
+def test_memory_that_is_lacking_is_told(call, monkeypatch, allocate):
+    monkeypatch.setattr("lm.run.train", lambda *_, **__: allocate())
+    err = fault(call, "train", "--data", "markov")
+    assert re.match(
+        r"error: the memory must hold the model and a step; .+; raise train\.accumulate, lower train\.", err
+    )
+    assert "cpp" not in err
+
+
+def test_another_fault_is_not_taken_for_it(call, monkeypatch):
+    monkeypatch.setattr("lm.run.train", lambda *_, **__: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        call("train", "--data", "markov")
+
+
+_INTERRUPTED = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.{before})
+sys.meta_path.insert(0, Finder())
+from lm.__main__ import main
+sys.argv[1:] = ["config", "--list"]
+code = main()
+assert signal.getsignal(signal.SIGINT) is signal.{before}
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("before", "code"), [("default_int_handler", 130), ("SIG_IGN", 0)])
+def test_ctrl_c_while_the_program_is_imported(process, before, code):
+    out, err = process(program=("-c", _INTERRUPTED.replace("{before}", before)), code=code)
+    assert err == ""
+    assert bool(out) == (code == 0)
 
 
 def test_dynamic_evaluation_needs_the_text_of_training(call, trained, corpus):

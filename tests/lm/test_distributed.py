@@ -290,6 +290,17 @@ def test_a_process_takes_the_gpu_of_its_number(monkeypatch):
         Team(0, 2).place("cuda:1")
 
 
+@pytest.mark.parametrize("value", ["abc", "", "-1", "1.5"])
+def test_a_number_of_processes_that_is_none(monkeypatch, value):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, value)
+        message = f"{name} must be a number that torchrun has set; got '{value}'; unset it, or start torchrun"
+        with pytest.raises(UserError, match=message), distributed.joined():
+            Team(1, 2).place("cuda")
+        monkeypatch.delenv(name)
+
+
 def test_without_the_others_there_is_no_run(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")

@@ -108,7 +108,7 @@ def test_a_resumed_log_continues_without_gap_or_double(tmp_path):
         for event in events:
             log(event)  # all of it was logged, but only `saved` steps were saved
         with stopped.open("a") as file:
-            file.write('{"kind": "train", "st')  # and the last line is torn
+            file.write("[" * 100_000 + '\n{"kind": "train", "st')  # what no run has logged; and the last line is torn
         log = JsonLines(stopped, saved, log_every=1)
         for event in events:
             if event.step > saved or isinstance(event, Scored):
