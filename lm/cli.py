@@ -480,7 +480,7 @@ def write_report(folders: tuple[Path, ...], out: Path | None) -> None:
     The page is one file that needs no other and no network: curves, final perplexities, statistics, gates,
     speed, tables, commands, versions and checksums.
     """
-    page = report.write(report.load(folders), out or folders[0] / "report")
+    page = report.write(report.load(folders, _say), out or folders[0] / "report")
     click.echo(f"{page}: open it in a browser; figures and tables lie beside it")
 
 

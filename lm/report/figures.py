@@ -284,7 +284,7 @@ def statistics(source: Source, arm: Mapping[str, Any]) -> "Figure | None":
     names = list(entry.internals[-1]["statistics"])
     for axes, kind in zip(grid.flat, ("mean", "var", "u", "v"), strict=True):
         for number, name in enumerate(name for name in names if f"norm_{kind}_" in name):
-            complete = [row for row in entry.internals if None not in row["statistics"][name]]
+            complete = [row for row in entry.internals if None not in row["statistics"].get(name, [None])]
             epochs = [row["epoch"] for row in complete]
             values = np.array([row["statistics"][name] for row in complete]).reshape(-1, 5).T
             color = f"C{number}" if number else _color(arm)

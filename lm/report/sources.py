@@ -8,7 +8,7 @@ from typing import Any
 
 from lm import checkpoint, config
 from lm.errors import UserError
-from lm.run_folder import RunFolder
+from lm.run_folder import SCORES, RunFolder, Say
 from lm.study import SUMMARY, Arm, Job, Study, provenance, results, statistics, summarize
 
 _SUMMARY = {
@@ -73,13 +73,16 @@ class Source:
         return [entry for entry in self.entries if entry.arm == arm["arm"]]
 
 
-def load(folders: Sequence[Path]) -> list[Source]:
+def load(folders: Sequence[Path], say: Say = print) -> list[Source]:
     """Reads study folders, each by itself, and run folders, those on one text together.
+
+    Arguments:
+        say: receives warnings of what runs have written and is not as it was.
 
     Raises:
         UserError: a folder that is neither, or that is given twice; a study that has no result yet, or is damaged.
     """
-    studies = [_study(folder) for folder in folders if (folder / SUMMARY).is_file()]
+    studies = [_study(folder, say) for folder in folders if (folder / SUMMARY).is_file()]
     runs = [folder for folder in folders if not (folder / SUMMARY).is_file()]
     for folder in runs:
         if not (folder / "config.toml").is_file():
@@ -87,7 +90,7 @@ def load(folders: Sequence[Path]) -> list[Source]:
                 f"a report must be of run folders and of studies that have a result; got {folder}, which is neither; "
                 "check the path"
             )
-    return _apart(studies + _runs(runs))
+    return _apart(studies + _runs(runs, say))
 
 
 def _apart(sources: list[Source]) -> list[Source]:
@@ -102,13 +105,13 @@ def _apart(sources: list[Source]) -> list[Source]:
     return sources
 
 
-def _study(folder: Path) -> Source:
+def _study(folder: Path, say: Say) -> Source:
     summary = results.read_whole(folder / SUMMARY, "a study's summary", _SUMMARY)
     order = [arm["arm"] for arm in summary["arms"]]
     kept = sorted((order.index(arm), seed, path) for arm, seed, path in results.kept(folder) if arm in order)
     found = [results.read(path) for _, _, path in kept]
     entries = [
-        Entry(result, _internals(results.metrics(folder / "runs" / row["arm"] / f"seed-{row['seed']}")))
+        Entry(result, _internals(results.metrics(folder / "runs" / row["arm"] / f"seed-{row['seed']}", say)))
         for result in found
         for row in [result["row"]]
     ]
@@ -119,16 +122,16 @@ def _study(folder: Path) -> Source:
     return Source(summary["study"], folder, summary, tuple(entries))
 
 
-def _runs(folders: Sequence[Path]) -> list[Source]:
+def _runs(folders: Sequence[Path], say: Say) -> list[Source]:
     """Each run as a separate arm; runs on other texts, or with perplexities per another unit, apart."""
     found: dict[tuple[str, str], list[tuple[Arm, Entry]]] = {}
     for folder, name in zip(folders, _names(folders) if folders else (), strict=True):
         settings = config.build(config.read_toml(folder / "config.toml", "a run's configuration"))
         arm = Arm(name, name, f"{folder}/config.toml", (), None, settings)
-        log = results.metrics(folder)
+        log = results.metrics(folder, say)
         finals = [row for row in log if row["kind"] == "final"]
         diverged = next((row["what"] for row in log if row["kind"] == "diverged"), None)
-        tested = [score for score in _evaluated(folder, log) if score["split"] == "test"]
+        tested = [score for score in _evaluated(folder, log, say) if score["split"] == "test"]
         scores = [*finals, *(score for score in tested if score["protocol"] in ("exact", "chunk-mean"))]
         gathered = results.gather(Job(arm, settings.train.seed), log, scores, diverged)
         valid = next((row for row in log if row["kind"] in ("final", "valid")), {})
@@ -149,15 +152,20 @@ def _of_one_text(name: str, pairs: Sequence[tuple[Arm, Entry]]) -> Source:
     return Source(name, None, summary, entries, {arm.name: config.flatten(arm.settings) for arm in arms})
 
 
-def _evaluated(folder: Path, log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _evaluated(folder: Path, log: Sequence[Mapping[str, Any]], say: Say) -> list[dict[str, Any]]:
     """What `eval` has scored of the run's best weights, each split and protocol once: the last; of one text alone, the
     one that was scored last."""
     best = [row["step"] for row in log if row["kind"] == "valid" and row["best"]]
     with suppress(UserError):
         best = [checkpoint.load(folder / "checkpoints" / checkpoint.BEST)["trainer"]["step"]]
-    run = RunFolder(folder)
-    texts = run.scored_texts()
-    kept = [row for row in run.scores() if row["step"] in best[-1:] and row["data_sha256"] == texts.get(row["split"])]
+    scores = []
+    for number, row in enumerate(RunFolder(folder).scores(), 1):
+        if wrong := results.fault_of(row):
+            say(results.left_out(f"{folder / SCORES}, score {number},", wrong))
+        else:
+            scores.append(row)
+    texts = {row["split"]: row["data_sha256"] for row in scores}
+    kept = [row for row in scores if row["step"] in best[-1:] and row["data_sha256"] == texts[row["split"]]]
     return [*{(row["split"], row["protocol"]): row for row in kept}.values()]
 
 

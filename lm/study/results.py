@@ -5,10 +5,12 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from lm import config, files
 from lm.errors import UserError
@@ -25,12 +27,61 @@ _LOGGED = {
     "start": ("step", "position", "loss", "grad_norm"),
     "overflow": ("step",),
     "train": ("tokens_per_second",),
-    "valid": ("ppl", "best"),
+    "valid": ("step", "ppl", "best"),
     "internals": ("statistics", "gates"),
     "epoch": ("ppl", "seconds"),
     "diverged": ("what",),
     "final": ("split", "protocol", "ppl", "data_sha256", "vocabulary_sha256"),
 }
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Perplexity = Annotated[float | None, Field(gt=0)]
+_Quantiles = Annotated[list[float | None], Field(min_length=5, max_length=5)]
+
+
+class _Written(BaseModel, strict=True, allow_inf_nan=False):
+    """What was written as JSON; None is what JSON cannot hold."""
+
+
+class _Gate(_Written):
+    low: float
+    high: float
+    counts: list[_Count]
+    saturated: float | None
+
+
+class _Band(_Written):
+    name: str
+    tokens: _Count
+    ppl: _Perplexity
+
+
+class _Line(_Written):
+    """What values are, where a line of a log or a score has them."""
+
+    step: _Count = 0
+    epoch: _Count = 0
+    position: _Count = 0
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    tokens_per_second: float = 0.0
+    seconds: float = 0.0
+    ppl: _Perplexity = None
+    best: bool = False
+    what: str = ""
+    split: str = ""
+    protocol: str = ""
+    unit: str = ""
+    data_sha256: str = ""
+    vocabulary_sha256: str = ""
+    bits_per_character: float | None = None
+    bits_per_byte: float | None = None
+    statistics: dict[str, _Quantiles] = {}
+    gates: dict[str, _Gate] = {}
+    recurrent: dict[str, float | None] = {}
+    by_frequency: list[_Band] | None = None
+    by_position: list[_Band] | None = None
+
+
 _RESULT = {"row": dict, "settings": dict, "scores": list, "epochs": list, "versions": dict}
 _ROW = ("arm", "seed", "diverged", *MEASURES)
 # How a run began; a result of an older version does not tell, which is None.
@@ -189,8 +240,11 @@ def _start(log: Sequence[Row]) -> Row:
     return finite(dict(zip(_START, found, strict=True)))
 
 
-def metrics(run: Path) -> list[Row]:
+def metrics(run: Path, say: Callable[[str], None] = lambda _: None) -> list[Row]:
     """Returns what a run logged, line by line, see `logged`.
+
+    Arguments:
+        say: receives a warning of each line that is left out, although it is whole and a run's.
 
     Raises:
         UserError: the log cannot be read.
@@ -200,22 +254,44 @@ def metrics(run: Path) -> list[Row]:
         content = path.read_bytes() if path.exists() else b""
     except OSError as fault:
         raise UserError(f"a run's log must be readable; {path}: {fault.strerror}; check it") from None
-    return [*logged(content)]
+    return [*logged(content, lambda line, wrong: say(left_out(f"{path}, line {line},", wrong)))]
 
 
-def logged(content: bytes) -> Iterator[Row]:
-    """Yields the lines of a log but those that are torn, as a full disk leaves them, or not a run's."""
-    for line in content.decode(errors="replace").splitlines():
+def left_out(what: str, wrong: str) -> str:
+    """Returns the warning of a line or score that is not as it was written."""
+    return f"warning: {what} must be as it was written; got {wrong}; it is left out"
+
+
+def logged(content: bytes, tell: Callable[[int, str], None] = lambda *_: None) -> Iterator[Row]:
+    """Yields the lines of a log but those that are torn, as a full disk leaves them, or not a run's.
+
+    Arguments:
+        tell: receives the number of each line that has the kind of a run's line but not its values, and what is wrong.
+    """
+    for number, line in enumerate(content.decode(errors="replace").split("\n"), 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("epoch"), int):
-            if "streams" in row:  # as older versions called them
-                row["statistics"] = row.pop("streams")
-            needed = _LOGGED.get(str(row.get("kind")))
-            if needed is not None and all(key in row for key in needed):
-                yield row
+        if not (isinstance(row, dict) and (needed := _LOGGED.get(str(row.get("kind"))))):
+            continue
+        if "streams" in row:  # as older versions called them
+            row["statistics"] = row.pop("streams")
+        if wrong := fault_of(row, ("epoch", *needed)):
+            tell(number, wrong)
+        else:
+            yield row
+
+
+def fault_of(row: Row, needed: Iterable[str] = ()) -> str | None:
+    """Returns what a line of a log or a score lacks of this, or which value of it cannot be; None for a whole one."""
+    try:
+        _Line.model_validate(row)
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        return f"no {name}" if first["type"] == "missing" else f"{name}={first['input']!r:.50}"
+    return next((f"no {name}" for name in needed if name not in row), None)
 
 
 def _settings(job: Job) -> dict[str, Any]:

@@ -565,6 +565,39 @@ def test_a_run_has_its_training_curve_settings_text_and_test_column(tmp_path):
     assert dict(zip(heads, rows[0], strict=True))["test"] == "7.00", "the last, of the best checkpoint's step"
 
 
+@pytest.mark.parametrize(
+    ("kind", "changed", "wrong"),
+    [
+        ("valid", {"step": ...}, "no step"),
+        ("valid", {"ppl": "50"}, "ppl='50'"),
+        ("valid", {"ppl": 0}, "ppl=0"),
+        ("start", {"loss": None}, "loss=None"),
+        ("epoch", {"seconds": None}, "seconds=None"),
+        ("train", {"tokens_per_second": []}, "tokens_per_second=[]"),
+        ("internals", {"gates": {"i_l0": {"low": 0.0}}}, "no gates.i_l0.high"),
+        ("internals", {"statistics": {"norm_mean_l0": [0.0, 1.0]}}, "statistics.norm_mean_l0=[0.0, 1.0]"),
+        ("final", {"protocol": ["exact"]}, "protocol=['exact']"),
+        ("score", {"protocol": ["exact"]}, "protocol=['exact']"),
+        ("score", {"by_position": [{"name": "place 1", "tokens": "5", "ppl": 7.4}]}, "by_position.0.tokens='5'"),
+    ],
+)
+def test_a_line_that_was_edited_is_left_out_with_a_warning(tmp_path, capsys, kind, changed, wrong):
+    folder, score = run_of(tmp_path, "one")
+    paths = {"log": folder / "metrics.jsonl", "scores": folder / "scores.jsonl"}
+    start = {"kind": "start", "step": 1, "epoch": 1, "position": 5, "loss": 9.0, "grad_norm": 1.0}
+    rows = {"log": [start, *map(json.loads, paths["log"].read_text().splitlines())], "scores": [{"step": 20, **score}]}
+    name = "scores" if kind == "score" else "log"
+    row = next(row for row in rows[name] if name == "scores" or row["kind"] == kind)
+    edited = {key: value for key, value in {**row, **changed}.items() if value is not ...}
+    for each, path in paths.items():
+        lines = [*rows[each], *([edited] if each == name else [])]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(folder), "--out", str(tmp_path / "page")]) == 0
+    place = f"{paths[name]}, {'score' if kind == 'score' else 'line'} {len(rows[name]) + 1},"
+    assert capsys.readouterr().err == f"warning: {place} must be as it was written; got {wrong}; it is left out\n"
+    assert page._results(report.load([folder], lambda _: None)[0])[1][0][-2] == "50.00", "of the lines that are whole"
+
+
 def test_one_epoch_has_one_label_and_none_says_so(tmp_path):
     (source,) = report.load([run_of(tmp_path, "one", 1)[0]])
     for figure in (figures.curves(source, "lstm"), figures.statistics(source, source.selected[0])):

@@ -516,7 +516,7 @@ def test_lines_of_a_log_that_are_not_a_runs_are_passed_over(read, tmp_path):
     job, log = read().jobs()[0], tmp_path / "metrics.jsonl"
     whole = [
         {"kind": "train", "epoch": 1, "tokens_per_second": 9.0},
-        {"kind": "valid", "epoch": 1, "ppl": 50.0, "best": True},
+        {"kind": "valid", "step": 9, "epoch": 1, "ppl": 50.0, "best": True},
         {"kind": "epoch", "epoch": 1, "ppl": 60.0, "seconds": 2.0},
     ]
     lines = [json.dumps(row).encode() for row in whole]
@@ -723,7 +723,7 @@ def test_the_moving_line_says_what_runs_and_fits_the_terminal(read, tmp_path, mo
     log = results.run_folder(tmp_path, first) / "metrics.jsonl"
     log.parent.mkdir(parents=True)
     rows = [
-        {"kind": "valid", "epoch": 1, "ppl": 1234.5, "best": True},
+        {"kind": "valid", "step": 9, "epoch": 1, "ppl": 1234.5, "best": True},
         {"kind": "train", "epoch": 2, "tokens_per_second": 9.0},
     ]
     foreign = '3\n{"kind": "valid"}\n'
