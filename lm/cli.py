@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -169,13 +170,14 @@ def train(
             return 0
         outcome = run.train(settings, folder, resume=resume, overwrite=overwrite, lock=lock, say=_say)
     if outcome.reason not in ENDS:
-        _say(f"stopped by {outcome.reason} after step {outcome.step}; saved; resume with: rnnlm train --run {folder}")
+        again = shlex.join(["rnnlm", "train", "--run", f"{folder}"])
+        _say(f"stopped by {outcome.reason} after step {outcome.step}; saved; resume with: {again}")
         return _STOPPED.get(outcome.reason, 1)
     if outcome.score is None:
         return 0  # a process that is not the first
     _conclude(f"{folder}: {outcome.step:,} steps, {outcome.speed}")
     _conclude(f"valid {headline(outcome.score)} (exact, best checkpoint)")
-    _conclude(f"TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")
+    _conclude(f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
     return 0
 
 

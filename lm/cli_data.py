@@ -1,5 +1,6 @@
 """The command line's part on texts: `data` and `tokenizer`."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,7 +99,8 @@ def prepare_data(
     out = out or Path(f"{corpus.name}-words")
     corpus.require("word", _WAYS)
     prepare.prepare(corpus, out, words)
-    click.echo(f"{out}: " + ", ".join(f"{name}.txt" for name in corpus.splits) + f"; train with --data {out}")
+    splits = ", ".join(f"{name}.txt" for name in corpus.splits)
+    click.echo(f"{out}: {splits}; train with --data {shlex.quote(str(out))}")
 
 
 @click.group("tokenizer")

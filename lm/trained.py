@@ -1,6 +1,7 @@
 """A trained model as something to use: scores of texts, next words, samples."""
 
 import itertools
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -303,7 +304,7 @@ class TrainedModel:
         also = "" if split in ("train", "valid") else ", or move that file away"
         raise UserError(
             f"a run must be evaluated with the {split} text {held}; got another in {source}; restore it, score it "
-            f"as another text, by --data {source}{also}"
+            f"as another text, by --data {shlex.quote(source)}{also}"
         )
 
     def _score(self, text: Text, encoded: Stream, protocol: ProtocolName, chunk: int, groups: bool = False) -> Score:

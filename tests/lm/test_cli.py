@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from lm import checkpoint, config
+from lm import checkpoint, config, run
 from lm.cli import main
 from lm.lock import Lock
 from lm.model import LanguageModel
@@ -175,6 +176,23 @@ def test_nobody_needs_to_watch(corpus, tmp_path, broken):
     assert done.returncode == 0
     assert checkpoint.load(tmp_path / "run/checkpoints/last.safetensors")["trainer"]["epoch"] == 2
     assert '"final"' in (tmp_path / "run/metrics.jsonl").read_text()
+
+
+def test_commands_that_are_printed_can_be_given_to_a_shell(call, corpus, tmp_path, monkeypatch):
+    def given(said, before):
+        return shlex.split(next(line for line in said.splitlines() if before in line).partition(before)[2])
+
+    out, _ = call("train", "--data", corpus, "--run", "my run", "--set", "train.max_steps=1", *QUICK)
+    assert given(out, "TensorBoard: ") == ["tensorboard", "--logdir", "my run/tensorboard"]
+    (tmp_path / "it's.txt").write_text("the cat sat\n" * 90)
+    assert given(call("data", "prepare", "it's.txt", "--out", "$it's").out, "; train with ") == ["--data", "$it's"]
+    call("train", "--data", "it's.txt", "--run", "other", "--set", "train.max_steps=1", *QUICK)
+    (tmp_path / "it's.txt").write_text("the dog sat\n" * 90)
+    told = given(call("eval", "other", code=2).err, "as another text, by ")
+    assert told == ["--data", str(tmp_path / "it's.txt")]
+    monkeypatch.setattr("lm.run.train", lambda *_, **__: run.Outcome("SIGTERM", 3, None, ""))
+    command = given(call("train", "--data", corpus, "--run", "my run", code=143).err, "resume with: ")
+    assert command == ["rnnlm", "train", "--run", "my run"]
 
 
 def test_a_run_that_diverges_exits_with_one(call, corpus, tmp_path):
