@@ -136,7 +136,7 @@ class RecurrentModule(RunningStatsModule):
         for key in [key for key in state_dict if key.startswith(prefix)]:
             new = prefix + _OLD_NAME.sub(lambda old: f"{old[1]}_{_NEW_NAMES[old[2]]}", key.removeprefix(prefix))
             # A subclass may have a parameter of the old name.
-            if key not in own and new in own - state_dict.keys():
+            if key not in own and new in own:
                 state_dict[new] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
