@@ -36,8 +36,8 @@ class Dynamic:
 
     `w += min(1, decay * r / mean(r)) * (w0 - w) - lr * g / (r + eps)` for each weight: `g` is the gradient of the mean
     nats of the segment, `r` the root mean square of such gradients over the training text, `w0` the trained weight.
-    `mean(r)` is over all weights; the authors' program takes it over the parameters, of each one's mean, with which the
-    same `decay` pulls less (by 4.8 and 6.7 times in two models of Penn Treebank).
+    `mean(r)` is over all weights; the authors' program averages the means of the parameters instead, so a `decay` of
+    theirs is not comparable with one here.
 
     Source: Krause et al., ICML 2018 (arXiv 1709.07432).
     """

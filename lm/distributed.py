@@ -153,7 +153,7 @@ def joined() -> Iterator[Team]:
     Processes use gloo for tensors on the CPU, and nccl for tensors on GPUs.
 
     Raises:
-        UserError: the other processes cannot be found; their number is none.
+        UserError: the other processes cannot be found; WORLD_SIZE is not a number.
         ProcessError: another process of the run was lost, or this one alone failed.
     """
     own = not dist.is_initialized()

@@ -33,7 +33,7 @@ def utf8(text: str, what: str, repair: str = "write it again") -> bytes:
     except UnicodeEncodeError as fault:
         shown = text[max(0, fault.start - 40) : fault.start + 20]
         raise UserError(
-            f"{what} must be UTF-8 text; got {shown!a}, whose character {fault.start + 1} is none; {repair}"
+            f"{what} must be UTF-8 text; got {shown!a}, whose character {fault.start + 1} is not UTF-8; {repair}"
         ) from None
 
 

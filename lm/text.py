@@ -223,7 +223,7 @@ def watched(text: Text, what: str) -> Iterator[Text]:
 
 
 def _cut(block: bytes) -> int:
-    """How many bytes of a block that goes on make up whole lines, else words, else characters."""
+    """How many bytes of an unfinished block make up whole lines, else words, else characters."""
     if cut := block.rfind(b"\n") + 1:
         return cut
     if (cut := max(block.rfind(bytes([space])) for space in SPACES)) > 0:

@@ -380,7 +380,7 @@ def _arrive(table, direct, product, mask, s, n, h, P, cells, ok, K: tl.constexpr
 
 @triton.jit
 def _pass(direct, later, through, n, h, P, cells, active, carries):
-    """Hand `through` to the old state: nothing if it was reset, all that came if the position is padded."""
+    """Hand `through` to the old state: zero if it was reset, the whole later gradient if the position is padded."""
     tl.store(direct + n * P + h, tl.where(active, tl.where(carries, through, 0.0), later), mask=cells)
 
 

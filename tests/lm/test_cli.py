@@ -315,8 +315,10 @@ def test_a_pattern_is_of_the_working_folder_whatever_its_name(call, corpus, tmp_
     (tmp_path / "one[1]*/src").mkdir(parents=True)
     (tmp_path / "one[1]*/src/a.txt").write_bytes((corpus / "train.txt").read_bytes() * 3)
     monkeypatch.chdir(tmp_path / "one[1]*")
-    call("train", "--data", "src/*.txt", "--run", "run", "--set", "train.max_steps=2", *QUICK)
-    call("eval", "run")
+    _, err = call("train", "--data", "src/*.txt", "--run", "run", "--set", "train.max_steps=2", *QUICK)
+    assert "src/*.txt is split 90/5/5 by lines" in err
+    monkeypatch.chdir(tmp_path)
+    assert "perplexity" in call("eval", "one[1]*/run")[0], "from another folder too"
 
 
 @pytest.mark.parametrize(
@@ -794,7 +796,7 @@ def test_help_names_every_option_and_key(process, call):
             ("train", "--data", "markov", "--run", "a\udcff"),
             r"a path must be UTF-8 text; got 'a\udcff', whose character 2",
         ),
-        (("study", "a.toml", "--run", "a\udcff"), "is none; rename the file or folder"),
+        (("study", "a.toml", "--run", "a\udcff"), "is not UTF-8; rename the file or folder"),
         (("data", "prepare", "a.txt", "--out", ""), "a path must not be empty; got ''"),
         (("data", "prepare", "a.txt", "--language", "german"), "cs, de, el, en, es, "),
         (("train", "--data", "hf:"), "a data set of the hub must have a name, hf:NAME or hf:NAME:CONFIG; got 'hf:'"),

@@ -46,7 +46,9 @@ def test_faults_name_the_file(tmp_path: Path):
 def test_a_path_is_text(tmp_path: Path):
     assert path(tmp_path) == path(f"{tmp_path}") == tmp_path
     for wrong in ("a\udcff", Path("a\udcff/run")):
-        with pytest.raises(UserError, match=r"a path must be UTF-8 text; got 'a\\udcff.*', whose character 2 is none"):
+        with pytest.raises(
+            UserError, match=r"a path must be UTF-8 text; got 'a\\udcff.*', whose character 2 is not UTF-8"
+        ):
             path(wrong)
 
 

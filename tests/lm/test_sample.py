@@ -85,7 +85,10 @@ def test_a_prompt_of_many_lines_is_kept(model, tokenizer):
         ({"top_p": 1.5}, "top-p must be above 0 and at most 1; got 1.5"),
         ({"length": 0}, "length must be from 1 to 1,000,000; got 0"),
         ({"length": 10**9}, "length must be from 1 to 1,000,000; got 1000000000; draw several texts"),
-        ({"prompt": "the c\udcfft"}, r"a prompt must be UTF-8 text; got 'the c\\udcfft', whose character 6 is none"),
+        (
+            {"prompt": "the c\udcfft"},
+            r"a prompt must be UTF-8 text; got 'the c\\udcfft', whose character 6 is not UTF-8",
+        ),
     ],
 )
 def test_wrong_arguments(model, tokenizer, arguments, message):

@@ -122,7 +122,7 @@ def test_next_words_are_the_model_s(trained):
         (lambda m: m.sample(temperature=-1), "a temperature must be at least 0; got -1"),
         (
             lambda m: m.score("the c\udcfft"),
-            r"the text must be UTF-8 text; got 'the c\\udcfft', whose character 6 is none",
+            r"the text must be UTF-8 text; got 'the c\\udcfft', whose character 6 is not UTF-8",
         ),
         (lambda m: m.score_lines("\ud800"), "the text must be UTF-8 text"),
         (lambda m: m.token_log_probs("\ud800"), "the text must be UTF-8 text"),
