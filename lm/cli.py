@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +164,8 @@ def train(
         if kept is not None:
             data, folder = str(kept), kept.parent
         settings = compose(preset, data, folder, assignments, given)
+        for warning in config.without_effect(settings, config.assigned(assignments)):
+            _say(warning)
         folder = folder or Path("runs") / f"{_stem(preset)}-{_name(settings.data.source)}"
         if dry_run:
             run.rehearse(settings, say=click.echo)
@@ -242,7 +244,7 @@ def compose(
         if data in corpora.CORPORA and (kind := corpora.CORPORA[data].tokenizer) != "word":
             config.put(tables, "data", "tokenizer", kind)
             chosen.discard("data.tokenizer")
-    chosen |= {assignment.partition("=")[0].strip() for assignment in assignments}
+    chosen |= config.assigned(assignments)
     settings = config.build(config.override(tables, assignments))
     settings = settings.model_copy(update={"data": config.absolute(settings.data)})
     return _with_tokenizer(settings, folder, chosen)
@@ -327,6 +329,7 @@ def evaluate(
     once = functools.cache(_say)  # a warning of a text is the same for each protocol
     trained = load(folder, which=which, backend=backend or "auto", device=device or "auto", say=once)
     trained = replace(trained, config=_of_evaluation(trained.config, assignments))
+    _warn_of_unused(config.assigned(assignments), options)
     methods = protocols or (trained.config.eval.protocol,)
     means, rms = None, None
     if options["temperature"] is not None or any(options[name] for name in ("dynamic", "cache", "tune")):
@@ -357,6 +360,13 @@ def evaluate(
         click.echo(json.dumps(records[0] if len(records) == 1 else records, indent=2))
     else:
         click.echo("\n".join(shown(split, score) for split, score in scores))
+
+
+def _warn_of_unused(names: Collection[str], options: Mapping[str, Any]) -> None:
+    for name in sorted(names):
+        option = name.removeprefix("eval.").partition("_")[0]
+        if option in ("dynamic", "cache") and not options[option]:
+            _say(f"warning: {name} has no effect without --{option}")
 
 
 def _require_number(split: str, score: Score) -> None:

@@ -3,7 +3,7 @@
 import glob
 import textwrap
 import tomllib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -426,6 +426,11 @@ def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
     return changed
 
 
+def assigned(assignments: Sequence[str]) -> set[str]:
+    """Returns the full names of the settings that assignments set."""
+    return {assignment.partition("=")[0].strip() for assignment in assignments}
+
+
 def put(tables: dict[str, Any], section: str, key: str, value: Any) -> None:
     """Sets one value in tables that a file may have given.
 
@@ -516,6 +521,39 @@ def _require_given(ours: DataConfig, theirs: Mapping[str, Any], place: str, give
                 f"a tokenizer that is there must be taken as it is; got data.{name}={getattr(ours, name)}, and {there} "
                 f"in {place}; leave data.{name} out"
             )
+
+
+# Settings that have an effect in some runs alone: which of them, where, and whether a run is such a one.
+_CONDITIONAL: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
+    (
+        ("model.alpha_fwd", "model.alpha_bwd", "model.control_floor", "model.guard"),
+        "model.norm=online",
+        lambda c: c.model.norm == "online",
+    ),
+    (("model.mogrifier_rank",), "model.mogrifier_rounds above 0", lambda c: c.model.mogrifier_rounds > 0),
+    (("model.experts", "model.latent_dropout"), "model.decoder=mixture", lambda c: c.model.decoder == "mixture"),
+    (("model.cutoffs",), "model.decoder=adaptive", lambda c: c.model.decoder == "adaptive"),
+    (("train.momentum",), "train.optimizer=sgd or asgd", lambda c: c.train.optimizer in ("sgd", "asgd")),
+    (("train.average_patience",), "train.average=true or train.optimizer=asgd", lambda c: c.train.averaging),
+    (
+        ("train.schedule_factor",),
+        "train.schedule=exponential or plateau",
+        lambda c: c.train.schedule in ("exponential", "plateau"),
+    ),
+    (("train.schedule_hold",), "train.schedule=exponential", lambda c: c.train.schedule == "exponential"),
+    (("train.schedule_patience",), "train.schedule=plateau", lambda c: c.train.schedule == "plateau"),
+)
+
+
+def without_effect(config: Config, names: Collection[str]) -> Iterator[str]:
+    """Yields a warning of each of these settings that has no effect among the others, and says what gives it one.
+
+    Arguments:
+        names: full names of settings that someone chose, such as `train.momentum`.
+    """
+    for settings, where, given in _CONDITIONAL:
+        if not given(config):
+            yield from (f"warning: {name} has no effect without {where}" for name in settings if name in names)
 
 
 def flatten(config: Config) -> dict[str, Any]:

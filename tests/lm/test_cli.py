@@ -652,6 +652,17 @@ def test_evaluation_that_adapts_is_tuned_on_valid_and_named(call, trained):
     assert re.match(r"valid perplexity .* \(exact \+ temperature\(2\), ", cooled)
 
 
+def test_what_has_no_effect_is_warned_of(call, trained):
+    warning = "warning: train.momentum has no effect without train.optimizer=sgd or asgd\n"
+    options = ("train", "--data", "text", "--dry-run", *QUICK, "--set", "train.momentum=0.9", "--set")
+    assert warning in call(*options, "train.optimizer=adam")[1]
+    assert "warning" not in call(*options, "train.optimizer=sgd")[1]
+    kept = ("eval", trained, "--set", "eval.cache_window=9", "--set", "eval.dynamic_lr=0.1", "--set", "eval.chunk=8")
+    lines = call(*kept, "--cache")[1].splitlines()
+    assert lines == ["warning: eval.dynamic_lr has no effect without --dynamic"]
+    assert len(call(*kept)[1].splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -171,6 +171,36 @@ def test_a_wrong_assignment(assignment):
         config.override({}, [assignment])
 
 
+@pytest.mark.parametrize(
+    ("name", "without", "given"),
+    [
+        ("model.alpha_fwd", "model.norm=layer", "model.norm=online"),
+        ("model.alpha_bwd", "model.norm=layer", "model.norm=online"),
+        ("model.control_floor", "model.norm=rms", "model.norm=online"),
+        ("model.guard", "model.norm=none", "model.norm=online"),
+        ("model.mogrifier_rank", "model.mogrifier_rounds=0", "model.mogrifier_rounds=2"),
+        ("model.experts", "model.decoder=softmax", "model.decoder=mixture"),
+        ("model.latent_dropout", "model.decoder=softmax", "model.decoder=mixture"),
+        ("model.cutoffs", "model.decoder=softmax", "model.decoder=adaptive"),
+        ("train.momentum", "train.optimizer=adam", "train.optimizer=asgd"),
+        ("train.average_patience", "train.average=false", "train.average=true"),
+        ("train.schedule_factor", "train.schedule=cosine", "train.schedule=plateau"),
+        ("train.schedule_hold", "train.schedule=plateau", "train.schedule=exponential"),
+        ("train.schedule_patience", "train.schedule=exponential", "train.schedule=plateau"),
+    ],
+)
+def test_a_setting_without_effect_is_warned_of_where_it_was_chosen(name, without, given):
+    def warned(*assignments):
+        settings = config.build(config.override(config.preset("default"), ["model.tied=false", *assignments]))
+        return [*config.without_effect(settings, {name, "train.lr"})], [*config.without_effect(settings, {"train.lr"})]
+
+    assert name in config.flatten(config.Config())
+    (line,), unnamed = warned(without)
+    assert line.startswith(f"warning: {name} has no effect without {given.partition('=')[0]}")
+    assert not unnamed
+    assert warned(given) == ([], [])
+
+
 @pytest.mark.parametrize("table", [3, "x", [{"lr": 1.0}], None])
 def test_a_value_is_put_into_a_table_only(table):
     with pytest.raises(UserError, match=r"train must be a table of settings; got .*; write \[train\]"):
