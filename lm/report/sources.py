@@ -1,5 +1,6 @@
 """What a report is made from: the results of a study, or of run folders by themselves."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from lm.errors import UserError
 from lm.run_folder import SCORES, RunFolder, Say
 from lm.study import SUMMARY, Arm, Job, Study, provenance, results, statistics, summarize
 
+_REPORTED = {*itertools.product(("valid", "test"), ("exact", "chunk-mean"))}  # scores by split and protocol
 _SUMMARY = {
     **{"study": str, "description": str, "seeds": int, "runs": int, "runs_planned": int, "arms": list},
     **{"sign_tests": dict, "data_sha256": dict, "vocabulary_sha256": dict, "versions": dict},
@@ -131,8 +133,8 @@ def _runs(folders: Sequence[Path], say: Say) -> list[Source]:
         log = results.metrics(folder, say)
         finals = [row for row in log if row["kind"] == "final"]
         diverged = next((row["what"] for row in log if row["kind"] == "diverged"), None)
-        tested = [score for score in _evaluated(folder, log, say) if score["split"] == "test"]
-        scores = [*finals, *(score for score in tested if score["protocol"] in ("exact", "chunk-mean"))]
+        own = {(score["split"], score["protocol"]): score for score in (*_evaluated(folder, log, say), *finals)}
+        scores = [score for key, score in own.items() if key in _REPORTED]
         gathered = results.gather(Job(arm, settings.train.seed), log, scores, diverged)
         valid = next((row for row in log if row["kind"] in ("final", "valid")), {})
         key = str(valid.get("data_sha256", settings.data.source)), str(valid.get("unit", "word"))
@@ -160,7 +162,7 @@ def _evaluated(folder: Path, log: Sequence[Mapping[str, Any]], say: Say) -> list
         best = [checkpoint.load(folder / "checkpoints" / checkpoint.BEST)["trainer"]["step"]]
     scores = []
     for number, row in enumerate(RunFolder(folder).scores(), 1):
-        if wrong := results.fault_of(row):
+        if wrong := results.fault_of(row, results.Scored):
             say(results.left_out(f"{folder / SCORES}, score {number},", wrong))
         else:
             scores.append(row)

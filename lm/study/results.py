@@ -22,17 +22,6 @@ from lm.study.statistics import MEASURES, Row, summarize
 SUMMARY = "summary.json"
 # Where a run may be done, not what it is.
 _ELSEWHERE = {"data.source", "data.dir", "train.device", "train.backend", "train.log_every"}
-# What a line of a run's log must hold to be read, beside its epoch.
-_LOGGED = {
-    "start": ("step", "position", "loss", "grad_norm"),
-    "overflow": ("step",),
-    "train": ("tokens_per_second",),
-    "valid": ("step", "ppl", "best"),
-    "internals": ("statistics", "gates"),
-    "epoch": ("ppl", "seconds"),
-    "diverged": ("what",),
-    "final": ("split", "protocol", "ppl", "data_sha256", "vocabulary_sha256"),
-}
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Perplexity = Annotated[float | None, Field(gt=0)]
 _Quantiles = Annotated[list[float | None], Field(min_length=5, max_length=5)]
@@ -56,32 +45,79 @@ class _Band(_Written):
 
 
 class _Line(_Written):
-    """What values are, where a line of a log or a score has them."""
+    """What each line of a run's log has; values that nothing reads are not looked at."""
 
+    epoch: _Count
+
+
+class _Stepped(_Line):
+    step: _Count
+
+
+class _Start(_Stepped):
+    position: _Count
+    loss: float
+    grad_norm: float
+
+
+class _Train(_Line):
+    tokens_per_second: float
+
+
+class _Internals(_Line):
+    statistics: dict[str, _Quantiles]
+    gates: dict[str, _Gate]
+    recurrent: dict[str, float | None] = {}
+
+
+class _Epoch(_Line):
+    ppl: _Perplexity
+    seconds: float
+
+
+class _Diverged(_Line):
+    what: str
+
+
+class _Measured(_Written):
     step: _Count = 0
-    epoch: _Count = 0
-    position: _Count = 0
-    loss: float = 0.0
-    grad_norm: float = 0.0
-    tokens_per_second: float = 0.0
-    seconds: float = 0.0
-    ppl: _Perplexity = None
-    best: bool = False
-    what: str = ""
-    split: str = ""
-    protocol: str = ""
+    ppl: _Perplexity
     unit: str = ""
     data_sha256: str = ""
     vocabulary_sha256: str = ""
     bits_per_character: float | None = None
     bits_per_byte: float | None = None
-    statistics: dict[str, _Quantiles] = {}
-    gates: dict[str, _Gate] = {}
-    recurrent: dict[str, float | None] = {}
     by_frequency: list[_Band] | None = None
     by_position: list[_Band] | None = None
 
 
+class _Valid(_Stepped, _Measured):
+    best: bool
+
+
+class Scored(_Measured):
+    """A score as `eval` keeps it."""
+
+    split: str
+    protocol: str
+    data_sha256: str
+    vocabulary_sha256: str
+
+
+class _Final(_Line, Scored):
+    """The score that ends a log."""
+
+
+_KINDS: dict[str, type[_Line]] = {
+    "start": _Start,
+    "overflow": _Stepped,
+    "train": _Train,
+    "valid": _Valid,
+    "internals": _Internals,
+    "epoch": _Epoch,
+    "diverged": _Diverged,
+    "final": _Final,
+}
 _RESULT = {"row": dict, "settings": dict, "scores": list, "epochs": list, "versions": dict}
 _ROW = ("arm", "seed", "diverged", *MEASURES)
 # How a run began; a result of an older version does not tell, which is None.
@@ -273,25 +309,25 @@ def logged(content: bytes, tell: Callable[[int, str], None] = lambda *_: None) -
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if not (isinstance(row, dict) and (needed := _LOGGED.get(str(row.get("kind"))))):
+        if not (isinstance(row, dict) and (kind := _KINDS.get(str(row.get("kind"))))):
             continue
         if "streams" in row:  # as older versions called them
             row["statistics"] = row.pop("streams")
-        if wrong := fault_of(row, ("epoch", *needed)):
+        if wrong := fault_of(row, kind):
             tell(number, wrong)
         else:
             yield row
 
 
-def fault_of(row: Row, needed: Iterable[str] = ()) -> str | None:
-    """Returns what a line of a log or a score lacks of this, or which value of it cannot be; None for a whole one."""
+def fault_of(row: Row, kind: type[BaseModel]) -> str | None:
+    """Returns what a line of a log or a score lacks, or which value of it cannot be; None for a whole one."""
     try:
-        _Line.model_validate(row)
+        kind.model_validate(row)
     except ValidationError as fault:
         first = fault.errors()[0]
         name = ".".join(map(str, first["loc"]))
         return f"no {name}" if first["type"] == "missing" else f"{name}={first['input']!r:.50}"
-    return next((f"no {name}" for name in needed if name not in row), None)
+    return None
 
 
 def _settings(job: Job) -> dict[str, Any]:

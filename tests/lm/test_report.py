@@ -563,6 +563,13 @@ def test_a_run_has_its_training_curve_settings_text_and_test_column(tmp_path):
     (folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
     heads, rows = page._results(report.load([folder])[0])
     assert dict(zip(heads, rows[0], strict=True))["test"] == "7.00", "the last, of the best checkpoint's step"
+    stopped = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)[:-1]
+    (folder / "metrics.jsonl").write_text("".join(stopped))
+    scored = [{"step": 20, **score, "split": split, "ppl": ppl} for split, ppl in (("valid", 6.0), ("train", 5.0))]
+    (folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in scored))
+    heads, rows = page._results(report.load([folder])[0])
+    assert rows[0][heads.index("valid")] == "6.00", "of a run that was stopped, what eval has kept"
+    assert "5.00" not in rows[0]
 
 
 @pytest.mark.parametrize(
