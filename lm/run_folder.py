@@ -7,13 +7,13 @@ text.txt, where the text was the standard input
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lm import checkpoint, config, files, tokenizers
@@ -21,6 +21,7 @@ from lm.config import Config, DataConfig
 from lm.errors import UserError
 from lm.lock import NAME as LOCK
 from lm.lock import Lock
+from lm.machine import out_of_memory
 from lm.tokenizers import Tokenizer
 
 TEXT = "text.txt"  # what was read from the standard input, kept so that the run can resume
@@ -214,7 +215,7 @@ class RunFolder:
             if set(names) <= {"train.epochs", "train.max_steps"} and settings.train.schedule == "cosine":
                 fixed = (
                     "the schedule cosine is planned for so many epochs; to train on, begin another run with these "
-                    f"weights: --init-from {self}; or "
+                    f"weights: {shlex.join(['--init-from', str(self)])}; or "
                 )
             raise UserError(
                 f"a run must be resumed with its own settings; got others than {self} has: {differences}; "
@@ -246,9 +247,9 @@ class RunFolder:
         """Inside, whatever is raised on values that do not fit is a fault of the checkpoint."""
         try:
             yield
-        except torch.OutOfMemoryError:  # of a GPU, a RuntimeError
-            raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
+            if isinstance(fault, RuntimeError) and out_of_memory(fault):
+                raise
             why = " ".join(str(fault).split())[:200]
             raise UserError(
                 f"a checkpoint must hold the {what} of its configuration; got one in {self} that does not ({why}); "

@@ -103,7 +103,7 @@ def _make(folder: Path) -> None:
 def _manifest(folder: Path) -> dict[str, object]:
     try:
         record = json.loads(read_text(folder / _MANIFEST, "the manifest of python-docs"))
-    except (UserError, json.JSONDecodeError):
+    except (UserError, ValueError, RecursionError):
         raise _foreign(folder, f"its {_MANIFEST} cannot be read") from None
     if not isinstance(record, dict) or record.get("builder") != BUILDER or "python" not in record:
         raise _foreign(folder, f"its {_MANIFEST} is of another version")

@@ -717,6 +717,12 @@ def test_memory_that_is_lacking_is_told(call, monkeypatch, allocate):
     assert "cpp" not in err
 
 
+def test_memory_that_is_lacking_is_no_fault_of_the_checkpoint(call, trained, monkeypatch):
+    monkeypatch.setattr("lm.model.LanguageModel.load_state_dict", lambda *_, **__: torch.empty(2**58))
+    options = ("train", "--run", trained, "--set", "train.epochs=2")
+    assert fault(call, *options).startswith("error: the memory must hold the model and a step; ")
+
+
 def test_another_fault_is_not_taken_for_it(call, monkeypatch):
     monkeypatch.setattr("lm.run.train", lambda *_, **__: torch.zeros(2) + torch.zeros(3))
     with pytest.raises(RuntimeError, match="must match the size"):

@@ -367,9 +367,10 @@ def test_python_docs_are_made_once_and_guarded(tmp_path: Path, monkeypatch: pyte
     (place / "manifest.json").write_text('{"builder": 0}')
     with pytest.raises(UserError, match=r"its manifest.json is of another version"):
         corpora.load("python-docs", tmp_path / "data")
-    (place / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"its manifest.json cannot be read"):
-        corpora.load("python-docs", tmp_path / "data")
+    for broken in ("{", "[" * 100000, "9" * 5000):
+        (place / "manifest.json").write_text(broken)
+        with pytest.raises(UserError, match=r"its manifest.json cannot be read"):
+            corpora.load("python-docs", tmp_path / "data")
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
