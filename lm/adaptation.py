@@ -27,7 +27,8 @@ Kind = TypeVar("Kind")
 _STATISTICS_COLUMNS = 100  # that the gradients' mean squares are taken over, as in the authors' program
 _ROWS, _PAIRS = 256, 2**20  # of the cache computed at once, at most
 _LEAST_GAIN = 1e-4  # nats per token for which a constant is moved on
-_WEIGHTS = tuple(percent / 100 for percent in range(1, 100))  # of the cache that are tried
+_LEAST_TEMPERATURE = 1e-30  # float32 holds logits divided by it
+_WEIGHTS = tuple(percent / 100 for percent in range(100))  # of the cache that are tried
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Adaptation:
     """What a model is evaluated with. The temperature divides the logits; gradients are taken without it.
 
     Raises:
-        UserError: a temperature that is not above 0 and finite.
+        UserError: a temperature below 1e-30, or not finite.
     """
 
     temperature: float = 1.0
@@ -76,9 +77,10 @@ class Adaptation:
     cache: Cache | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
+        if not _LEAST_TEMPERATURE <= self.temperature < math.inf:
             raise UserError(
                 f"a temperature of evaluation must be above 0 and finite; got {self.temperature}; 1 is the model's own"
+                + (f", {_LEAST_TEMPERATURE} the least that float32 allows" if self.temperature > 0 else "")
             )
 
     @property
@@ -201,7 +203,8 @@ def tune(
     """Returns the adaptation with the constants that score a text best, found one after another.
 
     Temperature, without the other means; `lr` and `decay` of dynamic evaluation; `theta`, `window` and `weight` of the
-    cache, on what dynamic evaluation left. Each is moved by a factor as long as that gains 0.0001 nats per token.
+    cache, on what dynamic evaluation left. Each but the weight, of which 0 is tried too, is moved by a factor as long as
+    that gains 0.0001 nats per token, so one that is 0 stays.
 
     Arguments:
         ids: [N], the validation text or a part of it.

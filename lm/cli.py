@@ -417,6 +417,7 @@ def shown(split: str, score: Score) -> str:
     rows = {
         **of_one,
         "per token": score.ppl_per_token if score.ppl_per_token != score.ppl else None,
+        "per word": score.ppl_per_word if score.unit == "token" else None,
         "bits per word": score.bits_per_word if score.unit in ("word", "token") else None,
         "bits per character": score.bits_per_character,
         "bits per byte": score.bits_per_byte,

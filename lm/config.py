@@ -182,6 +182,11 @@ class ModelConfig(Section):
             raise UserError(
                 f"model.cell_norm must be used with the cell lstm; got {self.cell}; set model.cell_norm=false"
             )
+        if self.cell_norm and self.norm == "none":
+            raise UserError(
+                "model.cell_norm must be used with a norm; got model.norm=none; set model.cell_norm=false, or another "
+                "model.norm"
+            )
         return self
 
 

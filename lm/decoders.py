@@ -1,4 +1,4 @@
-"""Decoders: from the last layer's output to probabilities over the vocabulary, and their losses.
+"""Decoders: from the layers' output to probabilities over the vocabulary, and their losses.
 
 Each has `loss`, `token_nll` and `log_probs`, exact over the whole vocabulary: none approximates the normalization.
 """

@@ -88,8 +88,9 @@ class Trainer:
 
     The columns are shared out over the processes of a team, and each share over `accumulate` parts computed one after
     another. The gradient is that of the mean over all of them, so both are the same as one computation, to rounding,
-    unless online normalization sees its samples in another order: part by part, and in each process only its own, the
-    running statistics averaged after the step. The carried state is kept whole on each process.
+    but for two things: each part draws its own dropout masks, those of words and weights too; and online normalization
+    sees its samples in another order, part by part, and in each process only its own, the running statistics averaged
+    after the step. The carried state is kept whole on each process.
 
     On a GPU the host waits for the device only at each `log_every`-th step and at the end of an epoch: then the losses
     and gradient norms since the last time are read together, and their events emitted. A step that is not finite

@@ -8,6 +8,7 @@ import torch
 
 from lm import adaptation, stream
 from lm.adaptation import Adaptation, Cache, Dynamic
+from lm.errors import UserError
 from lm.evaluator import token_nlls
 from lm.model import detach
 
@@ -67,10 +68,11 @@ def test_temperature_divides_the_logits(net, text, tokenizer):
     np.testing.assert_allclose(found, -wanted.detach().numpy(), rtol=1e-12)
 
 
-def test_dynamic_evaluation_is_its_definition(net, text, tokenizer, rms):
-    """A loop as the paper has it, weight by weight, on a copy."""
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_dynamic_evaluation_is_its_definition(net, text, tokenizer, rms, temperature):
+    """A loop as the paper has it, weight by weight, on a copy: at a temperature the gradients are as without it."""
     ids, eos = text(7, seed=1).ids, tokenizer.eos
-    found = nlls(net, ids, tokenizer, MEANS["dynamic"], rms)
+    found = nlls(net, ids, tokenizer, Adaptation(temperature, DYNAMIC), rms)
     copied, expected, state = copy.deepcopy(net).eval(), [], None
     weights = [*copied.parameters()]
     begun = [weight.detach().clone() for weight in weights]
@@ -80,7 +82,8 @@ def test_dynamic_evaluation_is_its_definition(net, text, tokenizer, rms):
         inputs, targets = (torch.from_numpy(each[start : start + 5])[:, None] for each in (before, ids))
         hidden, state = copied(inputs, None if state is None else detach(state))
         nats = -copied.log_probs(hidden).gather(2, targets[..., None]).flatten()
-        expected += nats.tolist()
+        tempered = (copied.log_probs(hidden) / temperature).log_softmax(2)
+        expected += (-tempered.gather(2, targets[..., None])).flatten().tolist()
         copied.zero_grad()
         nats.mean().backward()
         with torch.no_grad():
@@ -194,6 +197,26 @@ def test_a_weight_of_the_cache_is_tuned_from_the_given_one_up_to_all(net, text, 
     ids, begun = np.full(50, 3), Adaptation(1.0, None, replace(CACHE, weight=weight))
     found = adaptation.tune(net, ids, tokenizer.eos, begun, temperature=False, say=lambda line: None)
     assert found.cache.weight == max(weight, 0.99)
+
+
+def test_a_cache_that_does_not_help_gets_no_weight(net, text, tokenizer):
+    """A text whose words never return."""
+    ids = np.random.default_rng(0).permutation(tokenizer.size)
+    found = adaptation.tune(
+        net, ids, tokenizer.eos, Adaptation(1.0, None, CACHE), temperature=False, say=lambda _: None
+    )
+    assert found.cache.weight == 0
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e30])
+@pytest.mark.parametrize("decoder", [{}, {"decoder": "mixture"}, {"decoder": "adaptive", "tied": False}])
+def test_temperatures_at_the_ends_of_float32_give_numbers(model, text, tokenizer, decoder, temperature):
+    net, ids = model(**decoder), text(5).ids
+    rms = adaptation.gradient_rms(net, ids, tokenizer.eos, 5)
+    for dynamic in (None, DYNAMIC):
+        assert np.isfinite(nlls(net, ids, tokenizer, Adaptation(temperature, dynamic), rms)).all()
+    with pytest.raises(UserError, match=r"must be above 0 and finite; got 9e-31; .* 1e-30 the least"):
+        Adaptation(9e-31)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -53,6 +53,77 @@ def test_the_papers_recipe(name, expected):
     assert {key: found[key] for key in shared | expected} == shared | expected
 
 
+PTB = {"data.source": "ptb", "data.tokenizer": "word", "model.cell": "lstm", "model.norm": "none"}
+PYTORCH = PTB | {"model.num_layers": 2, "model.hidden_size": 200, "model.tied": True, "model.embedding_range": 0.1}
+PYTORCH |= {"train.optimizer": "sgd", "train.lr": 20.0, "train.batch_size": 20, "train.window": "35"}
+PYTORCH |= {"train.schedule": "plateau", "train.schedule_factor": 0.25, "train.schedule_patience": 0}
+PYTORCH |= {"train.clip": 0.25, "train.epochs": 40, "model.dropout": 0.2, "train.weight_decay": 0.0}
+VARIATIONAL = PYTORCH | {"model.locked_dropout": True, "model.recurrent_dropout": 0.2}
+AWD = PTB | {"model.layer_sizes": [1150, 1150, 400], "model.embedding_size": 400, "model.tied": True}
+AWD |= {"model.embedding_dropout": 0.1, "model.input_dropout": 0.4, "model.dropout": 0.25, "model.output_dropout": 0.4}
+AWD |= {"model.weight_dropout": 0.5, "model.locked_dropout": True, "train.optimizer": "asgd", "train.lr": 30.0}
+AWD |= {"train.batch_size": 20, "train.window": "awd{70}", "train.clip": 0.25, "train.weight_decay": 1.2e-6}
+AWD |= {"train.ar": 2.0, "train.tar": 1.0, "train.average_patience": 5, "train.epochs": 500}
+MIXTURE = {"model.embedding_size": 280, "model.layer_sizes": [960, 960, 620], "model.decoder": "mixture"}
+MOGRIFIER = PTB | {"model.num_layers": 2, "model.tied": True, "model.mogrifier_rounds": 5, "model.mogrifier_rank": 84}
+MOGRIFIER |= {"model.input_dropout": 0.729, "model.dropout": 0.291, "model.recurrent_dropout": 0.387}
+MOGRIFIER |= {"model.output_dropout": 0.716, "model.cap_input_gate": True, "model.sum_layers": True}
+MOGRIFIER |= {"train.optimizer": "rmsprop", "train.lr": 0.0023, "train.batch_size": 64, "train.window": "70"}
+
+
+def zaremba(units, dropout, steps, clip, hold, divisor, epochs, spread):
+    """Zaremba et al.: rate 1 on the sum of the nats of the steps, so `steps` on their mean."""
+    return PTB | {
+        **{"model.num_layers": 2, "model.hidden_size": units, "model.dropout": dropout, "model.tied": False},
+        **{"train.optimizer": "sgd", "train.batch_size": 20, "train.window": f"{steps}", "train.lr": 1.0 * steps},
+        **{"train.clip": pytest.approx(clip / steps), "train.schedule": "exponential", "train.schedule_hold": hold},
+        **{"train.schedule_factor": pytest.approx(1 / divisor), "train.epochs": epochs, "model.init_range": spread},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pytorch-200", PYTORCH),
+        ("pytorch-650", PYTORCH | {"model.hidden_size": 650, "model.dropout": 0.5}),
+        ("variational-200", VARIATIONAL),
+        (
+            "variational-650",
+            VARIATIONAL | {"model.hidden_size": 650, "model.dropout": 0.5, "model.recurrent_dropout": 0.3},
+        ),
+        ("zaremba-small", zaremba(200, 0.0, 20, 5, 4, 2, 13, 0.1)),
+        ("zaremba-medium", zaremba(650, 0.5, 35, 5, 6, 1.2, 39, 0.05)),
+        ("zaremba-large", zaremba(1500, 0.65, 35, 10, 14, 1.15, 55, 0.04)),
+        ("awd-ptb", AWD),
+        (
+            "awd-wt2",
+            AWD
+            | {"data.source": "wikitext-2", "model.input_dropout": 0.65, "model.dropout": 0.2}
+            | {"train.batch_size": 80, "train.epochs": 750},
+        ),
+        (
+            "mos-ptb",
+            AWD
+            | MIXTURE
+            | {"model.experts": 15, "model.latent_dropout": 0.29, "model.dropout": 0.225}
+            | {"train.lr": 20.0, "train.batch_size": 12},
+        ),
+        (
+            "mogrifier-ptb",
+            MOGRIFIER
+            # theirs are of the sum of the nats of 70 steps
+            | {
+                "train.clip": pytest.approx(10 / 70, rel=2e-3),
+                "train.weight_decay": pytest.approx(2.5e-4 / 70, rel=0.01),
+            },
+        ),
+    ],
+)
+def test_the_recipes_of_the_literature(name, expected):
+    found = config.flatten(config.build(config.preset(name)))
+    assert {key: found[key] for key in expected} == expected
+
+
 def test_the_written_form_is_read_back_equal():
     built = config.build({"model": {"cell": "gru", "alpha_fwd": 0.1 + 0.2}, "train": {"clip": "none", "window": 35}})
     text = config.to_toml(built)
@@ -132,6 +203,10 @@ def test_assignments_are_toml_or_bare_text():
             "model.sparse_embedding must be trained with train.optimizer sgd or asgd .*; got sgd, 0.5 and 0;",
         ),
         ({"model": {"cell": "gru", "cell_norm": True}}, "model.cell_norm must be used with the cell lstm; got gru"),
+        (
+            {"model": {"norm": "none", "cell_norm": True}},
+            "model.cell_norm must be used with a norm; got model.norm=none",
+        ),
         ({"model": {"dropout": 1.0}}, "model.dropout must be less than 1; got 1.0"),
     ],
 )

@@ -31,6 +31,32 @@ def test_the_norm_reaches_the_layers(model):
     assert model(cell_norm=True).layers.cell_norm
 
 
+@pytest.mark.parametrize("stacked", [{}, {"sum_layers": True}])
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"weight_dropout": 0.1}, {"weight_dropout": 0.1}),
+        ({"recurrent_dropout": 0.2}, {"recurrent_dropout": 0.2}),
+        ({"zoneout": 0.3}, {"zoneout": 0.3}),
+        ({"zoneout": 0.3, "zoneout_c": 0.4}, {"zoneout": (0.3, 0.4)}),
+        ({"cell_norm": True}, {"cell_norm": True}),
+        ({"cap_input_gate": True}, {"cap_input_gate": True}),
+        ({"mogrifier_rounds": 3}, {"mogrifier_rounds": 3, "mogrifier_rank": 0}),
+        ({"mogrifier_rounds": 2, "mogrifier_rank": 4}, {"mogrifier_rounds": 2, "mogrifier_rank": 4}),
+    ],
+)
+def test_every_option_reaches_every_layer(model, stacked, given, kept):
+    def options(net):
+        layers = [module for module in net.layers.modules() if isinstance(module, rnnorm.LSTM)]
+        assert sum(layer.num_layers for layer in layers) == 2
+        assert len(layers) == (2 if stacked else 1)
+        return [{name: getattr(layer, name) for name in kept} for layer in layers]
+
+    for found, plain in zip(*(options(model(num_layers=2, **stacked, **each)) for each in (given, {})), strict=True):
+        assert found == kept
+        assert found != plain
+
+
 def test_windows_carry_the_state(model):
     net = model().eval()
     whole, _ = net(IDS)
