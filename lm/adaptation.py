@@ -203,8 +203,8 @@ def tune(
     """Returns the adaptation with the constants that score a text best, found one after another.
 
     Temperature, without the other means; `lr` and `decay` of dynamic evaluation; `theta`, `window` and `weight` of the
-    cache, on what dynamic evaluation left. Each but the weight, of which 0 is tried too, is moved by a factor as long as
-    that gains 0.0001 nats per token, so one that is 0 stays.
+    cache, on what dynamic evaluation left. All hundredths are tried of the weight; each other one is moved by a factor
+    as long as that gains 0.0001 nats per token, so one that is 0 stays.
 
     Arguments:
         ids: [N], the validation text or a part of it.

@@ -76,7 +76,7 @@ def reset_tensor(reset: Tensor, lead: Sequence[int], meaning: str, device: torch
         raise ValueError(f"reset must have dtype torch.bool; got {reset.dtype}; convert it with .bool()")
     if reset.device != device:
         raise ValueError(f"reset must be on the input's device {device}; got {reset.device}; move it with .to(device)")
-    return reset
+    return reset.clone()  # kept for the backward, whatever the caller writes into it then
 
 
 def is_tensor(name: str, value: object, kinds: str = "a tensor") -> None:

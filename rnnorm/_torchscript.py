@@ -57,13 +57,13 @@ def _suited_lengths(lengths: Tensor, T: int, N: int) -> Tensor:
         raise ValueError(f"lengths must hold one integer for each of the N = {N} sequences; got {lengths}")
     if N > 0 and (int(lengths.min()) < 1 or int(lengths.max()) > T):
         raise ValueError(f"lengths must lie in 1..T = 1..{T}; got {lengths}")
-    return lengths.to(torch.device("cpu"), torch.int64)
+    return lengths.to(torch.device("cpu"), torch.int64, copy=True)  # the caller may write into it before the backward
 
 
 def _suited_reset(reset: Tensor, shape: list[int]) -> Tensor:
     if reset.dtype != torch.bool or reset.size() != shape:
         raise ValueError(f"reset must be bool of shape {shape}; got {reset.dtype} of shape {reset.size()}")
-    return reset
+    return reset.clone()
 
 
 class _Scriptable(nn.Module):

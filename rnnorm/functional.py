@@ -46,7 +46,7 @@ def summed_nll(
 
     Arguments, arithmetic and errors as there.
     """
-    weights = None if mask is None else mask.to(hidden.dtype)
+    weights = None if mask is None else mask.to(ops.statistics_dtype(hidden.dtype))
     return _call(hidden, weight, bias, targets, weights)[0]
 
 

@@ -37,10 +37,13 @@ class CacheError(BuildError):
 
 
 def cache_folder() -> Path:
-    """`$RNNORM_CACHE`, or `rnnorm` in the user's cache folder."""
-    if chosen := os.environ.get("RNNORM_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnorm"
+    """`$RNNORM_CACHE`, or `rnnorm` in the user's cache folder. Raises `CacheError` where no home folder is known."""
+    try:
+        if chosen := os.environ.get("RNNORM_CACHE"):
+            return Path(chosen).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnorm"
+    except RuntimeError as problem:  # a user without an entry, as in containers
+        raise CacheError(f"no cache folder is known: {problem}; set RNNORM_CACHE to a writable folder") from None
 
 
 def _sources() -> list[Path]:
@@ -58,7 +61,7 @@ def _flags() -> list[str]:
     messages = [f'-DRNNORM_{name}="{text}"' for name, text in vars(errors).items() if name.isupper()]
     return [
         *("-std=c++20", "-O3", "-fPIC", "-fopenmp", *warnings, *arithmetic, *machine.get(platform.machine(), [])),
-        *shlex.split(os.environ.get("RNNORM_CXXFLAGS", "")),
+        *_words("RNNORM_CXXFLAGS"),
         *messages,
         *(abi, f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"),
     ]
@@ -73,36 +76,54 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _compiler() -> str | None:
-    wanted = os.environ.get("CXX")
-    return next(
-        (path for name in ([wanted] if wanted else ["g++", "c++", "clang++"]) if (path := shutil.which(name))), None
-    )
+def _words(variable: str) -> list[str]:
+    """What a variable holds, as a shell splits it. Raises `BuildError`."""
+    text = os.environ.get(variable, "")
+    try:
+        return shlex.split(text)
+    except ValueError as problem:
+        raise BuildError(f"{variable} must be words of a shell; got {text!r}: {problem}; correct it") from None
+
+
+def _compiler() -> list[str] | None:
+    """The compiler's command: a program, and what `$CXX` gives it (`ccache g++`, `g++ -m64`). Raises `BuildError`."""
+    wanted = _words("CXX")
+    commands = [wanted] if wanted else [["g++"], ["c++"], ["clang++"]]
+    return next(([path, *rest] for name, *rest in commands if (path := shutil.which(name))), None)
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """What a compiler's command gives; its messages may be in any encoding. Raises `BuildError`."""
+    try:
+        return subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+        )
+    except OSError as problem:
+        raise BuildError(f"the compiler {command[0]} cannot be run: {problem.strerror}; set CXX to another") from None
 
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _name(compiler: str | None) -> str:
+def _name(compiler: list[str] | None) -> str:
     """The library's file name; without a compiler, a pattern that any compiler's build of these sources matches."""
     texts = [f"{path.relative_to(_SOURCES)}\n{path.read_text()}" for path in _sources()]
     base = _digest(*texts, torch.__version__, *_flags(), _processor())
     if compiler is None:
         return f"rnnorm_cpu-{base}-*.so"
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    return f"rnnorm_cpu-{base}-{_digest(compiler, version)}.so"
+    return f"rnnorm_cpu-{base}-{_digest(*compiler, _run([*compiler, '--version']).stdout)}.so"
 
 
-def _compile(compiler: str, folder: Path, target: Path) -> None:
+def _compile(compiler: list[str], folder: Path, target: Path) -> None:
     """Compile and link into `target`, a file in `folder`. Raises `BuildError` with the compiler's last lines."""
     units = [path for path in _sources() if path.suffix == ".cpp"]
     objects = [folder / f"{path.stem}.o" for path in units]
     jobs = []
     for unit, made in zip(units, objects, strict=True):
         # To a file: a pipe would fill up while several compilers run.
-        log = made.with_suffix(".log").open("w+")
-        command = [compiler, *_flags(), "-c", str(unit), "-o", str(made)]
+        log = made.with_suffix(".log").open("w+", errors="replace")
+        command = [*compiler, *_flags(), "-c", str(unit), "-o", str(made)]
         jobs.append((subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log))
     outputs = []
     for process, log in jobs:
@@ -112,13 +133,13 @@ def _compile(compiler: str, folder: Path, target: Path) -> None:
         log.close()
     if not outputs:
         libraries = Path(torch.__file__).parent / "lib"
-        command = [compiler, "-shared", *_flags(), "-o", str(target), *map(str, objects)]
+        command = [*compiler, "-shared", *_flags(), "-o", str(target), *map(str, objects)]
         command += [f"-L{libraries}", "-ltorch_cpu", "-lc10"]
-        linked = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        linked = _run(command)
         outputs = [linked.stdout] if linked.returncode else []
     if outputs:
         last = "\n".join("\n".join(outputs).strip().splitlines()[-_LAST_LINES:])
-        raise BuildError(f"{compiler} could not build the CPU operators; its last lines:\n{last}")
+        raise BuildError(f"{shlex.join(compiler)} could not build the CPU operators; its last lines:\n{last}")
 
 
 def _sweep(folder: Path) -> None:
@@ -131,12 +152,13 @@ def _sweep(folder: Path) -> None:
             continue
 
 
-def _build_in(cache: Path, compiler: str, name: str) -> Path:
+def _build_in(cache: Path, compiler: list[str], name: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     _sweep(cache)
     folder = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
     print(
-        f"rnnorm: building the CPU operators with {compiler}, once for this torch; this takes up to a minute ...",
+        f"rnnorm: building the CPU operators with {shlex.join(compiler)}, once for this torch; "
+        "this takes up to a minute ...",
         file=sys.stderr,
         flush=True,
     )
@@ -151,7 +173,7 @@ def _build_in(cache: Path, compiler: str, name: str) -> Path:
     return cache / name
 
 
-def _made(compiler: str | None, name: str, cache: Path) -> Path:
+def _made(compiler: list[str] | None, name: str, cache: Path) -> Path:
     """The library in `cache`, found or built now. Raises `BuildError`."""
     if found := sorted(cache.glob(name)):
         return found[0]
@@ -176,21 +198,30 @@ def library() -> Path:
 
 
 def _load() -> Failure | None:
-    compiler = _compiler()
-    name = _name(compiler)
     try:
+        compiler = _compiler()
+        name = _name(compiler)
         try:
-            torch.ops.load_library(str(_made(compiler, name, cache_folder())))
+            _load_from(_made(compiler, name, cache_folder()))
         except CacheError as problem:
             # The cache is read-only or full: build for this process alone. A loaded library no longer needs its file.
             try:
                 with tempfile.TemporaryDirectory(prefix="rnnorm-") as folder:
-                    torch.ops.load_library(str(_made(compiler, name, Path(folder))))
+                    _load_from(_made(compiler, name, Path(folder)))
             except CacheError as second:
                 raise BuildError(f"neither the cache nor a temporary folder can be used: {problem}; {second}") from None
     except (BuildError, OSError) as problem:
         return Failure(problem)
     return None
+
+
+def _load_from(path: Path) -> None:
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as problem:
+        raise BuildError(
+            f"{path} cannot be loaded: {problem.__cause__ or problem}; remove it, and it is built again"
+        ) from None
 
 
 _lock = threading.Lock()

@@ -441,9 +441,9 @@ def _lstm_backward(
         torch.addcmul(one, g, g, value=-1.0, out=slope[:, 2 * H : 3 * H])
         di, df = dc * g, dc * trace.c[start:stop]
         if recurrence.cap:
-            capped = i > 1.0 - f
-            df = torch.where(capped, df - di, df)
-            di = di.masked_fill(capped, 0.0)
+            capped = torch.heaviside(i - (1.0 - f), torch.full_like(one, 0.5))  # at a tie a half each, as torch.minimum
+            df = torch.addcmul(df, capped, di, value=-1.0)
+            di = torch.addcmul(di, capped, di, value=-1.0)
             i = torch.minimum(i, 1.0 - f)
         dq = torch.cat((di, df, dc * i, dh * tanh_c), 1).mul_(slope)
         d_pre = _normalize_backward(dq, norms[0], kepts[0], start)
@@ -805,9 +805,8 @@ class Scripted(Backend):
             _masks(o, real),
             [input_part, recurrent_part, hidden_part],
         )
-        found: dict[str, Tensor | None] = {
-            name: value.to(dtype) for name, value in zip(("h", "c"), first, strict=False)
-        }
+        # of the states' own dtype in the end: cells under autocast carry them in float32
+        found: dict[str, Tensor | None] = dict(zip(("h", "c"), first, strict=False))
         for prefix, norm in zip(("norm", "cell_norm"), norms, strict=True):
             if spec.controlled and norm.kind == "online":
                 getattr(o, f"{prefix}_u").copy_(norm.u)

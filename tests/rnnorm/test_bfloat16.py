@@ -199,3 +199,27 @@ def test_logits_far_apart_stay_finite_in_bfloat16() -> None:
     (grad,) = torch.autograd.grad(total, hidden)
     expected = (logits.softmax(1) - F.one_hot(targets, 500)) @ weight.double()
     torch.testing.assert_close(grad.double(), expected, rtol=2e-2, atol=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_onednn_may_be_switched_at_any_time() -> None:
+    """Without it products run in float32, also those of the backward of a call before."""
+    torch.manual_seed(0)
+    layer = rnnorm.LSTM(40, 64, norm="layer", backend="cpu").bfloat16()
+    x = torch.randn(7, 20, 40, dtype=torch.bfloat16)
+    weight, targets = torch.randn(50, 64, dtype=torch.bfloat16, requires_grad=True), torch.randint(0, 50, (140,))
+
+    def outcome(forward: bool, backward: bool) -> list[Tensor]:
+        layer.zero_grad()
+        with torch.backends.mkldnn.flags(enabled=forward):
+            assert (rnnorm.why_not_bfloat16() is None) == forward
+            y, _ = layer(x)
+            total, _ = linear_cross_entropy(y.flatten(0, 1), weight, None, targets)
+        with torch.backends.mkldnn.flags(enabled=backward):
+            total.backward()
+        return [total.detach(), *(parameter.grad for parameter in layer.parameters())]
+
+    expected = outcome(True, True)
+    for forward, backward in ((True, False), (False, True), (False, False)):
+        for one, other in zip(outcome(forward, backward), expected, strict=True):
+            assert (one.double() - other.double()).norm() <= 0.02 * other.double().norm()

@@ -1,6 +1,7 @@
 """Failures of the build, in real processes. A stand-in compiler that copies the finished library makes them fast."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -201,6 +202,77 @@ def test_no_compiler(tmp_path):
     assert found.returncode == 0, found.stderr
     assert "no C++ compiler was found" in found.stderr
     assert "'cpu': False" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"CXX": "NOT_A_PROGRAM"}, "NOT_A_PROGRAM cannot be run: Exec format error; set CXX to another"),
+        ({"CXX": "'g++"}, 'CXX must be words of a shell; got "\'g++": No closing quotation'),
+        ({"RNNORM_CXXFLAGS": "'-g"}, 'RNNORM_CXXFLAGS must be words of a shell; got "\'-g": No closing quotation'),
+        ({"CXX": "LATIN_1"}, "LATIN_1 could not build the CPU operators; its last lines:\n\ufffd"),
+    ],
+)
+def test_a_build_that_cannot_begin_is_warned_of(tmp_path, changed, told):
+    programs = {"NOT_A_PROGRAM": b"\x00\x01", "LATIN_1": b"#!/bin/sh\nprintf '\\351'; exit 1\n"}
+    for name, content in programs.items():
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).chmod(0o755)
+    changed = {key: str(tmp_path / text) if text in programs else text for key, text in changed.items()}
+    environment = {**_environment(tmp_path / "cache", "g++"), **changed}
+    found = _run(environment, backend="auto")
+    assert found.returncode == 0, found.stderr
+    assert told in found.stderr
+    assert "'cpu': False" in found.stdout
+    ahead = subprocess.run(
+        [sys.executable, "-m", "rnnorm.ops.build"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ahead.returncode == 1
+    assert told in ahead.stderr
+    assert "Traceback" not in ahead.stderr
+
+
+def test_a_compiler_may_be_a_command_of_several_words(tmp_path):
+    compiler = _stand_in(tmp_path, 'cp "$real" "$out"')
+    wrapper = tmp_path / "ccache"
+    wrapper.write_text('#!/bin/sh\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    found = _run(_environment(tmp_path / "cache", f"{wrapper} '{compiler}'"), backend="auto")
+    assert found.returncode == 0, found.stderr
+    assert "'cpu': True" in found.stdout
+    assert f"with {wrapper} {compiler}, once" in found.stderr
+
+
+HOMELESS = """
+import os
+os.getuid = lambda: 2**31 - 9
+import rnnorm, torch
+rnnorm.LSTM(3, 4, backend="cpu")(torch.randn(2, 2, 3))
+"""
+
+
+def test_a_user_without_a_home(tmp_path):
+    environment = _environment(tmp_path / "cache", _stand_in(tmp_path, 'cp "$real" "$out"'))
+    for name in ("RNNORM_CACHE", "HOME", "XDG_CACHE_HOME"):
+        environment.pop(name, None)
+    found = subprocess.run(
+        [sys.executable, "-c", HOMELESS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert "building the CPU operators" in found.stderr, "for this process alone"
+
+
+def test_a_cache_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RNNORM_CACHE", "~/kept")
+    assert build.cache_folder() == tmp_path / "kept"
+
+
+def test_a_library_that_cannot_be_loaded_is_named(tmp_path):
+    environment = _environment(tmp_path / "cache", _stand_in(tmp_path, ': > "$out"'))
+    found = _run(environment, backend="auto")
+    assert found.returncode == 0, found.stderr
+    assert re.search(r"\.so cannot be loaded: .*file too short; remove it, and it is built again", found.stderr)
 
 
 def test_a_library_built_ahead_needs_no_compiler(tmp_path):

@@ -13,6 +13,25 @@ from rnnorm.ops import registry
 pytestmark = pytest.mark.usefixtures("double")
 
 
+@pytest.mark.parametrize("backend", registry.names())
+def test_gradients_of_states_are_not_rounded_from_step_to_step_under_autocast(backend: str) -> None:
+    """The forget gate is 0.999: rounded to bfloat16 at each step, the gradient of c would move by other amounts."""
+    if registry.by_name(backend).why_not(torch.device("cpu"), torch.float32, None):
+        pytest.skip(f"backend {backend!r} cannot run here")
+    cell = rnnorm.LSTMCell(2, 4, norm="none", backend=backend, dtype=torch.float32)
+    for parameter in cell.parameters():
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.constant_(cell.bias_ih[4:8], 7)
+    h, begun = torch.zeros(1, 4, dtype=torch.float32), torch.ones(1, 4, dtype=torch.float32, requires_grad=True)
+    c = begun
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(300):
+            h, c = cell(h[:, :2] * 0, (h, c))
+    (grad,) = torch.autograd.grad(c.sum(), begun)
+    expected = torch.sigmoid(torch.tensor(7.0)) ** 300
+    torch.testing.assert_close(grad, expected.expand(1, 4).float(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("norm", [norms.Online(0.9, 0.8), "layer", "rms", "none"], ids=lambda n: getattr(n, "kind", n))
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("backend", registry.names())

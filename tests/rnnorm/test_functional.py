@@ -61,6 +61,26 @@ def test_equals_the_plain_form_in_float64(monkeypatch, rows, with_bias, threads)
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1 / 3, 2e-8, 1e5])
+def test_weights_of_rows_are_not_rounded_to_half_precision(dtype, factor, autocast):
+    """1/3 is not a number of bfloat16; the others are beyond float16."""
+    if (torch.bfloat16 if autocast else dtype) not in registry.BACKENDS[0].losses:
+        pytest.skip("this form does not run this dtype")
+    hidden, weight, bias, targets = problem(6, torch.float32 if autocast else dtype)
+    rows = torch.full((6,), factor)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        (whole, _), (total, count) = (linear_cross_entropy(hidden, weight, bias, targets, w) for w in (None, rows))
+    assert count == 6
+    torch.testing.assert_close(total, whole * factor, rtol=1e-6, atol=0)
+    if dtype == torch.float16 and not autocast and factor != 1 / 3:
+        return  # the gradients are beyond float16 as well
+    ours, theirs = (torch.autograd.grad(t, (weight, bias)) for t in (total / factor, whole))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+
+
 def test_gradcheck():
     hidden, weight, bias, targets = problem(7)
     mask = torch.tensor([True, False, True, True, False, True, True])

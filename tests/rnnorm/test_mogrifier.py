@@ -121,6 +121,22 @@ def test_under_autocast_products_run_in_its_dtype():
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("state", [0.0, 0.5])
+def test_a_capped_gate_at_a_tie_has_the_gradient_of_the_minimum(state):
+    """The gates of weights 0 are 1/2 each: i = 1 - f."""
+    found = []
+    for backend in ("reference", "scripted"):
+        layer = rnnorm.LSTM(2, 3, norm="none", cap_input_gate=True, backend=backend)
+        torch.nn.init.zeros_(layer.weight_hh_l0)
+        for parameter in (layer.weight_ih_l0, layer.bias_ih_l0, layer.bias_hh_l0):
+            torch.nn.init.zeros_(parameter)
+        torch.nn.init.ones_(layer.bias_hh_l0[6:9])  # of g
+        _, (_, c) = layer(torch.ones(1, 2, 2), (torch.zeros(1, 2, 3), torch.full((1, 2, 3), state)))
+        c.sum().backward()
+        found.append([parameter.grad for parameter in layer.parameters()])
+    torch.testing.assert_close(*found)
+
+
 def test_a_capped_gate_bounds_the_cell_state():
     layer = rnnorm.LSTM(4, 6, norm="none", cap_input_gate=True)
     _, (_, c) = layer(100 * torch.randn(50, 3, 4))

@@ -637,12 +637,28 @@ def test_packed_sequences_under_another_default_device() -> None:
     assert torch.equal(found, expected)
 
 
-def test_lengths_may_be_changed_after_the_call() -> None:
-    layer, lengths = _make(), torch.tensor([5, 3])
-    y, _ = layer(torch.randn(5, 2, 3), lengths=lengths)
-    lengths.fill_(1)
-    y.sum().backward()
-    assert layer.weight_ih_l0.grad is not None
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize("backend", registry.names())
+def test_lengths_and_reset_may_be_changed_after_the_call(backend: str, scripted: bool) -> None:
+    """Also by the array that they share their memory with, of which autograd does not know."""
+    cases.skip_unless_runs(backend)
+    if scripted and backend == "reference":
+        pytest.skip("TorchScript runs operators only")
+    x, found = torch.randn(5, 2, 3), []
+    for change in (False, True):
+        torch.manual_seed(0)
+        layer = _make(backend=backend, norm="layer")
+        module = torch.jit.script(layer) if scripted else layer
+        lengths, reset = torch.tensor([5, 3]), torch.zeros(5, 2, dtype=torch.bool)
+        reset[2] = True
+        y, _ = module(x, lengths=lengths, reset=reset)
+        if change:
+            lengths.numpy()[:] = 1
+            reset.numpy()[:] = False
+        y.sum().backward()
+        found.append([parameter.grad for parameter in layer.parameters()])
+    assert all(map(torch.equal, *found))
 
 
 def test_a_float64_layer_under_autocast_wants_float64() -> None:

@@ -1,5 +1,6 @@
 #include "gemm.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
@@ -52,6 +53,8 @@ template <>
 bool micro_kernel_works<Half>() {
 // Without the instructions oneDNN emulates them, slower than float32.
 #if defined(CPUBLAS_BRGEMM_F32F32F32) && defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__AVX512BF16__)
+  // torch asks its switch at each product, and a program may turn it at any time.
+  if (!at::globalContext().userEnabledMkldnn()) return false;
   static const bool works = tried<Half>();
   return works;
 #else

@@ -30,8 +30,8 @@ class Team {
 
   // Throws if a thread has failed, before or meanwhile: what the others wait for was not made.
   void wait() {
-    check();
     const int generation = generation_.load(std::memory_order_acquire);
+    check();  // after the load: a thread that fails from here on raises another generation than this
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
       pass(generation + 1);
