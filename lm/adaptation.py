@@ -40,6 +40,9 @@ class Dynamic:
     `mean(r)` is over all weights; the authors' program averages the means of the parameters instead, so a `decay` of
     theirs is not comparable with one here.
 
+    Raises:
+        UserError: a rate, decay or eps below 0 or not finite, a segment below 1.
+
     Source: Krause et al., ICML 2018 (arXiv 1709.07432).
     """
 
@@ -47,6 +50,11 @@ class Dynamic:
     decay: float
     eps: float
     segment: int
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "decay", "eps"):
+            _require("dynamic", name, getattr(self, name), 0, math.inf)
+        _require("dynamic", "segment", self.segment, 1, math.inf)
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,27 @@ class Cache:
     i runs over the last `window` tokens w_i before t, each with the output h_i of the last layer that predicted it; for
     the first token p is that of the model.
 
+    Raises:
+        UserError: a weight outside 0 … 1, a theta below 0 or not finite, a window below 1.
+
     Source: Grave et al., ICLR 2017 (arXiv 1612.04426).
     """
 
     weight: float
     theta: float
     window: int
+
+    def __post_init__(self) -> None:
+        _require("cache", "weight", self.weight, 0, 1)
+        _require("cache", "theta", self.theta, 0, math.inf)
+        _require("cache", "window", self.window, 1, math.inf)
+
+
+def _require(kind: str, name: str, value: float, least: float, most: float) -> None:
+    """Raises UserError where a constant is outside its range; an infinite end is not in it."""
+    if not (least <= value <= most and value < math.inf):
+        limit = "" if most == math.inf else f" and at most {most:g}"
+        raise UserError(f"the {name} of {kind} must be at least {least:g}{limit}, and finite; got {value}; correct it")
 
 
 @dataclass(frozen=True)
@@ -129,7 +152,11 @@ def gradient_rms(model: "LanguageModel", ids: np.ndarray, eos: int, segment: int
     Arguments:
         ids: [N], the training text.
         segment: steps of each gradient, the mean over its tokens.
+
+    Raises:
+        UserError: a segment below 1; a text of fewer than 2 tokens.
     """
+    _require("dynamic", "segment", segment, 1, math.inf)
     net: LanguageModel = _copy(model)
     state: State | None = None
     parameters = [*net.parameters()]

@@ -20,15 +20,15 @@ from torch import Tensor
 import rnnorm
 from lm import checkpoint, cli_data, config, corpora, distributed, files, report, run, scoring, study
 from lm.adaptation import Adaptation, given, of_settings
-from lm.config import Config
-from lm.corpora import Split
+from lm.config import Config, DataConfig
+from lm.corpora import Reading, Split
 from lm.corpora.checks import Ways
 from lm.errors import UserError
 from lm.evaluator import PROTOCOLS, Group, ProtocolName, Score, headline, record
 from lm.lock import Lock
 from lm.machine import out_of_memory
 from lm.output import Lenient, standard_streams
-from lm.run_folder import TEXT, RunFolder, Which
+from lm.run_folder import TEXT, RunFolder, Say, Which
 from lm.sample import LONGEST
 from lm.trained import TrainedModel, load
 from lm.trainer import ENDS, DivergedError
@@ -217,7 +217,17 @@ def _input(data: str | None, folder: Path, dry_run: bool) -> Iterator[tuple[Path
 
 
 def _standard_input() -> Iterator[bytes]:
-    return iter(lambda: sys.stdin.buffer.read(2**20), b"")
+    """Yields the standard input, block by block as it is needed.
+
+    Raises:
+        UserError: it is empty.
+    """
+    size = 0
+    while block := sys.stdin.buffer.read(2**20):
+        size += len(block)
+        yield block
+    if not size:
+        raise UserError("a text must hold something; got the standard input, which is empty; pipe a text in")
 
 
 def compose(
@@ -285,6 +295,8 @@ def _with_tokenizer(settings: Config, folder: Path | None, chosen: Collection[st
     help="Evaluation protocol; repeatable.  [default: the run's]",
 )
 @click.option("--data", help="Corpus to evaluate on, by name or folder.  [default: the run's]")
+@click.option("--encoding", help="Encoding of the text files of --data.  [default: the run's]")
+@click.option("--column", help="Column of a table of --data that holds the text.  [default: the run's]")
 @click.option("--temperature", type=float, help="Divides the logits.  [default: 1]")
 @click.option("--dynamic", is_flag=True, help="Dynamic evaluation: the weights move after each segment is scored.")
 @click.option("--cache", is_flag=True, help="Neural cache over the last tokens.")
@@ -312,6 +324,8 @@ def evaluate(
     splits: tuple[Split, ...],
     protocols: tuple[ProtocolName, ...],
     data: str | None,
+    encoding: str | None,
+    column: str | None,
     by_frequency: bool,
     by_position: bool,
     as_json: bool,
@@ -330,6 +344,8 @@ def evaluate(
     trained = load(folder, which=which, backend=backend or "auto", device=device or "auto", say=once)
     trained = replace(trained, config=_of_evaluation(trained.config, assignments))
     _warn_of_unused(config.assigned(assignments), options)
+    reading = _reading(trained.config.data, data, encoding, column, once)
+    groups = by_frequency or by_position
     methods = protocols or (trained.config.eval.protocol,)
     means, rms = None, None
     if options["temperature"] is not None or any(options[name] for name in ("dynamic", "cache", "tune")):
@@ -339,14 +355,14 @@ def evaluate(
             )
         methods = ("exact",)
         means, rms = _adapting(trained, **options)
-    if (by_frequency or by_position) and "exact" not in methods:
+    if groups and "exact" not in methods:
         raise UserError(f"bands must be of the protocol exact; got {', '.join(methods)}; add --protocol exact")
     scores = []
     for split, protocol in itertools.product(splits, methods):
         if means is None:
-            score = trained.score_split(split, protocol=protocol, data=data, groups=by_frequency or by_position)
+            score = trained.score_split(split, protocol=protocol, data=data, reading=reading, groups=groups)
         else:
-            score = trained.score_adapted(split, means, rms=rms, data=data, groups=by_frequency or by_position)
+            score = trained.score_adapted(split, means, rms=rms, data=data, reading=reading, groups=groups)
         _require_number(split, score)
         frequency, position = by_frequency and score.by_frequency, by_position and score.by_position
         scores.append((split, replace(score, by_frequency=frequency or None, by_position=position or None)))
@@ -360,6 +376,17 @@ def evaluate(
         click.echo(json.dumps(records[0] if len(records) == 1 else records, indent=2))
     else:
         click.echo("\n".join(shown(split, score) for split, score in scores))
+
+
+def _reading(own: DataConfig, data: str | None, encoding: str | None, column: str | None, say: Say) -> Reading:
+    """How the text to evaluate on is read: as the run's own where nothing else is named."""
+    if data is None and (encoding is not None or column is not None):
+        raise UserError(
+            "--encoding and --column must be of another text; got them without --data; leave them out, or give --data"
+        )
+    if data is not None and encoding is None and own.encoding != Reading.encoding:
+        say(f"{data} is read in the encoding of the run's own text, {own.encoding}; name another by --encoding")
+    return replace(own.reading, encoding=encoding or own.encoding, column=column or own.column)
 
 
 def _warn_of_unused(names: Collection[str], options: Mapping[str, Any]) -> None:

@@ -535,6 +535,8 @@ _CONDITIONAL: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] 
         "model.norm=online",
         lambda c: c.model.norm == "online",
     ),
+    (("data.min_count",), "data.tokenizer=word or char", lambda c: c.data.tokenizer in ("word", "char")),
+    (("data.tokenizer_sample",), "data.tokenizer=bpe or unigram", lambda c: c.data.tokenizer in ("bpe", "unigram")),
     (("model.mogrifier_rank",), "model.mogrifier_rounds above 0", lambda c: c.model.mogrifier_rounds > 0),
     (("model.experts", "model.latent_dropout"), "model.decoder=mixture", lambda c: c.model.decoder == "mixture"),
     (("model.cutoffs",), "model.decoder=adaptive", lambda c: c.model.decoder == "adaptive"),

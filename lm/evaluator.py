@@ -122,6 +122,8 @@ def evaluate(
     Raises:
         UserError: an unknown protocol, or a stream too short for it.
     """
+    if chunk < 1:
+        raise UserError(f"a chunk must be at least 1 step; got {chunk}; 1024 is usual")
     if protocol not in PROTOCOLS:
         raise UserError(f"a protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}; choose one of these")
     if protocol == "chunk-mean":

@@ -3,6 +3,7 @@ command line."""
 
 import os
 import resource
+import shlex
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -52,7 +53,6 @@ _OTHER_TOKENS = (
 )
 _OTHER_TEXT = "check that the text, its language and its encoding are those that the tokenizer was made for"
 _ANOTHER = "name another run, since a run begins with the best one"
-_MORE = "raise what ended it, as by --set train.epochs=N, or begin another run with its weights: --init-from"
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,10 @@ def train(
         where = f"resuming after step {trainer.state.step}" if saved else "a new run"
         where += "" if start is None else f", from the best weights of {settings.train.init_from}"
         if saved and (ended := trainer.ended()):
-            where = f"finished after step {trainer.state.step} ({_END_OF[ended]}): nothing is left to train; {_MORE}"
+            more = f"begin another run with its weights: {shlex.join(['--init-from', str(folder)])}"
+            if settings.train.schedule != "cosine":  # which is planned for so many epochs
+                more = f"raise what ended it, as by --set train.epochs=N, or {more}"
+            where = f"finished after step {trainer.state.step} ({_END_OF[ended]}): nothing is left to train; {more}"
         say(f"run folder {folder}: {where}" + (f", {team.size} processes" if team.size > 1 else ""))
         return _run(trainer, settings, folder, text)
 
@@ -243,7 +246,7 @@ def _trainer(model: LanguageModel, settings: Config, text: _Text, team: Team) ->
             team=team,
         )
 
-    data = stream.columns(text.train.ids, options.batch_size, text.tokenizer.eos)
+    data = stream.columns(text.train.ids, options.batch_size, text.tokenizer.eos, "the training text")
     return Trainer(model, options, data, validate, team=team)
 
 

@@ -40,8 +40,8 @@ def sample(
         seed: random seed; the same seed gives the same text, and no global random number is drawn.
 
     Raises:
-        UserError: a temperature below 0, a top_k below 1, a length below 1 or above `LONGEST`, a top_p outside (0, 1],
-            a prompt that is not text.
+        UserError: a temperature below 0 or not finite, a seed outside 0 … 2^63 - 1, a top_k below 1, a length below 1
+            or above `LONGEST`, a top_p outside (0, 1], a prompt that is not text.
     """
     prefix = encode_prompt(prompt, tokenizer)
     law = Law(temperature, top_k, top_p, no_unk, seed)
@@ -65,7 +65,7 @@ def draw(model: LanguageModel, tokenizer: Tokenizer, prefix: list[int], length: 
     Raises:
         UserError: see `sample`.
     """
-    _check(length, law.temperature, law.top_k, law.top_p)
+    _check(length, law)
     return _drawn(model, tokenizer, prefix, length, law)
 
 
@@ -120,15 +120,19 @@ def next_tokens(model: LanguageModel, tokenizer: Tokenizer, prompt: str, count: 
     return list(zip(order[:count].tolist(), log_probs[:count].tolist(), strict=True))
 
 
-def _check(length: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check(length: int, law: Law) -> None:
     if not 1 <= length <= LONGEST:
-        raise UserError(f"a length must be from 1 to {LONGEST:,}; got {length}; draw several texts by several seeds")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"a temperature must be at least 0; got {temperature}; 1 is the model's own, 0 is greedy")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top-k must be at least 1; got {top_k}; leave it out to draw among all")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top-p must be above 0 and at most 1; got {top_p}; leave it out to draw among all")
+        way = "draw one token or more" if length < 1 else "draw several texts by several seeds"
+        raise UserError(f"a length must be from 1 to {LONGEST:,}; got {length}; {way}")
+    if not 0 <= law.temperature < float("inf"):
+        rule = "finite" if law.temperature > 0 else "at least 0"
+        raise UserError(f"a temperature must be {rule}; got {law.temperature}; 1 is the model's own, 0 is greedy")
+    if law.top_k is not None and law.top_k < 1:
+        raise UserError(f"top-k must be at least 1; got {law.top_k}; leave it out to draw among all")
+    if law.top_p is not None and not 0 < law.top_p <= 1:
+        raise UserError(f"top-p must be above 0 and at most 1; got {law.top_p}; leave it out to draw among all")
+    if not 0 <= law.seed < 2**63:
+        raise UserError(f"a seed must be from 0 to 2^63 - 1; got {law.seed}; choose another")
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:

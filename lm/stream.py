@@ -199,18 +199,23 @@ def parts(width: int, count: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def columns(ids: np.ndarray, batch_size: int, eos: int) -> Columns:
+def columns(ids: np.ndarray, batch_size: int, eos: int, what: str = "a text") -> Columns:
     """Cuts a stream of N ids into B columns of lengths that differ by at most one.
 
     The input of each column's first token is the token before it in the stream; of the very first, `eos`.
 
+    Arguments:
+        what: the text's role, for the error.
+
     Raises:
         UserError: fewer than 2 * B tokens.
     """
+    if batch_size == 1 and len(ids) < 2:
+        raise UserError(f"{what} must hold at least 2 tokens; got {len(ids)} tokens; use a longer text")
     if batch_size < 1 or len(ids) < 2 * batch_size:
         raise UserError(
-            f"a text must hold at least 2 tokens for each of its columns; got {len(ids)} tokens for {batch_size} "
-            "columns; lower the batch size or use a longer text"
+            f"{what} must hold at least 2 tokens for each of its columns; got {len(ids)} tokens for {batch_size} "
+            "columns; lower the batch size (train.batch_size) or use a longer text"
         )
     long, last = divmod(len(ids), batch_size)
     column = np.arange(batch_size)

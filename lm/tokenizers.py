@@ -4,8 +4,8 @@ A tokenizer is its state: a plain dictionary that goes into every checkpoint, in
 and into one sha256.
 
 Words are what stands between white space, and a line ends with `<eos>`. All others are lossless: spaces, tabs and other
-white space are part of the text, `<eos>` is the line feed, and the ids of a text are the whole text. Those that version
-0.1 trained are not: their state lacks `lossless`, and they see a line as its words with one space between them.
+white space are part of the text, `<eos>` is the line feed, and the ids of a text are the whole text. Those that early
+versions trained are not: their state lacks `lossless`, and they see a line as its words with one space between them.
 """
 
 import base64

@@ -13,7 +13,7 @@ from lm import adaptation, checkpoint, config, corpora, scoring, store, stream, 
 from lm import sample as sampling
 from lm.adaptation import Adaptation
 from lm.config import Config
-from lm.corpora import Split, checks
+from lm.corpora import Reading, Split, checks
 from lm.errors import UserError
 from lm.evaluator import ProtocolName, Score, evaluate, in_bands, of_text, summarize, token_nlls
 from lm.machine import require_backend, require_device
@@ -180,6 +180,7 @@ class TrainedModel:
         protocol: ProtocolName | None = None,
         chunk: int | None = None,
         groups: bool = False,
+        reading: Reading | None = None,
     ) -> Score:
         """Returns the score of a split of the run's own corpus, or of another.
 
@@ -188,14 +189,16 @@ class TrainedModel:
             protocol: `exact` or `chunk-mean`; None: the run's.
             chunk: steps evaluated at once; the exact score does not depend on it; None: the run's.
             groups: by frequency and by position too, where the protocol is `exact`.
+            reading: how the files of `data` are read; None: as the run's own.
 
         Raises:
             UserError: no such split or corpus; a text that the tokenizer cannot take, or too short for the protocol;
-                without `data`, another text than the run's.
+                a chunk below 1; without `data`, another text than the run's.
         """
         settings = self.config.eval
-        text, encoded = self._text(split, data)
-        return self._score(text, encoded, protocol or settings.protocol, chunk or settings.chunk, groups)
+        text, encoded = self._text(split, data, reading)
+        chunk = settings.chunk if chunk is None else chunk
+        return self._score(text, encoded, protocol or settings.protocol, chunk, groups)
 
     def score_adapted(
         self,
@@ -205,13 +208,14 @@ class TrainedModel:
         rms: Sequence[Tensor] | None = None,
         data: str | None = None,
         groups: bool = False,
+        reading: Reading | None = None,
     ) -> Score:
         """Returns the exact score of a split under a model that adapts to what it has scored; its protocol says how.
 
         Arguments:
             means: temperature, dynamic evaluation, cache.
             rms: what `gradient_rms` returned; None: computed where it is needed.
-            data, groups: as in `score_split`.
+            data, groups, reading: as in `score_split`.
 
         Raises:
             UserError: see `score_split` and `gradient_rms`.
@@ -220,7 +224,7 @@ class TrainedModel:
             >>> cache = Cache(weight=0.1, theta=0.3, window=500)
             >>> model.score_adapted("test", Adaptation(cache=cache)).ppl
         """
-        text, encoded = self._text(split, data)
+        text, encoded = self._text(split, data, reading)
         if means.dynamic is not None and rms is None:
             rms = self.gradient_rms(means.dynamic.segment)
         chunk, tokenizer = self.config.eval.chunk, self.tokenizer
@@ -274,17 +278,18 @@ class TrainedModel:
             say=say,
         )
 
-    def _text(self, split: Split, data: str | None) -> tuple[Text, Stream]:
+    def _text(self, split: Split, data: str | None, reading: Reading | None = None) -> tuple[Text, Stream]:
         """A split of the run's own corpus, or of another, that the tokenizer can take; and its ids."""
         if split not in corpora.SPLITS:
             raise UserError(f"a split must be one of {', '.join(corpora.SPLITS)}; got {split!r}; choose one of these")
         settings = self.config.data
         source = settings.source if data is None else data
-        corpus = corpora.load(source, Path(settings.dir), [split], settings.reading)
+        corpus = corpora.load(source, Path(settings.dir), [split], reading or settings.reading)
         text = corpus.splits[split]
         if data is None:
             self._require_own(split, text)
-        for warning in checks.require({split: text}, self.tokenizer.kind, checks.Ways("", "")):
+        ways = checks.Ways("" if data is None else "--encoding ", "")
+        for warning in checks.require({split: text}, self.tokenizer.kind, ways):
             self.say(f"warning: {warning}")
         if data is not None and corpus.note:
             self.say(

@@ -11,6 +11,10 @@ from lm.tokenizers import EOS
 _FORMS = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
 _PACKED = {b"PK\x03\x04": ".zip", b"BZh": ".bz2", b"\xfd7zX": ".xz"}  # that are not read
 _SOME = 1000  # bytes
+_MARKED_UP = (".csv", ".tsv", ".jsonl")
+_AS_IT_IS = (
+    "{} is read as plain text, its markup too; for one column of it, write a table in Parquet, or that column as text"
+)
 _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -38,7 +42,9 @@ def require(splits: Mapping[str, Text], kind: str, ways: Ways = OF_TRAINING) -> 
     """
     if kind == "byte":
         return []
-    return [warning for split, text in splits.items() for warning in _checked(split, text, kind, ways)]
+    found = [warning for split, text in splits.items() for warning in _checked(split, text, kind, ways)]
+    found += [_AS_IT_IS.format(text.name) for text in splits.values() if text.name.lower().endswith(_MARKED_UP)]
+    return [*dict.fromkeys(found)]  # of one file that is split: once
 
 
 def _checked(split: str, text: Text, kind: str, ways: Ways) -> list[str]:
@@ -46,7 +52,8 @@ def _checked(split: str, text: Text, kind: str, ways: Ways) -> list[str]:
     head = _head(text)
     form = next((end for start, end in (_FORMS | _PACKED).items() if head.startswith(start)), None)
     if form and {"utf8", "nul"} & found.keys():
-        renamed = f", or give it a name that ends in {form}" if form in _FORMS.values() else ""
+        readable = form in _FORMS.values() and not text.name.endswith(form)  # where a name says that it is of this form
+        renamed = f", or give it a name that ends in {form}" if readable else ""
         raise UserError(
             f"the {split} split must be text; got {text.name}, which begins as a {form} file does; unpack it{renamed}"
         )
@@ -102,7 +109,7 @@ def _likely(text: Text) -> str | None:
     """The encoding to try for a text without a mark: NUL is every other byte of most UTF-16; None where it is rare."""
     if (first := text.facts.found.get("nul")) is None:
         return "latin-1"
-    some = b"".join(text.part(first, min(first + _SOME, text.size)).blocks())
+    some = b"".join(text.part(max(0, first - _SOME), min(first + _SOME, text.size)).blocks())
     if some.count(0) < len(some) / 4:
         return None
     return "utf-16-le" if (text.start + first) % 2 else "utf-16-be"

@@ -234,6 +234,7 @@ def _parquet(path: Path, options: Reading) -> Iterator[bytes]:
     try:
         with reading(path, "a text"), parquet.ParquetFile(path) as table:
             column = text_column(table.schema_arrow.names, options.column, str(path))
+            require_text(str(table.schema_arrow.field(column).type), column, str(path))
             for batch in table.iter_batches(columns=[column]):
                 yield rows(batch.column(0).to_pylist())
     except ArrowException as fault:
@@ -241,18 +242,28 @@ def _parquet(path: Path, options: Reading) -> Iterator[bytes]:
 
 
 def text_column(names: Iterable[str], wanted: str, where: str) -> str:
-    """Returns the column that holds the text: the wanted one, or the only one.
+    """Returns the column that holds the text: the wanted one, or the only one where none was named.
 
     Raises:
         UserError: neither.
     """
     names = list(names)
-    if wanted in names or len(names) == 1:
-        return wanted if wanted in names else names[0]
+    if wanted in names:
+        return wanted
+    if len(names) == 1 and wanted == PLAIN.column:
+        return names[0]
     raise UserError(
         f"data.column must be a column of {where}; got {wanted!r}, and it has {', '.join(names)}; "
         "name one, by --set data.column=NAME to train and by --column NAME elsewhere"
     )
+
+
+def require_text(kind: str, column: str, where: str) -> None:
+    """Raises UserError where a column of this type, as pyarrow names it, does not hold text."""
+    if "string" not in kind or any(nested in kind for nested in ("list", "struct", "map")):
+        raise UserError(
+            f"data.column must hold text; got {column!r} of {where}, which holds {kind}; name another column"
+        )
 
 
 def rows(texts: Iterable[Any]) -> bytes:
@@ -271,14 +282,14 @@ _READERS: dict[str, Callable[[Path, Reading], Iterator[bytes]]] = {
 }
 
 
-def divide(text: Text, form: str) -> tuple[dict[str, Text], str]:
+def divide(text: Text, form: str, needed: Iterable[str] = SPLITS) -> tuple[dict[str, Text], str]:
     """Splits one text into contiguous blocks: between lines, or between characters where it has few lines.
 
     Returns:
-        The splits whose share is not 0, and how it was split, as a line for a person.
+        The splits that hold something, and how it was split, as a line for a person.
 
     Raises:
-        UserError: a form that `shares` refuses; a text too short for a split.
+        UserError: a form that `shares` refuses; a text too short for a split that has a share and is needed.
     """
     parts = dict(zip(SPLITS, shares(form), strict=True))
     by = "lines" if _has_many_lines(text) else "characters"
@@ -287,7 +298,7 @@ def divide(text: Text, form: str) -> tuple[dict[str, Text], str]:
     found = {
         name: text.part(start, stop)
         for (name, share), start, stop in zip(parts.items(), cuts, cuts[1:], strict=False)
-        if share
+        if share and (stop > start or name in needed)
     }
     for name, one in found.items():
         if not one.size:

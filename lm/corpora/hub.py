@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm.corpora.files import Reading, rows, text_column
+from lm.corpora.files import Reading, require_text, rows, text_column
 from lm.corpora.folder import FAMILIES, SPLITS, Known, faults, holds_text, read
 from lm.errors import UserError
 from lm.files import write_chunks, write_whole
@@ -124,6 +124,7 @@ def dataset(source: str, data_dir: Path, options: Reading) -> dict[str, Text]:
             for key, split in _SPLITS.items():
                 if key in found:
                     column = text_column(found[key].column_names, options.column, f"hf:{source}")
+                    require_text(str(getattr(found[key].features[column], "dtype", "no text")), column, f"hf:{source}")
                     batches = found[key].iter(batch_size=10_000)
                     write_chunks(staging / f"{split}.txt", (rows(batch[column]) for batch in batches))
             with suppress(OSError):  # another process was first

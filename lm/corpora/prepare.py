@@ -38,8 +38,10 @@ def splitter(language: str = "en", *, lower: bool = False, numbers: bool = False
     moses = MosesTokenizer(language)
 
     def words(line: str) -> str:
-        found = moses.tokenize(line.lower() if lower else line, escape=False, protected_patterns=[UNK])
-        return " ".join("N" if numbers and _NUMBER.fullmatch(word) else word for word in found)
+        found = moses.tokenize(line, escape=False, protected_patterns=[UNK])
+        # lower case comes last: a capital letter tells Moses that a sentence has ended before it
+        cased = (word.lower() if lower else word for word in found)
+        return " ".join("N" if numbers and _NUMBER.fullmatch(word) else word for word in cased)
 
     return words
 

@@ -84,6 +84,8 @@ def why_not_bfloat16(device: str | torch.device = "cpu") -> str | None:
     device = torch.device(device)
     if device.type == "cpu":
         return native.why_not_bfloat16()
+    if (absent := _why_absent(device)) is not None:
+        return absent
     if device.type == "cuda":
         with torch.cuda.device(device):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -94,8 +96,14 @@ def why_not_bfloat16(device: str | torch.device = "cpu") -> str | None:
 def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
     """Each backend's name, with None if it can run on `device` here, else with the reason why it cannot."""
     device = torch.device(device)
+    absent = _why_absent(device)
+    return {b.name: b.why_not(device, dtype, None) if absent is None else absent for b in BACKENDS}
+
+
+def _why_absent(device: torch.device) -> str | None:
+    """None if tensors can be on a device here, else the reason why not."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as fault:
-        return {b.name: f"device {device} is not available: {str(fault).splitlines()[0]}" for b in BACKENDS}
-    return {b.name: b.why_not(device, dtype, None) for b in BACKENDS}
+        return f"device {device} is not available: {str(fault).splitlines()[0]}"
+    return None

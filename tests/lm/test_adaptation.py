@@ -258,6 +258,26 @@ def test_constants_are_given_back_as_they_were():
     assert "window 2000001" in means.protocol
 
 
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (
+            lambda: replace(CACHE, weight=1.5),
+            "the weight of cache must be at least 0 and at most 1, and finite; got 1.5",
+        ),
+        (lambda: replace(CACHE, theta=-1.0), "the theta of cache must be at least 0, and finite; got -1.0"),
+        (lambda: replace(CACHE, window=0), "the window of cache must be at least 1, and finite; got 0"),
+        (lambda: replace(DYNAMIC, lr=math.inf), "the lr of dynamic must be at least 0, and finite; got inf"),
+        (lambda: replace(DYNAMIC, decay=math.nan), "the decay of dynamic must be at least 0, and finite; got nan"),
+        (lambda: replace(DYNAMIC, eps=-1.0), "the eps of dynamic must be at least 0, and finite; got -1.0"),
+        (lambda: replace(DYNAMIC, segment=0), "the segment of dynamic must be at least 1, and finite; got 0"),
+    ],
+)
+def test_constants_are_in_their_range(make, told):
+    with pytest.raises(UserError, match=told):
+        make()
+
+
 def test_the_protocol_names_every_constant():
     text = MEANS["all"].protocol
     assert text == (

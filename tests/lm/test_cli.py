@@ -458,12 +458,16 @@ def test_a_report_shows_scores_of_one_test_text(call, trained, tmp_path):
 
 
 def test_data_prepare_and_stats(process, call, tmp_path):
-    raw = "It's a <unk> day, isn't it? In 1,234 Cases.\n" * 150 + "Seen once\n" + "Never again\n" * 20
+    raw = (
+        "It's a <unk> day, isn't it? In 1,234 Cases. We saw him. Then he left.\n" * 150
+        + "Seen once\n"
+        + "Never again\n" * 20
+    )
     (tmp_path / "raw.txt").write_text(raw)
     out, _ = call("data", "prepare", "raw.txt", "--lower", "--numbers", "--split", "8/1/1")
     assert "train with --data raw-words" in out
     train = (tmp_path / "raw-words/train.txt").read_text().splitlines()
-    assert train[0] == "it 's a <unk> day , isn 't it ? in N cases ."
+    assert train[0] == "it 's a <unk> day , isn 't it ? in N cases . we saw him . then he left ."
     assert "must go into a new folder; got raw-words" in fault(call, "data", "prepare", "raw.txt")
     out, err = call("data", "stats", "raw.txt")
     assert "raw.txt is split 90/5/5 by lines" in err
@@ -549,6 +553,37 @@ def test_a_table_s_column_is_named_by_an_option_of_the_command(call, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a b"] * 300, "id": ["1"] * 300}), tmp_path / "t.parquet")
     assert "by --column NAME" in fault(call, "data", "stats", "t.parquet")
     assert call("data", "stats", "t.parquet", "--column", "body").out.count(" 2 ") == 3
+
+
+def test_another_text_to_evaluate_on_is_read_in_its_own_way(call, corpus, tmp_path):
+    """Else as the run's own text, which is said where that is not UTF-8."""
+    for path in corpus.iterdir():
+        path.write_bytes(path.read_text().replace("a", "\u00e9").encode("latin-1"))
+    options = ("--set", "data.encoding=latin-1", "--set", "data.tokenizer=char", "--set", "train.epochs=1")
+    call("train", "--data", corpus, "--run", "run", *options, *QUICK)
+    lines = [line.removesuffix("\n") for line in (corpus / "test.txt").read_text("latin-1").splitlines()]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/test.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    pyarrow.parquet.write_table(pyarrow.table({"body": lines, "id": lines}), tmp_path / "t.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"body": lines}), tmp_path / "only.parquet")
+
+    def score(*options):
+        out, err = call("eval", "run", "--split", "test", "--json", *options)
+        return json.loads(out)["nll"], err
+
+    own, err = score()
+    assert err == ""
+    same, err = score("--data", "other", "--encoding", "utf-8")
+    assert (same, err) == (own, "")
+    wrong, err = score("--data", "other")
+    assert wrong != own
+    assert "other is read in the encoding of the run's own text, latin-1; name another by --encoding\n" in err
+    _, err = call("eval", "run", "--data", "t.parquet", code=2)
+    assert "by --column NAME elsewhere" in err
+    table = ("--data", "t.parquet", "--column", "body", "--encoding", "utf-8", "--split", "test")
+    assert json.loads(call("eval", "run", *table, "--json").out)["tokens"] > 0
+    for option in (("--encoding", "utf-8"), ("--column", "body")):
+        assert "must be of another text; got them without --data" in fault(call, "eval", "run", *option)
 
 
 def test_tokenizer_train(process, call, corpus):
@@ -675,7 +710,8 @@ def test_what_has_no_effect_is_warned_of(call, trained):
         (("--temperature", "0"), "a temperature of evaluation must be above 0 and finite; got 0.0; 1 is"),
         (("--temperature", "nan"), "a temperature of evaluation must be above 0 and finite; got nan"),
         (("--temperature", "inf", "--tune"), "a temperature of evaluation must be above 0 and finite; got inf"),
-        (("--temperature", "1e-300"), "the perplexity of valid must be a number; got "),
+        (("--temperature", "1e-300"), "a temperature of evaluation must be above 0 and finite; got 1e-300; 1 is"),
+        (("--temperature", "1e-9"), "the perplexity of valid must be a number; got inf by exact + temperature"),
     ],
 )
 def test_adaptation_that_cannot_be(call, trained, options, message):
@@ -703,7 +739,7 @@ def test_an_empty_text_has_no_score(call, trained, tmp_path, monkeypatch):
 def test_a_closed_standard_input_is_an_empty_text(call, trained, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.stdin", None)
     assert "got the standard input, which is empty" in fault(call, "score", trained)
-    assert fault(call, "train", "--data", "-", "--run", "other", *QUICK)
+    assert "got the standard input, which is empty" in fault(call, "train", "--data", "-", "--run", "other", *QUICK)
     assert not (tmp_path / "other").exists()
 
 

@@ -249,6 +249,8 @@ def test_a_wrong_assignment(assignment):
 @pytest.mark.parametrize(
     ("name", "without", "given"),
     [
+        ("data.min_count", "data.tokenizer=bpe", "data.tokenizer=word"),
+        ("data.tokenizer_sample", "data.tokenizer=char", "data.tokenizer=bpe"),
         ("model.alpha_fwd", "model.norm=layer", "model.norm=online"),
         ("model.alpha_bwd", "model.norm=layer", "model.norm=online"),
         ("model.control_floor", "model.norm=rms", "model.norm=online"),

@@ -75,6 +75,14 @@ def test_few_lines_are_split_by_characters(content: str):
     assert [len(text) / len(content) for text in texts] == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
 
 
+def test_a_short_text_is_refused_for_the_splits_that_are_needed_alone(tmp_path: Path):
+    path = write(tmp_path / "b.txt", b"a")
+    for needed, lacking in ((["train", "valid"], "valid"), (["test"], "test")):
+        with pytest.raises(UserError, match=rf"which leave none for {lacking}; use a longer .* with {lacking}\.txt"):
+            corpora.load(str(path), tmp_path, needed)
+    assert [*corpora.load(str(path), tmp_path, ["train"]).splits] == ["train"]
+
+
 def test_a_share_of_none_is_no_split_and_a_short_text_is_refused():
     assert [*divide(Text(LINES.encode()), "9/1/0")[0]] == ["train", "valid"]
     with pytest.raises(UserError, match=r"b\.txt must be long enough to split 90/5/5; got 1 bytes, which leave none"):
@@ -167,6 +175,35 @@ def test_what_cannot_be_read_is_said(tmp_path: Path):
         corpora.load(str(table), tmp_path, options=Reading(column="body"))
 
 
+def test_a_column_of_text_is_taken_alone(tmp_path: Path):
+    """The only one where none was named; never another than the named one, nor numbers or lists."""
+    columns = {"id": [1, 2], "parts": [["a"], ["b"]], "body": ["a b", "c"]}
+    for name, values in columns.items():
+        pyarrow.parquet.write_table(pyarrow.table({name: values}), tmp_path / f"{name}.parquet")
+    packed = pyarrow.table({"text": pyarrow.array(["a b", "c"]).dictionary_encode()})
+    pyarrow.parquet.write_table(packed, tmp_path / "packed.parquet")
+    for name in ("body", "packed"):
+        assert whole(corpora.load(str(tmp_path / f"{name}.parquet"), tmp_path, ["train"])) == b"a b\nc\n"
+    for name, kind in (("id", "int64"), ("parts", "list<")):
+        with pytest.raises(UserError, match=rf"data\.column must hold text; got '{name}' of \S+, which holds {kind}"):
+            corpora.load(str(tmp_path / f"{name}.parquet"), tmp_path)
+    with pytest.raises(UserError, match=r"data\.column must be a column of \S+body\.parquet; got 'bodies'"):
+        corpora.load(str(tmp_path / "body.parquet"), tmp_path, options=Reading(column="bodies"))
+
+
+def test_markup_that_is_taken_as_text_is_warned_of(tmp_path: Path):
+    write(tmp_path / "rows.jsonl", b'{"text": "a"}\n' * 200)
+    (warning,) = corpora.load(str(tmp_path / "rows.jsonl"), tmp_path).require("word")
+    assert "rows.jsonl is read as plain text, its markup too; for one column of it, write a table in Parquet" in warning
+
+
+def test_a_packed_file_under_its_own_name_is_to_be_unpacked(tmp_path: Path):
+    """By a command that reads text alone."""
+    path = write(tmp_path / "a.txt.gz", LINES.encode())
+    with pytest.raises(UserError, match=r"which begins as a \.gz file does; unpack it$"):
+        checks.require({"scored": Text(path, str(path))}, "word")
+
+
 def test_a_data_set_of_the_hub_is_kept(tmp_path: Path):
     """A folder that `datasets` loads stands for the hub."""
     for split, count in (("train", 300), ("validation", 20)):
@@ -235,6 +272,7 @@ def test_a_fault_is_found_in_every_split_for_the_tokenizers_it_matters_to(tmp_pa
         (LINES.encode("latin-1"), r"line 1, with byte 0xe9 .* as by --set data\.encoding=latin-1, or"),
         (b"PK\x03\x04\0\0", r"a\.txt, which begins as a \.zip file does; unpack it$"),
         (b"the cat \0 sat on the mat\n", r"a NUL in \S+a\.txt, line 1, as in .*; remove it, or take bytes: --set"),
+        (b"a b c\n" * 100 + b"x\0y\n", r"a NUL in \S+a\.txt, line 101, as in .*; remove it, or take bytes: --set"),
         (b"a\0\n", r"a NUL in \S+a\.txt, line 1, .*; give --set data\.encoding=utf-16-le, or take bytes: --set"),
     ],
 )

@@ -402,6 +402,9 @@ def test_a_finished_run_only_scores_again_and_says_so(train, tmp_path):
     said = []
     again = train(say=said.append)
     assert re.search(r"finished after step \d+ \(all epochs\): nothing is left to train; .*--init-from", said[-1])
+    assert said[-1].endswith(
+        f"--set train.epochs=N, or begin another run with its weights: --init-from {tmp_path / 'run'}"
+    )
     assert (again.score, again.step, again.speed) == (first.score, first.step, "no step taken")
     assert_equal(checkpoint.load(tmp_path / "run/checkpoints/last.safetensors"), before, "last")
 
@@ -426,6 +429,9 @@ def test_a_folder_of_another_configuration_is_refused(train, tmp_path, assignmen
 
 def test_a_cosine_schedule_fixes_the_number_of_epochs(train):
     train("train.schedule=cosine")
+    said = []
+    train("train.schedule=cosine", say=said.append)
+    assert re.search(r"nothing is left to train; begin another run with its weights: --init-from \S+run$", said[-1])
     told = r"train\.epochs is 2 there and 3 here; the schedule cosine is planned for .*: --init-from \S+run; or choose"
     with pytest.raises(UserError, match=told):
         train("train.schedule=cosine", "train.epochs=3")

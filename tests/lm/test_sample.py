@@ -80,10 +80,11 @@ def test_a_prompt_of_many_lines_is_kept(model, tokenizer):
     [
         ({"temperature": -1.0}, "temperature must be at least 0; got -1.0"),
         ({"temperature": float("nan")}, "temperature must be at least 0; got nan"),
+        ({"temperature": float("inf")}, "temperature must be finite; got inf"),
         ({"top_k": 0}, "top-k must be at least 1; got 0"),
         ({"top_p": 0.0}, "top-p must be above 0 and at most 1; got 0.0"),
         ({"top_p": 1.5}, "top-p must be above 0 and at most 1; got 1.5"),
-        ({"length": 0}, "length must be from 1 to 1,000,000; got 0"),
+        ({"length": 0}, "length must be from 1 to 1,000,000; got 0; draw one token or more"),
         ({"length": 10**9}, "length must be from 1 to 1,000,000; got 1000000000; draw several texts"),
         (
             {"prompt": "the c\udcfft"},

@@ -65,6 +65,11 @@ def test_command_line_lists_them() -> None:
     assert all("runs" in own[name] or "cannot run: " in own[name] for name in registry.names())
 
 
+def test_a_device_that_is_not_there_has_no_bfloat16_and_says_why() -> None:
+    for device in ("xpu", "cuda:99"):
+        assert str(rnnorm.why_not_bfloat16(device)).startswith(f"device {device} is not available: ")
+
+
 def test_public_names() -> None:
     assert set(rnnorm.__all__) == {
         *("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "OnlineNorm", "norms", "backends"),
