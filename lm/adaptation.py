@@ -162,7 +162,7 @@ def gradient_rms(model: "LanguageModel", ids: np.ndarray, eos: int, segment: int
     parameters = [*net.parameters()]
     device = parameters[0].device
     squares = [torch.zeros_like(parameter) for parameter in parameters]
-    width = min(_STATISTICS_COLUMNS, len(ids) // 2)
+    width = max(1, min(_STATISTICS_COLUMNS, len(ids) // 2))
     windows = _windows(columns(ids, width, eos), len(ids) // width, segment, device)  # without a ragged last row
     for count, (inputs, targets) in enumerate(windows, 1):  # noqa: B007
         hidden, state = net(inputs, None if state is None else detach(state))

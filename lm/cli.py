@@ -1,5 +1,6 @@
 """The command line: `python -m lm` and `rnnlm`. Options and output only; the work is in the other modules."""
 
+import codecs
 import functools
 import itertools
 import json
@@ -384,9 +385,11 @@ def _reading(own: DataConfig, data: str | None, encoding: str | None, column: st
         raise UserError(
             "--encoding and --column must be of another text; got them without --data; leave them out, or give --data"
         )
-    if data is not None and encoding is None and own.encoding != Reading.encoding:
+    is_file = data is not None and Path(data).exists() and data not in corpora.CORPORA and not data.endswith(".parquet")
+    if is_file and encoding is None and codecs.lookup(own.encoding).name != "utf-8":
         say(f"{data} is read in the encoding of the run's own text, {own.encoding}; name another by --encoding")
-    return replace(own.reading, encoding=encoding or own.encoding, column=column or own.column)
+    given = {name: value for name, value in (("encoding", encoding), ("column", column)) if value is not None}
+    return replace(own.reading, **given)
 
 
 def _warn_of_unused(names: Collection[str], options: Mapping[str, Any]) -> None:
@@ -554,7 +557,7 @@ def score(
     text = corpora.files.given(content, name, encoding)
     if not text.size:
         raise UserError(f"a text to score must hold something; got {name}, which is empty; put at least one line there")
-    ways = Ways(encoding="--encoding ", kind="")
+    ways = Ways(encoding="--encoding ", kind="", packed=False)
     for warning in corpora.checks.require({"scored": text}, trained.tokenizer.kind, ways):
         _say(f"warning: {warning}")
     found = scoring.lines(trained, text, one_stream=one_stream)

@@ -97,7 +97,8 @@ def prepare_data(
     words = prepare.splitter(language, lower=lower, numbers=numbers)
     corpus = corpora.load(source, data_dir, (), Reading(**reading))
     out = out or Path(f"{corpus.name}-words")
-    corpus.require("word", _WAYS)
+    for warning in corpus.require("word", _WAYS):
+        click.echo(f"warning: {warning}", err=True)
     prepare.prepare(corpus, out, words)
     splits = ", ".join(f"{name}.txt" for name in corpus.splits)
     click.echo(f"{out}: {splits}; train with --data {shlex.quote(str(out))}")

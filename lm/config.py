@@ -19,6 +19,7 @@ from lm.files import read_text
 from rnnorm import norms
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Alpha = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -293,7 +294,7 @@ class EvalConfig(Section):
     dynamic_decay: Weight = Field(default=0.002, description="eval --dynamic: pull towards the trained weights")
     dynamic_eps: Positive = Field(default=2e-5, description="eval --dynamic: added to the root mean square gradient")
     dynamic_segment: Count = Field(default=5, description="eval --dynamic: tokens scored before each step")
-    cache_weight: Rate = Field(default=0.1, description="eval --cache: weight of the cache")
+    cache_weight: Share = Field(default=0.1, description="eval --cache: weight of the cache")
     cache_theta: Weight = Field(default=1.0, description="eval --cache: factor of the outputs' products")
     cache_window: Count = Field(default=500, description="eval --cache: how many tokens it holds")
 
@@ -530,6 +531,12 @@ def _require_given(ours: DataConfig, theirs: Mapping[str, Any], place: str, give
 
 # Settings that have an effect in some runs alone: which of them, where, and whether a run is such a one.
 _CONDITIONAL: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
+    (("model.embedding_range",), "model.init_range=none", lambda c: c.model.init_range is None),
+    (
+        ("model.hidden_size",),
+        "model.layer_sizes=none or model.embedding_size=none",
+        lambda c: c.model.layer_sizes is None or c.model.embedding_size is None,
+    ),
     (
         ("model.alpha_fwd", "model.alpha_bwd", "model.control_floor", "model.guard"),
         "model.norm=online",
@@ -558,9 +565,11 @@ def without_effect(config: Config, names: Collection[str]) -> Iterator[str]:
     Arguments:
         names: full names of settings that someone chose, such as `train.momentum`.
     """
+    found, usual = flatten(config), flatten(Config())
+    chosen = {name for name in names if found.get(name) != usual.get(name)}
     for settings, where, given in _CONDITIONAL:
         if not given(config):
-            yield from (f"warning: {name} has no effect without {where}" for name in settings if name in names)
+            yield from (f"warning: {name} has no effect without {where}" for name in settings if name in chosen)
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def train(
         where += "" if start is None else f", from the best weights of {settings.train.init_from}"
         if saved and (ended := trainer.ended()):
             more = f"begin another run with its weights: {shlex.join(['--init-from', str(folder)])}"
-            if settings.train.schedule != "cosine":  # which is planned for so many epochs
+            if ended == "patience" or settings.train.schedule != "cosine":  # which is planned for so many epochs
                 more = f"raise what ended it, as by --set train.epochs=N, or {more}"
             where = f"finished after step {trainer.state.step} ({_END_OF[ended]}): nothing is left to train; {more}"
         say(f"run folder {folder}: {where}" + (f", {team.size} processes" if team.size > 1 else ""))

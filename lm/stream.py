@@ -211,7 +211,7 @@ def columns(ids: np.ndarray, batch_size: int, eos: int, what: str = "a text") ->
         UserError: fewer than 2 * B tokens.
     """
     if batch_size == 1 and len(ids) < 2:
-        raise UserError(f"{what} must hold at least 2 tokens; got {len(ids)} tokens; use a longer text")
+        raise UserError(f"{what} must hold at least 2 tokens; got {len(ids)}; use a longer text")
     if batch_size < 1 or len(ids) < 2 * batch_size:
         raise UserError(
             f"{what} must hold at least 2 tokens for each of its columns; got {len(ids)} tokens for {batch_size} "

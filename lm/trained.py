@@ -284,7 +284,8 @@ class TrainedModel:
             raise UserError(f"a split must be one of {', '.join(corpora.SPLITS)}; got {split!r}; choose one of these")
         settings = self.config.data
         source = settings.source if data is None else data
-        corpus = corpora.load(source, Path(settings.dir), [split], reading or settings.reading)
+        options = settings.reading if data is None or reading is None else reading
+        corpus = corpora.load(source, Path(settings.dir), [split], options)
         text = corpus.splits[split]
         if data is None:
             self._require_own(split, text)

@@ -29,6 +29,8 @@ _modes_before_dispatch = _found("_ops._len_torch_dispatch_stack_pre_dispatch", l
 _transform = _found("_C._functorch.peek_interpreter_stack", lambda: None)
 # Detects tensors of `torch.autograd.grad(..., is_grads_batched=True)`, which is not a transform of torch.func.
 _is_batched = _found("_C._functorch.is_legacy_batchedtensor", lambda tensor: False)
+# Whether torch may use oneDNN; without it that is taken for granted.
+may_use_onednn = _found("_C._get_mkldnn_enabled", lambda: True)
 # Raises on the device, without waiting for it; without it the assertions of torch's own indexing remain.
 assert_on_device = _found("_assert_async", lambda condition, message: None)
 # The level of forward-mode differentiation, below 0 outside of it.

@@ -138,7 +138,7 @@ def _split(name: str, text: Text, needed: tuple[str, ...], options: Reading) -> 
         )
     if not text.size:
         raise UserError(f"a text must hold something; got {text.name}, which is empty; check the path")
-    return Corpus(name, *divide(text, options.split, needed))
+    return Corpus(name, *divide(text, options.split, needed or SPLITS))
 
 
 def _with_all(corpus: Corpus, needed: tuple[str, ...], options: Reading) -> Corpus:

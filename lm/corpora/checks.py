@@ -1,5 +1,6 @@
 """What a tokenizer cannot take, found in every split before training starts, with its file and line."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,19 +12,19 @@ from lm.tokenizers import EOS
 _FORMS = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
 _PACKED = {b"PK\x03\x04": ".zip", b"BZh": ".bz2", b"\xfd7zX": ".xz"}  # that are not read
 _SOME = 1000  # bytes
-_MARKED_UP = (".csv", ".tsv", ".jsonl")
-_AS_IT_IS = (
-    "{} is read as plain text, its markup too; for one column of it, write a table in Parquet, or that column as text"
-)
+_MARKED_UP = re.compile(r"\.(csv|tsv|jsonl|ndjson)(\.gz|\.zst)?$", re.IGNORECASE)
+_AS_IT_IS = "{} is read as plain text, its markup too; to read one column of it, write that column to a file of text"
 _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
 @dataclass(frozen=True)
 class Ways:
-    """What a command takes before an encoding and before a kind of tokens; empty where it takes none."""
+    """What a command takes before an encoding and before a kind of tokens, empty where it takes none; and whether it
+    reads packed files and tables."""
 
     encoding: str = "--set data.encoding="
     kind: str = "--set data.tokenizer="
+    packed: bool = True
 
 
 OF_TRAINING = Ways()
@@ -43,7 +44,7 @@ def require(splits: Mapping[str, Text], kind: str, ways: Ways = OF_TRAINING) -> 
     if kind == "byte":
         return []
     found = [warning for split, text in splits.items() for warning in _checked(split, text, kind, ways)]
-    found += [_AS_IT_IS.format(text.name) for text in splits.values() if text.name.lower().endswith(_MARKED_UP)]
+    found += [_AS_IT_IS.format(text.name) for text in splits.values() if _MARKED_UP.search(text.name)]
     return [*dict.fromkeys(found)]  # of one file that is split: once
 
 
@@ -52,11 +53,10 @@ def _checked(split: str, text: Text, kind: str, ways: Ways) -> list[str]:
     head = _head(text)
     form = next((end for start, end in (_FORMS | _PACKED).items() if head.startswith(start)), None)
     if form and {"utf8", "nul"} & found.keys():
-        readable = form in _FORMS.values() and not text.name.endswith(form)  # where a name says that it is of this form
-        renamed = f", or give it a name that ends in {form}" if readable else ""
-        raise UserError(
-            f"the {split} split must be text; got {text.name}, which begins as a {form} file does; unpack it{renamed}"
-        )
+        way = "write its column of text to a file" if form == ".parquet" else "unpack it"
+        if ways.packed and form in _FORMS.values() and not text.name.lower().endswith(form):
+            way += f", or give it a name that ends in {form}"
+        raise UserError(f"the {split} split must be text; got {text.name}, which begins as a {form} file does; {way}")
     encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
     as_bytes = [f"take bytes: {ways.kind}byte"] if ways.kind else []
     if "utf8" in found:

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def dataset(source: str, data_dir: Path, options: Reading) -> dict[str, Text]:
                 staging.rename(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    return read(folder, (), options, data_dir / "cache")
+    return read(folder, (), replace(options, encoding=Reading.encoding), data_dir / "cache")  # as it is kept
 
 
 def _ask(name: str, repository: str, options: Mapping[str, str], else_where: str, how: str) -> Any:

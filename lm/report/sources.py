@@ -133,7 +133,7 @@ def _runs(folders: Sequence[Path], say: Say) -> list[Source]:
         log = results.metrics(folder, say)
         finals = [row for row in log if row["kind"] == "final"]
         diverged = next((row["what"] for row in log if row["kind"] == "diverged"), None)
-        own = {(score["split"], score["protocol"]): score for score in (*_evaluated(folder, log, say), *finals)}
+        own = {(score["split"], score["protocol"]): score for score in (*finals, *_evaluated(folder, log, say))}
         scores = [score for key, score in own.items() if key in _REPORTED]
         gathered = results.gather(Job(arm, settings.train.seed), log, scores, diverged)
         valid = next((row for row in log if row["kind"] in ("final", "valid")), {})

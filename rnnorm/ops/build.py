@@ -43,7 +43,10 @@ def cache_folder() -> Path:
             return Path(chosen).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnorm"
     except RuntimeError as problem:  # a user without an entry, as in containers
-        raise CacheError(f"no cache folder is known: {problem}; set RNNORM_CACHE to a writable folder") from None
+        why = str(problem).rstrip(".")
+        raise CacheError(
+            f"no cache folder is known: {why}; set RNNORM_CACHE to a writable folder, by its path"
+        ) from None
 
 
 def _sources() -> list[Path]:
@@ -87,23 +90,25 @@ def _words(variable: str) -> list[str]:
 
 def _compiler() -> list[str] | None:
     """The compiler's command: a program, and what `$CXX` gives it (`ccache g++`, `g++ -m64`). Raises `BuildError`."""
+    if whole := shutil.which(os.environ.get("CXX") or ""):  # a path may hold spaces
+        return [whole]
     wanted = _words("CXX")
     commands = [wanted] if wanted else [["g++"], ["c++"], ["clang++"]]
     return next(([path, *rest] for name, *rest in commands if (path := shutil.which(name))), None)
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """What a compiler's command gives; its messages may be in any encoding. Raises `BuildError`."""
+def _run(command: list[str], messages: int) -> subprocess.CompletedProcess[str]:
+    """What a compiler's command gives; `messages` is where its errors go, in any encoding. Raises `BuildError`."""
     try:
         return subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+            command, stdout=subprocess.PIPE, stderr=messages, text=True, errors="replace", check=False
         )
     except OSError as problem:
         raise BuildError(f"the compiler {command[0]} cannot be run: {problem.strerror}; set CXX to another") from None
 
 
 def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _name(compiler: list[str] | None) -> str:
@@ -112,7 +117,8 @@ def _name(compiler: list[str] | None) -> str:
     base = _digest(*texts, torch.__version__, *_flags(), _processor())
     if compiler is None:
         return f"rnnorm_cpu-{base}-*.so"
-    return f"rnnorm_cpu-{base}-{_digest(*compiler, _run([*compiler, '--version']).stdout)}.so"
+    version = _run([*compiler, "--version"], subprocess.DEVNULL).stdout
+    return f"rnnorm_cpu-{base}-{_digest(*compiler, version)}.so"
 
 
 def _compile(compiler: list[str], folder: Path, target: Path) -> None:
@@ -135,7 +141,7 @@ def _compile(compiler: list[str], folder: Path, target: Path) -> None:
         libraries = Path(torch.__file__).parent / "lib"
         command = [*compiler, "-shared", *_flags(), "-o", str(target), *map(str, objects)]
         command += [f"-L{libraries}", "-ltorch_cpu", "-lc10"]
-        linked = _run(command)
+        linked = _run(command, subprocess.STDOUT)
         outputs = [linked.stdout] if linked.returncode else []
     if outputs:
         last = "\n".join("\n".join(outputs).strip().splitlines()[-_LAST_LINES:])
@@ -202,12 +208,13 @@ def _load() -> Failure | None:
         compiler = _compiler()
         name = _name(compiler)
         try:
-            _load_from(_made(compiler, name, cache_folder()))
+            again = "and they are built again" if compiler else "and install g++, or set CXX, to build them again"
+            _load_from(_made(compiler, name, cache_folder()), f"remove that file, {again}")
         except CacheError as problem:
             # The cache is read-only or full: build for this process alone. A loaded library no longer needs its file.
             try:
                 with tempfile.TemporaryDirectory(prefix="rnnorm-") as folder:
-                    _load_from(_made(compiler, name, Path(folder)))
+                    _load_from(_made(compiler, name, Path(folder)), "set RNNORM_CACHE to a writable folder")
             except CacheError as second:
                 raise BuildError(f"neither the cache nor a temporary folder can be used: {problem}; {second}") from None
     except (BuildError, OSError) as problem:
@@ -215,13 +222,11 @@ def _load() -> Failure | None:
     return None
 
 
-def _load_from(path: Path) -> None:
+def _load_from(path: Path, advice: str) -> None:
     try:
         torch.ops.load_library(str(path))
     except OSError as problem:
-        raise BuildError(
-            f"{path} cannot be loaded: {problem.__cause__ or problem}; remove it, and it is built again"
-        ) from None
+        raise BuildError(f"the CPU operators cannot be loaded: {problem.__cause__ or problem}; {advice}") from None
 
 
 _lock = threading.Lock()

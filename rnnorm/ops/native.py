@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnnorm import _torch
 from rnnorm.ops.backend import Backend
 from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, Results, statistics_dtype
 
@@ -49,6 +50,8 @@ def why_not_bfloat16() -> str | None:
 
     reason = build.load()
     if reason is None and "bfloat16" not in torch.ops.rnnorm_cpu.micro_kernels():
+        if not _torch.may_use_onednn():
+            return "torch's oneDNN, which computes products in bfloat16, is switched off (torch.backends.mkldnn)"
         return "the processor, or torch's oneDNN, has no instructions for products in bfloat16 (AVX512-BF16)"
     return reason
 

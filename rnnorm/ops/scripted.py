@@ -442,8 +442,8 @@ def _lstm_backward(
         di, df = dc * g, dc * trace.c[start:stop]
         if recurrence.cap:
             capped = torch.heaviside(i - (1.0 - f), torch.full_like(one, 0.5))  # at a tie a half each, as torch.minimum
-            df = torch.addcmul(df, capped, di, value=-1.0)
-            di = torch.addcmul(di, capped, di, value=-1.0)
+            df = df - (capped * di).masked_fill(capped == 0.0, 0.0)
+            di = ((1.0 - capped) * di).masked_fill(capped == 1.0, 0.0)
             i = torch.minimum(i, 1.0 - f)
         dq = torch.cat((di, df, dc * i, dh * tanh_c), 1).mul_(slope)
         d_pre = _normalize_backward(dq, norms[0], kepts[0], start)

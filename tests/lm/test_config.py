@@ -247,35 +247,45 @@ def test_a_wrong_assignment(assignment):
 
 
 @pytest.mark.parametrize(
-    ("name", "without", "given"),
+    ("chosen", "without", "given"),
     [
-        ("data.min_count", "data.tokenizer=bpe", "data.tokenizer=word"),
-        ("data.tokenizer_sample", "data.tokenizer=char", "data.tokenizer=bpe"),
-        ("model.alpha_fwd", "model.norm=layer", "model.norm=online"),
-        ("model.alpha_bwd", "model.norm=layer", "model.norm=online"),
-        ("model.control_floor", "model.norm=rms", "model.norm=online"),
-        ("model.guard", "model.norm=none", "model.norm=online"),
-        ("model.mogrifier_rank", "model.mogrifier_rounds=0", "model.mogrifier_rounds=2"),
-        ("model.experts", "model.decoder=softmax", "model.decoder=mixture"),
-        ("model.latent_dropout", "model.decoder=softmax", "model.decoder=mixture"),
-        ("model.cutoffs", "model.decoder=softmax", "model.decoder=adaptive"),
-        ("train.momentum", "train.optimizer=adam", "train.optimizer=asgd"),
-        ("train.average_patience", "train.average=false", "train.average=true"),
-        ("train.schedule_factor", "train.schedule=cosine", "train.schedule=plateau"),
-        ("train.schedule_hold", "train.schedule=plateau", "train.schedule=exponential"),
-        ("train.schedule_patience", "train.schedule=exponential", "train.schedule=plateau"),
+        ("data.min_count=3", "data.tokenizer=bpe", "data.tokenizer=word"),
+        ("data.tokenizer_sample=99", "data.tokenizer=char", "data.tokenizer=bpe"),
+        ("model.embedding_range=0.2", "model.init_range=0.1", "model.init_range=none"),
+        ("model.alpha_fwd=0.5", "model.norm=layer", "model.norm=online"),
+        ("model.alpha_bwd=0.5", "model.norm=layer", "model.norm=online"),
+        ("model.control_floor=0.1", "model.norm=rms", "model.norm=online"),
+        ("model.guard=clamp", "model.norm=none", "model.norm=online"),
+        ("model.mogrifier_rank=2", "model.mogrifier_rounds=0", "model.mogrifier_rounds=2"),
+        ("model.experts=2", "model.decoder=softmax", "model.decoder=mixture"),
+        ("model.latent_dropout=0.2", "model.decoder=softmax", "model.decoder=mixture"),
+        ("model.cutoffs=[9]", "model.decoder=softmax", "model.decoder=adaptive"),
+        ("train.momentum=0.9", "train.optimizer=adam", "train.optimizer=asgd"),
+        ("train.average_patience=2", "train.average=false", "train.average=true"),
+        ("train.schedule_factor=0.1", "train.schedule=cosine", "train.schedule=plateau"),
+        ("train.schedule_hold=2", "train.schedule=plateau", "train.schedule=exponential"),
+        ("train.schedule_patience=2", "train.schedule=exponential", "train.schedule=plateau"),
     ],
 )
-def test_a_setting_without_effect_is_warned_of_where_it_was_chosen(name, without, given):
-    def warned(*assignments):
-        settings = config.build(config.override(config.preset("default"), ["model.tied=false", *assignments]))
-        return [*config.without_effect(settings, {name, "train.lr"})], [*config.without_effect(settings, {"train.lr"})]
+def test_a_setting_without_effect_is_warned_of_where_it_was_chosen(chosen, without, given):
+    name = chosen.partition("=")[0]
 
-    assert name in config.flatten(config.Config())
-    (line,), unnamed = warned(without)
+    def warned(other, names, *assignments):
+        settings = config.build(config.override({}, ["model.tied=false", other, *assignments]))
+        return [*config.without_effect(settings, names)]
+
+    (line,) = warned(without, {name, "train.lr"}, chosen)
     assert line.startswith(f"warning: {name} has no effect without {given.partition('=')[0]}")
-    assert not unnamed
-    assert warned(given) == ([], [])
+    assert not warned(without, {"train.lr"}, chosen), "the preset's"
+    assert not warned(without, {name, "train.lr"}), "the default"
+    assert not warned(given, {name, "train.lr"}, chosen)
+
+
+def test_units_that_layers_and_embedding_have_of_their_own_are_warned_of():
+    sizes = ["model.num_layers=2", "model.layer_sizes=[5, 4]", "model.hidden_size=9"]
+    for more, count in (([], 0), (["model.embedding_size=3"], 1)):
+        settings = config.build(config.override({}, [*sizes, *more]))
+        assert len([*config.without_effect(settings, {"model.hidden_size"})]) == count
 
 
 @pytest.mark.parametrize("table", [3, "x", [{"lr": 1.0}], None])

@@ -81,6 +81,8 @@ def test_a_short_text_is_refused_for_the_splits_that_are_needed_alone(tmp_path: 
         with pytest.raises(UserError, match=rf"which leave none for {lacking}; use a longer .* with {lacking}\.txt"):
             corpora.load(str(path), tmp_path, needed)
     assert [*corpora.load(str(path), tmp_path, ["train"]).splits] == ["train"]
+    with pytest.raises(UserError, match="which leave none for valid"):  # of a command that reads them all
+        corpora.load(str(path), tmp_path, ())
 
 
 def test_a_share_of_none_is_no_split_and_a_short_text_is_refused():
@@ -194,27 +196,36 @@ def test_a_column_of_text_is_taken_alone(tmp_path: Path):
 def test_markup_that_is_taken_as_text_is_warned_of(tmp_path: Path):
     write(tmp_path / "rows.jsonl", b'{"text": "a"}\n' * 200)
     (warning,) = corpora.load(str(tmp_path / "rows.jsonl"), tmp_path).require("word")
-    assert "rows.jsonl is read as plain text, its markup too; for one column of it, write a table in Parquet" in warning
+    assert "rows.jsonl is read as plain text, its markup too; to read one column of it, write that column" in warning
 
 
 def test_a_packed_file_under_its_own_name_is_to_be_unpacked(tmp_path: Path):
     """By a command that reads text alone."""
     path = write(tmp_path / "a.txt.gz", LINES.encode())
+    (tmp_path / "a.txt").write_bytes(path.read_bytes())
+    table = write(tmp_path / "t.parquet", LINES.encode())
+    (tmp_path / "t.txt").write_bytes(table.read_bytes())
+    for each in (path, tmp_path / "a.txt", table, tmp_path / "t.txt"):
+        way = "unpack it" if each.name.startswith("a") else "write its column of text to a file"
+        with pytest.raises(UserError, match=rf"which begins as a \.\w+ file does; {way}$"):
+            checks.require({"scored": Text(each, str(each))}, "word", checks.Ways(packed=False))
     with pytest.raises(UserError, match=r"which begins as a \.gz file does; unpack it$"):
-        checks.require({"scored": Text(path, str(path))}, "word")
+        checks.require({"scored": Text(path, str(path).replace(".gz", ".GZ"))}, "word")
 
 
 def test_a_data_set_of_the_hub_is_kept(tmp_path: Path):
     """A folder that `datasets` loads stands for the hub."""
     for split, count in (("train", 300), ("validation", 20)):
-        write(tmp_path / f"mine/{split}.parquet", "".join(f"{split} {i}\n" for i in range(count)).encode())
+        write(tmp_path / f"mine/{split}.parquet", "".join(f"{split} \u00e9 {i}\n" for i in range(count)).encode())
     source = f"hf:{tmp_path / 'mine'}"
     found = corpora.load(source, tmp_path / "data")
     assert found.name == "mine"
     assert {split: text.facts.lines for split, text in found.splits.items()} == {"train": 300, "valid": 20}
     for path in (tmp_path / "mine").iterdir():
         path.unlink()
-    assert whole(corpora.load(source, tmp_path / "data")) == whole(found)
+    kept = corpora.load(source, tmp_path / "data", options=Reading("latin-1"))  # it is kept in UTF-8
+    assert whole(kept) == whole(found)
+    assert "\u00e9" in whole(kept).decode()
     with pytest.raises(UserError, match=r"mine must have the splits test; got train, valid"):
         corpora.load(source, tmp_path / "data", ["test"])
 

@@ -563,6 +563,11 @@ def test_a_run_has_its_training_curve_settings_text_and_test_column(tmp_path):
     (folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
     heads, rows = page._results(report.load([folder])[0])
     assert dict(zip(heads, rows[0], strict=True))["test"] == "7.00", "the last, of the best checkpoint's step"
+    bands = {"by_position": [{"name": "place 1", "tokens": 5, "ppl": 7.4}]}
+    final = [{"step": 20, **score, "split": "valid", **bands}]
+    (folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in final))
+    (source,) = report.load([folder])
+    assert len(source.entries[0].bands("by_position")) == 1, "of valid, which the log scores without them"
     stopped = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)[:-1]
     (folder / "metrics.jsonl").write_text("".join(stopped))
     scored = [{"step": 20, **score, "split": split, "ppl": ppl} for split, ppl in (("valid", 6.0), ("train", 5.0))]

@@ -128,7 +128,7 @@ def test_next_words_are_the_model_s(trained):
         (lambda m: m.token_log_probs("\ud800"), "the text must be UTF-8 text"),
         (lambda m: m.score_split("dev"), "a split must be one of train, valid, test; got 'dev'; choose one"),
         (lambda m: m.score_adapted("dev", Adaptation()), "a split must be one of train, valid, test; got 'dev'"),
-        (lambda m: m.score(""), "a text must hold at least 2 tokens; got 0 tokens; use a longer text"),
+        (lambda m: m.score(""), "a text must hold at least 2 tokens; got 0; use a longer text"),
         (lambda m: m.sample(seed=-1), r"a seed must be from 0 to 2\^63 - 1; got -1"),
         (lambda m: m.sample(seed=2**70), r"a seed must be from 0 to 2\^63 - 1; got 1180591620717411303424"),
         (lambda m: m.score_split("test", chunk=0), "a chunk must be at least 1 step; got 0"),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -50,12 +51,13 @@ done
 
 
 def _environment(cache: Path, compiler: str | Path) -> dict[str, str]:
-    return {**os.environ, "RNNORM_CACHE": str(cache), "CXX": str(compiler), "OMP_NUM_THREADS": "1"}
+    text = {"PYTHONUTF8": "1"}  # whatever the locale
+    return {**os.environ, **text, "RNNORM_CACHE": str(cache), "CXX": str(compiler), "OMP_NUM_THREADS": "1"}
 
 
 def _run(environment: dict[str, str], **program) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        _program(**program), env=environment, capture_output=True, text=True, timeout=120, check=False
+        _program(**program), env=environment, capture_output=True, encoding="utf-8", timeout=120, check=False
     )
 
 
@@ -225,7 +227,7 @@ def test_a_build_that_cannot_begin_is_warned_of(tmp_path, changed, told):
     assert told in found.stderr
     assert "'cpu': False" in found.stdout
     ahead = subprocess.run(
-        [sys.executable, "-m", "rnnorm.ops.build"], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "rnnorm.ops.build"], env=environment, capture_output=True, encoding="utf-8", check=False
     )
     assert ahead.returncode == 1
     assert told in ahead.stderr
@@ -240,7 +242,20 @@ def test_a_compiler_may_be_a_command_of_several_words(tmp_path):
     found = _run(_environment(tmp_path / "cache", f"{wrapper} '{compiler}'"), backend="auto")
     assert found.returncode == 0, found.stderr
     assert "'cpu': True" in found.stdout
-    assert f"with {wrapper} {compiler}, once" in found.stderr
+    assert f"with {shlex.join([str(wrapper), str(compiler)])}, once" in found.stderr
+
+
+def test_a_compiler_in_a_path_with_spaces_that_complains_is_found_and_runs_once(tmp_path):
+    """Its complaints, with the number of its process, are no part of its version."""
+    (tmp_path / "my tools").mkdir()
+    compiler = _stand_in(tmp_path / "my tools", 'cp "$real" "$out"')
+    compiler.write_text(compiler.read_text().replace("#!/bin/sh\n", "#!/bin/sh\necho complaint $$ >&2\n"))
+    environment = _environment(tmp_path / "cache", compiler)
+    for count in (1, 0):
+        found = _run(environment)
+        assert found.returncode == 0, found.stderr
+        assert found.stderr.count("building the CPU operators") == count
+    assert len([*(tmp_path / "cache").glob("*.so")]) == 1
 
 
 HOMELESS = """
@@ -272,7 +287,9 @@ def test_a_library_that_cannot_be_loaded_is_named(tmp_path):
     environment = _environment(tmp_path / "cache", _stand_in(tmp_path, ': > "$out"'))
     found = _run(environment, backend="auto")
     assert found.returncode == 0, found.stderr
-    assert re.search(r"\.so cannot be loaded: .*file too short; remove it, and it is built again", found.stderr)
+    assert re.search(
+        r"the CPU operators cannot be loaded: .*\.so: file too short; remove that file, and they", found.stderr
+    )
 
 
 def test_a_library_built_ahead_needs_no_compiler(tmp_path):
