@@ -257,7 +257,8 @@ def compose(
             chosen.discard("data.tokenizer")
     chosen |= config.assigned(assignments)
     settings = config.build(config.override(tables, assignments))
-    settings = settings.model_copy(update={"data": config.absolute(settings.data)})
+    placed = settings.data if folder is None else RunFolder(folder).moved(settings.data)
+    settings = settings.model_copy(update={"data": config.absolute(placed)})
     return _with_tokenizer(settings, folder, chosen)
 
 

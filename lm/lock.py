@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +30,10 @@ class Lock:
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
         for file in self._files:
-            file.truncate(0)
-            file.close()
+            with suppress(OSError):  # a full disk takes no text: the lock goes with the file all the same
+                file.truncate(0)
+            with suppress(OSError):
+                file.close()
 
     def holds(self, folder: Path) -> bool:
         """Returns whether the folder of this name now is one that was taken."""
@@ -63,6 +66,7 @@ class Lock:
         self._files.append(file)
         if not self.holds(folder):  # who held it has removed the file just now
             return self.take(folder)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
-        file.flush()
+        with suppress(OSError):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+            file.flush()

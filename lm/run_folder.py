@@ -31,9 +31,10 @@ _SCORED = ("step", "split", "protocol", "ppl", "data_sha256", "vocabulary_sha256
 Say = Callable[[str], None]
 Which = Literal["best", "last"]
 
+_PLACES = ("source", "dir", "split", "encoding", "column")  # of a text
 # What a run may be resumed with another value of: nothing that its past steps depended on.
 _MAY_CHANGE = {
-    *("data.source", "data.dir", "data.split", "data.encoding", "data.column"),  # the text is known by its checksum
+    *(f"data.{name}" for name in _PLACES),  # the text is known by its checksum
     *("train.epochs", "train.max_steps", "train.patience", "train.stop_patience", "train.backend"),
     *("train.device", "train.log_every"),
     *("checkpoint.every_steps", "checkpoint.every_minutes"),
@@ -58,10 +59,27 @@ class RunFolder:
     def events(self) -> Path:
         """Where TensorBoard's files are: in a folder that has the run's name, by which TensorBoard calls it; of a run
         that was renamed or begun by version 0.1, where they were."""
-        held = [path for path in self.tensorboard.glob("*") if path.is_dir() and path.name != "valid"]
-        if any(self.tensorboard.glob("events.*")):
+        inner = [path for path in self.tensorboard.glob("*") if path.is_dir()]
+        held = [path for path in inner if path.name != "valid" or (path / "valid").is_dir()]
+        if any(path.is_file() for path in self.tensorboard.glob("events.*")):
             return self.tensorboard
         return held[0] if len(held) == 1 else self.tensorboard / self.path.resolve().name
+
+    def data(self, settings: DataConfig) -> DataConfig:
+        """Returns the section with where the run's text lies now: as `config.toml` tells, which a resumed run writes
+        again; in the folder, where that keeps the standard input."""
+        if self.config.is_file():
+            with suppress(UserError):
+                theirs = config.build(config.read_toml(self.config, "a run's configuration")).data
+                settings = settings.model_copy(update={name: getattr(theirs, name) for name in _PLACES})
+        return self.moved(settings)
+
+    def moved(self, settings: DataConfig) -> DataConfig:
+        """Returns the section with the text of the standard input where it is after the folder was moved."""
+        own, source = self.path / TEXT, Path(settings.source)
+        if source.name == TEXT and own.is_file() and not source.exists():
+            return settings.model_copy(update={"source": str(own.resolve())})
+        return settings
 
     @property
     def best(self) -> Path:

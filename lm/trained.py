@@ -350,7 +350,8 @@ def load(
     require_backend(backend, where)
     saved = place.saved(which, say)
     settings = config.build(saved["config"])
-    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"backend": backend})})
+    train = settings.train.model_copy(update={"backend": backend})
+    settings = settings.model_copy(update={"train": train, "data": place.data(settings.data)})
     tokenizer = tokenizers.from_state(saved["tokenizer"])
     place.require_vocabulary(tokenizer)
     with place.fitting("counts"):

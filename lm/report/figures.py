@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm.report.sources import Entry, Source
+from lm.report.sources import Entry, Source, in_order
 from lm.study.statistics import finishes, quantile, shown, value
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: distinguishable with colour blindness, and in print.
 _COLORS = {"online": "#0072b2", "layer": "#d55e00", "rms": "#009e73", "none": "#666666"}
-_LINES = ("-", "--", ":", "-.")
+_LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1)), (0, (1, 4)), (0, (6, 1, 1, 1, 1, 1)), (0, (9, 4)))
 _CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN, relu"}
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _OPEN = "Open points: runs in which the authors' program stops with an overflow."
@@ -259,15 +259,15 @@ def bands(source: Source, name: str) -> "Figure | None":
         lines.append((arm, {band: quantile(values, 0.5) for band, values in found.items()}))
     if not order:
         return None
-    places = {band: place for place, band in enumerate(order)}
+    places = {band: place for place, band in enumerate(in_order(order))}
     for arm, medians in lines:
         look: Any = {"color": _color(arm), "marker": ".", "lw": 1.2, "ls": _line(arm, source.selected, ("norm",))}
         for special in (False, True):
-            at = [(places[band], ppl) for band, ppl in medians.items() if band.startswith("<") == special]
+            at = sorted((places[band], ppl) for band, ppl in medians.items() if band.startswith("<") == special)
             label = "_" if special or not at else _label(arm)
             axes.plot([x for x, _ in at], [y for _, y in at], **look | ({"ls": ""} if special else {}), label=label)
-    shown = [band.removesuffix(" times").removeprefix("place ") for band in order]
-    axes.set_xticks(range(len(order)), shown, rotation=35, ha="right", rotation_mode="anchor")
+    shown = [band.removesuffix(" times").removeprefix("place ") for band in places]
+    axes.set_xticks(range(len(places)), shown, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_xlabel("times in the training text" if name == "by_frequency" else "place in the line")
     axes.set_ylabel("perplexity")
     _scale(axes, "y", [ppl for _, medians in lines for ppl in medians.values()], widest=math.inf)
@@ -290,7 +290,7 @@ def statistics(source: Source, arm: Mapping[str, Any]) -> "Figure | None":
             color = f"C{number}" if number else _color(arm)
             axes.fill_between(epochs, values[0], values[4], color=color, alpha=0.10, lw=0)
             axes.fill_between(epochs, values[1], values[3], color=color, alpha=0.25, lw=0)
-            axes.plot(epochs, values[2], color=color, lw=1.5, marker=".", ms=4, label=name.rpartition("_")[2])
+            axes.plot(epochs, values[2], color=color, lw=1.5, marker=".", ms=4, label=_place(name))
         axes.set_title(kind)
         _whole(axes)
     if sum("norm_mean_" in name for name in names) > 1:
@@ -299,33 +299,43 @@ def statistics(source: Source, arm: Mapping[str, Any]) -> "Figure | None":
     return figure
 
 
+def _place(name: str) -> str:
+    """Where a statistic belongs, as a legend shows it: `cell l0` of `cell_norm_mean_l0`."""
+    return ("cell " if name.startswith("cell_") else "") + name.rpartition("_")[2]
+
+
 def gates(source: Source, cell: str) -> "Figure | None":
     """Histograms of the gates of one run of each arm of a cell."""
     shown = [(arm, entry) for arm in source.selected if arm["cell"] == cell and (entry := _shown(source, arm))]
     shown = [(arm, entry) for arm, entry in shown if entry.internals[-1]["gates"]]
     if not shown:
         return None
-    names = max((list(entry.internals[-1]["gates"]) for _, entry in shown), key=len)
-    names = names if len(names) <= 4 else [name for name in names if name.endswith(names[-1][1:])]  # the last layer
-    figure, grid = _grid(0.5 + 1.05 * len(shown), len(shown), len(names))
-    for row, (arm, entry) in zip(grid, shown, strict=True):
-        for axes, name in zip(row, names, strict=True):
-            gate = entry.internals[-1]["gates"].get(name)
-            if gate is None:
-                axes.set_axis_off()
-                continue
+    columns = [_of_last_layer(list(entry.internals[-1]["gates"])) for _, entry in shown]
+    figure, grid = _grid(0.5 + 1.05 * len(shown), len(shown), max(map(len, columns)))
+    for row, (arm, entry), names in zip(grid, shown, columns, strict=True):
+        several = len({name.partition("_")[0] for name in names}) < len(names)
+        for axes in row[len(names) :]:
+            axes.set_axis_off()
+        for axes, name in zip(row, names, strict=False):
+            gate = entry.internals[-1]["gates"][name]
             edges = np.linspace(gate["low"], gate["high"], len(gate["counts"]) + 1)
             share = np.array(gate["counts"]) / max(1, sum(gate["counts"]))
             axes.bar(edges[:-1], share, np.diff(edges), align="edge", color=_color(arm), alpha=0.8)
-            axes.set_title(
-                f"{name.partition('_')[0]}: {gate['saturated']:.0%}" if gate["saturated"] is not None else name
-            )
+            title = name.replace("_", " ") if several else name.partition("_")[0]
+            axes.set_title(f"{title}: {gate['saturated']:.0%}" if gate["saturated"] is not None else name)
             axes.set_yticks([])
             axes.set_xticks([gate["low"], gate["high"]])
             axes.grid(visible=False)
             axes.spines["left"].set_visible(False)
         row[0].set_ylabel(arm["arm"], rotation=0, ha="right", va="center", fontsize=8)
     return figure
+
+
+def _of_last_layer(gates: list[str]) -> list[str]:
+    """The gates that a row has room for: all of them, or those of the last layer."""
+    return (
+        gates if len(gates) <= 4 else [name for name in gates if name.partition("_")[2] == gates[-1].partition("_")[2]]
+    )
 
 
 def speed(source: Source) -> "Figure | None":

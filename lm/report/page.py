@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import math
 import shlex
 import shutil
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lm import config, files
 from lm.errors import UserError
 from lm.report import figures
-from lm.report.sources import Source
+from lm.report.sources import Source, in_order
 from lm.study.statistics import shown, shown_finishing, shown_median
 from lm.tracking import LARGEST_EXPONENT, START
 
@@ -245,7 +246,12 @@ def markdown(source: Source) -> str:
     """Returns the table of arms as Markdown."""
     heads, rows = _results(source)
     lines = [heads, ["---", *("---:" for _ in heads[1:])], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text as a cell of Markdown shows it as it is."""
+    return html.escape(text, quote=False).replace("|", "\\|")
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], wrap: bool = False) -> str:
@@ -332,19 +338,28 @@ def _bands(source: Source) -> list[str]:
         arms = [(arm["arm"], source.of(arm)[0].bands(name)) for arm in source.selected if source.of(arm)]
         arms = [(arm, groups) for arm, groups in arms if groups]
         if arms:
-            bands = dict.fromkeys(group["name"] for _, groups in arms for group in groups)
-            tokens = {group["name"]: group["tokens"] for _, groups in arms for group in groups}
-            held = [{group["name"]: group["ppl"] for group in groups} for _, groups in arms]
-            rows = [
-                [band, f"{tokens[band]:,}", *("" if each.get(band) is None else f"{each[band]:,.1f}" for each in held)]
-                for band in bands
-            ]
+            held = [{group["name"]: group for group in groups} for _, groups in arms]
+            rows = [[band, *_band([each.get(band) for each in held])] for band in in_order(itertools.chain(*held))]
             parts += [
                 f"<h2>Exact perplexity by {title}</h2>",
-                '<p class="note">The first seed of each arm.</p>',
+                '<p class="note">The first seed of each arm; where arms differ in the number of tokens, as with other '
+                "vocabularies, it stands behind each perplexity.</p>",
                 _table(["tokens", "number", *(arm for arm, _ in arms)], rows),
             ]
     return parts
+
+
+def _band(groups: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    """One row of the bands: the number of tokens, and each arm's perplexity."""
+    numbers = {group["tokens"] for group in groups if group is not None}
+    own = len(numbers) > 1
+    cells = [
+        ""
+        if group is None or group["ppl"] is None
+        else f"{group['ppl']:,.1f}" + (f" ({group['tokens']:,})" if own else "")
+        for group in groups
+    ]
+    return ["" if own else f"{numbers.pop():,}", *cells]
 
 
 def _provenance(source: Source) -> list[str]:

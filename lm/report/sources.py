@@ -1,16 +1,18 @@
 """What a report is made from: the results of a study, or of run folders by themselves."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lm import checkpoint, config
+from lm import checkpoint, config, tokenizers
 from lm.errors import UserError
 from lm.run_folder import SCORES, RunFolder, Say
 from lm.study import SUMMARY, Arm, Job, Study, provenance, results, statistics, summarize
+from lm.tokenizers import EOS
 
 _REPORTED = {*itertools.product(("valid", "test"), ("exact", "chunk-mean"))}  # scores by split and protocol
 _SUMMARY = {
@@ -75,6 +77,16 @@ class Source:
         return [entry for entry in self.entries if entry.arm == arm["arm"]]
 
 
+def in_order(bands: Iterable[str]) -> list[str]:
+    """Returns the names of bands once each, by their numbers, then `<unk>`, then `<eos>`."""
+
+    def place(band: str) -> tuple[bool, bool, int]:
+        number = re.search(r"\d[\d,]*", band)
+        return band.startswith("<"), band == EOS, int(number[0].replace(",", "")) if number else 0
+
+    return sorted(dict.fromkeys(bands), key=place)
+
+
 def load(folders: Sequence[Path], say: Say = print) -> list[Source]:
     """Reads study folders, each by itself, and run folders, those on one text together.
 
@@ -136,7 +148,7 @@ def _runs(folders: Sequence[Path], say: Say) -> list[Source]:
         own = {(score["split"], score["protocol"]): score for score in (*finals, *_evaluated(folder, log, say))}
         scores = [score for key, score in own.items() if key in _REPORTED]
         gathered = results.gather(Job(arm, settings.train.seed), log, scores, diverged)
-        valid = next((row for row in log if row["kind"] in ("final", "valid")), {})
+        valid = next((row for row in log if row["kind"] in ("final", "valid")), None) or _begun(folder)
         key = str(valid.get("data_sha256", settings.data.source)), str(valid.get("unit", "word"))
         entry = Entry({**gathered, "versions": provenance.versions(settings.train.device)}, _internals(log))
         found.setdefault(key, []).append((arm, entry))
@@ -144,6 +156,14 @@ def _runs(folders: Sequence[Path], say: Say) -> list[Source]:
     labels = [f"runs on {name}" for name in names] if len(found) > 1 else ["runs"]
     labels = [name if labels.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(labels, 1)]
     return [_of_one_text(name, pairs) for name, pairs in zip(labels, found.values(), strict=True)] if folders else []
+
+
+def _begun(folder: Path) -> dict[str, str]:
+    """What the last checkpoint tells of the valid text, for a run that was not validated yet."""
+    with suppress(UserError, KeyError):
+        saved = checkpoint.load(folder / "checkpoints" / checkpoint.LAST)
+        return {"data_sha256": saved["data_sha256"]["valid"], "unit": tokenizers.from_state(saved["tokenizer"]).unit}
+    return {}
 
 
 def _of_one_text(name: str, pairs: Sequence[tuple[Arm, Entry]]) -> Source:
@@ -173,7 +193,7 @@ def _evaluated(folder: Path, log: Sequence[Mapping[str, Any]], say: Say) -> list
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """The shortest end of each path that distinguishes them."""
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [tuple(map(_printable, folder.resolve().parts)) for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
@@ -181,6 +201,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
     raise UserError(
         f"a report shows each run and study once; got {', '.join(map(str, folders))}; name each of them once"
     )
+
+
+def _printable(name: str) -> str:
+    """A name without control characters, which no figure can hold."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in name)
 
 
 def _internals(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Arm:
     preset: str
     assignments: tuple[str, ...]
     published: float | None
-    settings: Config
+    settings: Config = field(hash=False)  # holds lists
 
     def command(self, seed: int | str, folder: Path | str) -> list[str]:
         """Returns the arguments of the `train` command of one seed."""

@@ -218,8 +218,6 @@ def save(folder: Path, job: Job, scores: Sequence[Mapping[str, Any]], diverged: 
         scores: the records that `eval --json` printed; none where no epoch was ever validated.
         diverged: what was not finite, or None.
     """
-    if diverged is None and any(score["ppl"] is None for score in scores):
-        diverged = "perplexity"  # finite in nats, but beyond what exp can hold
     place = run_folder(folder, job)
     written = place / "config.toml"  # tells the device that `auto` was
     settings = config.build(config.read_toml(written, "")) if written.is_file() else job.arm.settings
@@ -231,6 +229,8 @@ def save(folder: Path, job: Job, scores: Sequence[Mapping[str, Any]], diverged: 
 
 def gather(job: Job, log: Sequence[Row], scores: Sequence[Mapping[str, Any]], diverged: str | None) -> dict[str, Any]:
     """Returns the result of a run from what it logged and how it scored."""
+    if diverged is None and any(score["ppl"] is None for score in scores):
+        diverged = "perplexity"  # finite in nats, but beyond what exp can hold
     epochs = [row for row in log if row["kind"] == "epoch"]
     best = [row["epoch"] for row in log if row["kind"] == "valid" and row["best"]]
     speeds = sorted(row["tokens_per_second"] for row in log if row["kind"] == "train")

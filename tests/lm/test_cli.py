@@ -241,10 +241,20 @@ def test_one_file_and_the_standard_input(process, call, corpus, tmp_path, monkey
     assert "must be for a new run; got piped, which holds a run" in pipe("--run", "piped", code=2)[1]
     assert "at least 3 pieces" in pipe("--run", "other", "--set", "data.vocab_size=1", code=2)[1]
     assert not (tmp_path / "other").exists()
-    (tmp_path / "piped").rename(tmp_path / "moved")
-    assert "got '" in fault(call, "train", "--run", "moved")
-    assert "give --data NEW" in fault(call, "eval", "moved")
-    call("train", "--run", "moved", "--data", "moved/text.txt")
+    first = call("eval", "piped", "--split", "test").out
+    (tmp_path / "piped").rename(tmp_path / "moved")  # and its text with it
+    assert call("eval", "moved", "--split", "test").out == first
+    assert "resuming after step 4" in call("train", "--run", "moved", "--set", "train.max_steps=6")[1]
+
+
+def test_a_run_that_was_told_where_its_text_has_moved_is_evaluated_there(call, trained, corpus, tmp_path):
+    first = call("eval", trained, "--split", "test").out
+    corpus.rename(tmp_path / "elsewhere")
+    assert "give --data NEW" in fault(call, "eval", trained)
+    call("train", "--run", trained, "--data", "elsewhere")  # finished: no new best is written
+    assert call("eval", trained, "--split", "test").out == first
+    (trained / "config.toml").write_text("=")  # then as the checkpoint tells
+    assert "give --data NEW" in fault(call, "eval", trained)
 
 
 def test_the_standard_input_replaces_no_file_but_its_own(call, corpus, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Exported files compute what the model does, in a process without this program."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -181,3 +182,13 @@ def test_embeddings_are_word2vec_s_text(trained, tmp_path):
     rows = (tmp_path / "characters.txt").read_text().split("\n")[1:-1]
     assert {"<0x20>", "<0x09>", "<0xA0>"} <= {row.split(" ")[0] for row in rows}
     assert {len(row.split()) for row in rows} == {13}
+
+
+@pytest.mark.slow
+def test_a_file_that_computes_nan_is_not_taken_for_equal(trained):
+    net, form = trained().model, export.FORMATS["torchscript"]
+    content, worst = export._checked(trained(), form)
+    assert worst <= export.TOLERANCE
+    with torch.no_grad():
+        net.decoder.bias.fill_(torch.nan)
+    assert math.isnan(export._worst(net, form, content))

@@ -63,3 +63,16 @@ def test_a_place_that_cannot_be_a_folder(tmp_path):
         pytest.raises(UserError, match=r"file must be a folder that can be written; .*; check the path"),
     ):
         lock.take(tmp_path / "file")
+
+
+def test_a_full_disk_takes_no_text_and_locks_all_the_same(tmp_path):
+    program = _HOLDER.replace("time.sleep(60)", "None").replace(
+        "with Lock",
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\nwith Lock",
+        1,
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

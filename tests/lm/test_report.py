@@ -1,11 +1,14 @@
 """A report of a study and of runs, from logs that are written here: nothing is trained."""
 
 import base64
+import html
 import json
 import math
 import re
 import shutil
 import subprocess
+import types
+import xml.etree.ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import rnnorm
 from lm import config, report, study
 from lm.cli import main
 from lm.errors import UserError
-from lm.report import figures, page
+from lm.report import figures, page, sources
 from lm.study import results
 
 STUDY = """
@@ -621,3 +624,84 @@ def test_one_epoch_has_one_label_and_none_says_so(tmp_path):
     assert "No epoch has ended yet" in text
     assert "<h2>Figures</h2>" not in text
     assert "No epoch has ended" not in report.write([source], tmp_path / "other").read_text()
+
+
+def test_bands_of_other_vocabularies_keep_their_own_counts_and_their_order(tmp_path):
+    names = {
+        "small": ["10-99 times", "1,000-9,999 times", "<unk>", "<eos>"],
+        "large": ["1-9 times", "10-99 times", "<eos>"],
+    }
+    for number, (name, bands) in enumerate(names.items(), 7):
+        folder, score = run_of(tmp_path, name)
+        groups = [{"name": band, "tokens": number, "nll": 1.0, "ppl": 2.0 * number} for band in bands]
+        kept = {"step": 20, **score, "by_frequency": groups}
+        (folder / "scores.jsonl").write_text(json.dumps(kept) + "\n")
+    (source,) = report.load([tmp_path / name for name in names])
+    text = "".join(page._bands(source))
+    rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", text)
+    assert [html.unescape(row[0]) for row in rows] == [
+        *("1-9 times", "10-99 times", "1,000-9,999 times", "<unk>", "<eos>"),
+    ]
+    assert rows[0][1:] == ("8", "", "16.0")
+    assert rows[1][1:] == ("", "14.0 (7)", "16.0 (8)")
+    axes = figures.bands(source, "by_frequency").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1-9", "10-99", "1,000-9,999", "<unk>", "<eos>"]
+    assert all(list(line.get_xdata()) == sorted(line.get_xdata()) for line in axes.lines)
+
+
+def test_a_run_beyond_what_exp_can_hold_counts_as_diverged(tmp_path):
+    folder, score = run_of(tmp_path, "one")
+    (folder / "scores.jsonl").write_text(json.dumps({"step": 20, **score, "ppl": None}) + "\n")
+    (source,) = report.load([folder])
+    assert source.entries[0].result["row"]["diverged"]
+    assert source.summary["arms"][0]["diverged"] == 1
+
+
+def test_a_run_without_a_validation_is_among_those_of_its_text(tmp_path, monkeypatch):
+    first, _ = run_of(tmp_path, "one")
+    rows = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
+    told = [row | ({"data_sha256": "book"} if row["kind"] == "valid" else {}) for row in rows]
+    (first / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    young, _ = run_of(tmp_path, "young", 0)
+    saved = {"data_sha256": {"valid": "book"}, "tokenizer": {}, "trainer": {"step": 0}}
+    monkeypatch.setattr(sources.checkpoint, "load", lambda path: saved)
+    monkeypatch.setattr(sources.tokenizers, "from_state", lambda state: types.SimpleNamespace(unit="word"))
+    (source,) = report.load([first, young])
+    assert [entry.arm for entry in source.entries] == ["one", "young"]
+
+
+def test_eight_runs_of_one_norm_have_lines_of_their_own(tmp_path):
+    (source,) = report.load([run_of(tmp_path, f"run-{number}")[0] for number in range(8)])
+    assert len({str(figures._line(arm, source.selected)) for arm in source.selected}) == 8
+
+
+def test_statistics_of_the_cell_are_labelled():
+    assert [figures._place(name) for name in ("norm_mean_l0", "cell_norm_mean_l1")] == ["l0", "cell l1"]
+
+
+def test_the_gates_of_runs_of_other_depths_are_all_shown(tmp_path):
+    for name, layers in (("one", 1), ("two", 2)):
+        folder, _ = run_of(tmp_path, name, 1)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for row in rows:
+            if row["kind"] == "internals":
+                row["gates"] = {
+                    f"{letter}_l{n}": row["gates"][f"{letter}_l0"] for n in range(layers) for letter in "ifgo"
+                }
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (source,) = report.load([tmp_path / "one", tmp_path / "two"])
+    axes = figures.gates(source, "lstm").axes
+    assert [each.get_title() for each in axes] == [f"{letter}: 10%" for letter in "ifgo"] * 2
+    assert all(each.axison for each in axes)
+    assert [axes[0].get_ylabel(), axes[4].get_ylabel()] == ["one", "two"]
+
+
+def test_names_of_folders_are_shown_as_they_are(tmp_path):
+    for name in ("a|b", "<i>&", "bell\x07"):
+        write_run(tmp_path / name)
+    (source,) = report.load([tmp_path / name for name in ("a|b", "<i>&", "bell\x07")])
+    rows = page.markdown(source).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| a\\|b", "| &lt;i&gt;&amp;", "| bell\\x07"]
+    with figures.styled():
+        drawn = page._save(figures.curves(source, "lstm"), tmp_path, "curves").decode()
+    xml.etree.ElementTree.fromstring(drawn)

@@ -19,6 +19,7 @@ from lm.events import Stepped
 from lm.lock import Lock
 from lm.machine import require_backend, resolve_device
 from lm.model import LanguageModel
+from lm.run_folder import RunFolder
 from lm.trained import load
 from lm.trainer import DivergedError
 
@@ -1030,3 +1031,15 @@ def test_bfloat16_without_instructions_is_told_to_be_slower(train, monkeypatch, 
     monkeypatch.setattr("rnnorm.why_not_bfloat16", lambda device: "no instructions")
     train(f"train.precision={precision}", "train.max_steps=1", say=said.append)
     assert any("slower here than in float32: no instructions" in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["events.1", "valid"])
+def test_a_folder_may_be_called_as_tensorboards_own_are(train, tmp_path, name):
+    train("train.epochs=1", folder=name)
+    train("train.epochs=2", folder=name)
+    places = {
+        path.parent.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("events.*") if path.is_file()
+    }
+    assert places == {Path("tensorboard", name), Path("tensorboard", name, "valid")}
+    (tmp_path / name).rename(tmp_path / "other")
+    assert RunFolder(tmp_path / "other").events == tmp_path / "other/tensorboard" / name

@@ -66,6 +66,11 @@ def read(tmp_path):
     return make
 
 
+def test_arms_may_have_settings_that_are_lists(read):
+    plan = read('[[arms]]\nname = "a"\npreset = "awd-ptb"\n[[arms]]\nname = "b"\nmodel.layer_sizes = [8]\n', seeds=3)
+    assert len({*plan.jobs(), *plan.jobs()}) == 6
+
+
 def test_an_arm_is_its_preset_the_studys_settings_and_its_own(read):
     plan = read(
         """
