@@ -29,7 +29,8 @@ def linear_cross_entropy(
         The sum in nats, a float64 scalar, and the number of rows with a weight other than 0.
 
     Products run in the dtype of `hidden`, or in autocast's; log-softmax, sums and gradients of the weights accumulate
-    in float32 (float64 for float64 input), the sum of nats in float64.
+    in float32 (float64 for float64 input), the sum of nats in float64. In float16 gradients are rounded before a loss
+    scale multiplies them: keep the rows' weights near 1, and divide the sum instead.
 
     Raises:
         ValueError: wrong shape or dtype, or the target of a counted row outside 0 … V - 1.
