@@ -90,7 +90,7 @@ def load(
     `src/**/*.py` finds, is split. `hf:NAME` or `hf:NAME:CONFIG` is a data set of the hub.
 
     Arguments:
-        needed: splits that must be there.
+        needed: splits that must be there; of one text that is split and where none is named, all that have a share.
         options: how files are read.
 
     Raises:

@@ -333,9 +333,8 @@ def gates(source: Source, cell: str) -> "Figure | None":
 
 def _of_last_layer(gates: list[str]) -> list[str]:
     """The gates that a row has room for: all of them, or those of the last layer."""
-    return (
-        gates if len(gates) <= 4 else [name for name in gates if name.partition("_")[2] == gates[-1].partition("_")[2]]
-    )
+    last = gates[-1].partition("_")[2]
+    return gates if len(gates) <= 4 else [name for name in gates if name.partition("_")[2] == last]
 
 
 def speed(source: Source) -> "Figure | None":

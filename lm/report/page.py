@@ -352,14 +352,14 @@ def _bands(source: Source) -> list[str]:
 def _band(groups: Sequence[Mapping[str, Any] | None]) -> list[str]:
     """One row of the bands: the number of tokens, and each arm's perplexity."""
     numbers = {group["tokens"] for group in groups if group is not None}
-    own = len(numbers) > 1
-    cells = [
-        ""
-        if group is None or group["ppl"] is None
-        else f"{group['ppl']:,.1f}" + (f" ({group['tokens']:,})" if own else "")
-        for group in groups
-    ]
-    return ["" if own else f"{numbers.pop():,}", *cells]
+    shared = f"{numbers.pop():,}" if len(numbers) == 1 else ""
+
+    def cell(group: Mapping[str, Any] | None) -> str:
+        if group is None or group["ppl"] is None:
+            return ""
+        return f"{group['ppl']:,.1f}" + ("" if shared else f" ({group['tokens']:,})")
+
+    return [shared, *map(cell, groups)]
 
 
 def _provenance(source: Source) -> list[str]:

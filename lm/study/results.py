@@ -228,7 +228,7 @@ def save(folder: Path, job: Job, scores: Sequence[Mapping[str, Any]], diverged: 
 
 
 def gather(job: Job, log: Sequence[Row], scores: Sequence[Mapping[str, Any]], diverged: str | None) -> dict[str, Any]:
-    """Returns the result of a run from what it logged and how it scored."""
+    """Returns the result of a run from what it logged and how it scored; one whose perplexity is infinite diverged."""
     if diverged is None and any(score["ppl"] is None for score in scores):
         diverged = "perplexity"  # finite in nats, but beyond what exp can hold
     epochs = [row for row in log if row["kind"] == "epoch"]
