@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 import click
+from click.core import ParameterSource
 from torch import Tensor
 
 import rnnorm
@@ -59,7 +60,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         click.echo(fault.format_message(), err=True)
         return 2
     except click.ClickException as fault:
-        return _fail(fault.format_message(), 2)
+        return _fail(re.sub(r"\s*\n\s*", " ", fault.format_message()) + _as_setting(fault), 2)
     except (UserError, rnnorm.BackendUnavailable) as fault:
         return _fail(str(fault), 2)
     except OSError as fault:
@@ -78,6 +79,16 @@ def _main(arguments: Sequence[str] | None) -> int:
             raise
         click.echo(f"error: {lacking}", err=True)  # of this process alone, even among several
         return 2
+
+
+def _as_setting(fault: click.ClickException) -> str:
+    """Where an option that is not there is a setting, such as `--epochs`: how to give it, as the end of a sentence."""
+    if not (isinstance(fault, click.NoSuchOption) and fault.ctx is not None):
+        return ""
+    key = fault.option_name.strip("-").replace("-", "_")
+    names = [name for name in config.flatten(Config()) if name.partition(".")[2] == key]
+    takes_settings = any(option.name == "assignments" for option in fault.ctx.command.params)
+    return f" Give this setting as --set {names[0]}=VALUE." if names and takes_settings else ""
 
 
 def _fail(message: str, code: int) -> int:
@@ -345,12 +356,12 @@ def evaluate(
     once = functools.cache(_say)  # a warning of a text is the same for each protocol
     trained = load(folder, which=which, backend=backend or "auto", device=device or "auto", say=once)
     trained = replace(trained, config=_of_evaluation(trained.config, assignments))
-    _warn_of_unused(config.assigned(assignments), options)
+    _warn_of_unused(assignments, options)
     reading = _reading(trained.config.data, data, encoding, column, once)
     groups = by_frequency or by_position
     methods = protocols or (trained.config.eval.protocol,)
     means, rms = None, None
-    if options["temperature"] is not None or any(options[name] for name in ("dynamic", "cache", "tune")):
+    if _adapts(options):
         if {*protocols} - {"exact"}:
             raise UserError(
                 f"a model that adapts must be scored by the protocol exact; got {', '.join(protocols)}; leave it out"
@@ -393,11 +404,20 @@ def _reading(own: DataConfig, data: str | None, encoding: str | None, column: st
     return replace(own.reading, **given)
 
 
-def _warn_of_unused(names: Collection[str], options: Mapping[str, Any]) -> None:
-    for name in sorted(names):
+def _adapts(options: Mapping[str, Any]) -> bool:
+    return options["temperature"] is not None or any(options[name] for name in ("dynamic", "cache", "tune"))
+
+
+def _warn_of_unused(assignments: Sequence[str], options: Mapping[str, Any]) -> None:
+    for name in sorted(config.assigned(assignments)):
         option = name.removeprefix("eval.").partition("_")[0]
         if option in ("dynamic", "cache") and not options[option]:
             _say(f"warning: {name} has no effect without --{option}")
+        if name == "eval.protocol" and _adapts(options):
+            _say(f"warning: {name} has no effect where the model adapts: it is scored by the protocol exact")
+    given = click.get_current_context().get_parameter_source("tune_tokens")
+    if given is ParameterSource.COMMANDLINE and not options["tune"]:
+        _say("warning: --tune-tokens has no effect without --tune")
 
 
 def _require_number(split: str, score: Score) -> None:

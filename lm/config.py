@@ -529,8 +529,36 @@ def _require_given(ours: DataConfig, theirs: Mapping[str, Any], place: str, give
             )
 
 
+def _is_named(data: DataConfig) -> bool:
+    return data.source in CORPORA
+
+
+def _is_table(data: DataConfig) -> bool:
+    return data.source.startswith("hf:") or data.source.lower().endswith(".parquet")
+
+
+def _outlasts(stop: int | None, begin: int | None) -> bool:
+    """Whether a run goes on after the validation that averaging begins with."""
+    return stop is None or begin is None or stop > begin
+
+
 # Settings that have an effect in some runs alone: which of them, where, and whether a run is such a one.
 _CONDITIONAL: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
+    (
+        ("data.split",),
+        "a text that is one (a file, a pattern or hf:NAME)",
+        lambda c: not (_is_named(c.data) or Path(c.data.source).is_dir()),
+    ),
+    (
+        ("data.encoding",),
+        "a text in files of your own that are no tables",
+        lambda c: not (_is_named(c.data) or _is_table(c.data)),
+    ),
+    (
+        ("data.column",),
+        "a text in tables (.parquet or hf:NAME)",
+        lambda c: not _is_named(c.data) and (_is_table(c.data) or not Path(c.data.source).is_file()),
+    ),
     (("model.embedding_range",), "model.init_range=none", lambda c: c.model.init_range is None),
     (
         ("model.hidden_size",),
@@ -544,11 +572,21 @@ _CONDITIONAL: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] 
     ),
     (("data.min_count",), "data.tokenizer=word or char", lambda c: c.data.tokenizer in ("word", "char")),
     (("data.tokenizer_sample",), "data.tokenizer=bpe or unigram", lambda c: c.data.tokenizer in ("bpe", "unigram")),
+    (
+        ("model.locked_dropout",),
+        "model.dropout, model.input_dropout or model.output_dropout above 0",
+        lambda c: any((c.model.dropout, c.model.input_dropout, c.model.output_dropout)),
+    ),
     (("model.mogrifier_rank",), "model.mogrifier_rounds above 0", lambda c: c.model.mogrifier_rounds > 0),
     (("model.experts", "model.latent_dropout"), "model.decoder=mixture", lambda c: c.model.decoder == "mixture"),
     (("model.cutoffs",), "model.decoder=adaptive", lambda c: c.model.decoder == "adaptive"),
     (("train.momentum",), "train.optimizer=sgd or asgd", lambda c: c.train.optimizer in ("sgd", "asgd")),
     (("train.average_patience",), "train.average=true or train.optimizer=asgd", lambda c: c.train.averaging),
+    (
+        ("train.average", "train.average_patience"),
+        "train.stop_patience above train.average_patience, or none",
+        lambda c: not c.train.averaging or _outlasts(c.train.stop_patience, c.train.average_patience),
+    ),
     (
         ("train.schedule_factor",),
         "train.schedule=exponential or plateau",

@@ -706,6 +706,10 @@ def test_what_has_no_effect_is_warned_of(call, trained):
     lines = call(*kept, "--cache")[1].splitlines()
     assert lines == ["warning: eval.dynamic_lr has no effect without --dynamic"]
     assert len(call(*kept)[1].splitlines()) == 2
+    unused = ("eval", trained, "--set", "eval.protocol=chunk-mean", "--tune-tokens", "99")
+    assert call(*unused)[1].splitlines() == ["warning: --tune-tokens has no effect without --tune"]
+    (line,) = call(*unused[:4], "--temperature", "1")[1].splitlines()
+    assert line.startswith("warning: eval.protocol has no effect where the model adapts")
 
 
 @pytest.mark.parametrize(
@@ -864,6 +868,9 @@ def test_help_names_every_option_and_key(process, call):
         (("data", "prepare", "a.txt", "--language", "german"), "cs, de, el, en, es, "),
         (("train", "--data", "hf:"), "a data set of the hub must have a name, hf:NAME or hf:NAME:CONFIG; got 'hf:'"),
         (("fly",), "No such command 'fly'"),
+        (("export", "run", "file"), "Missing option '--to'. Choose from: torchscript, torch-export"),
+        (("train", "--hidden-size", "9"), "'--hidden-size'. Give this setting as --set model.hidden_size=VALUE."),
+        (("eval", "run", "--cache-theta", "1"), "Give this setting as --set eval.cache_theta=VALUE."),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(call, tmp_path, arguments, message):
