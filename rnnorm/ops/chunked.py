@@ -65,15 +65,19 @@ def linear_cross_entropy(
         sums = logits.exp_().sum(1, keepdim=True)
         counted[part] = (sums.log() - chosen).squeeze(1)
         # The gradient of the logits is what follows / sums; dividing the narrow factors saves a pass over [R, V].
+        # Before a rounding to half precision it is divided itself: sums reach V, which may be beyond float16.
         gradient = logits.scatter_add_(1, index, -sums)
         scale = factors[part, None] / sums
+        if dtype != wide:
+            gradient, scale = gradient.div_(sums), factors[part, None]
+        rounded = gradient.to(dtype)
         if grad_rows is not None:
-            grad_rows[part] = (gradient.to(dtype) @ narrow_weight).to(wide) * scale
+            grad_rows[part] = (rounded @ narrow_weight).to(wide) * scale
         if needs[1]:
-            grad_weight += gradient.to(dtype).t() @ (narrow * scale).to(dtype)
+            grad_weight += rounded.t() @ (narrow * scale).to(dtype)
         if needs[2]:
             grad_bias.addmv_(gradient.t(), scale.squeeze(1))
-        del logits, gradient  # before the next chunk allocates its own
+        del logits, gradient, rounded  # before the next chunk allocates its own
     grad_hidden = hidden.new_empty(0) if grad_rows is None else grad_rows.to(hidden.dtype)
     if keep is not None:
         counted = hidden.new_zeros(len(hidden), dtype=torch.float64).index_copy_(0, keep, counted)

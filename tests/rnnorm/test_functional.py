@@ -81,6 +81,44 @@ def test_weights_of_rows_are_not_rounded_to_half_precision(dtype, factor, autoca
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_of_confident_rows_in_bfloat16(form, autocast):
+    """Where the target's probability p is nearly 1, the rounding of p is as large as p - 1, the gradient."""
+    if torch.bfloat16 not in registry.BACKENDS[0].losses:
+        pytest.skip("this form does not run this dtype")
+    torch.manual_seed(0)
+    weight, targets = (torch.randn(1000, 64) * 0.3).bfloat16(), torch.randint(1000, (256,))
+    towards = weight[targets].double() / weight[targets].double().square().sum(1, keepdim=True)
+    hidden = (17 * towards + 0.05 * torch.randn(256, 64)).bfloat16()
+    bias = torch.zeros(1000, dtype=torch.bfloat16)
+    exact = [t.double().requires_grad_() for t in (hidden, weight, bias)]
+    logits = F.linear(*exact)
+    expected = torch.autograd.grad(F.cross_entropy(logits, targets, reduction="sum"), exact)
+    assert logits.softmax(1).gather(1, targets[:, None]).median() > 0.998
+    inputs = [t.to(torch.float32 if autocast else torch.bfloat16).requires_grad_() for t in (hidden, weight, bias)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        total, _ = linear_cross_entropy(*inputs, targets)
+    # torch's own operators round the logits, and so the probabilities
+    bound = 0.005 if form == "cpu" else 0.06
+    for ours, theirs in zip(torch.autograd.grad(total, inputs), expected, strict=True):
+        assert (ours.double() - theirs).norm() < bound * theirs.norm()
+
+
+def test_gradients_in_float16_of_a_large_vocabulary():
+    """The sum of e^x over more than 65,504 words is beyond float16, and so are factors of an even probability."""
+    if torch.float16 not in registry.BACKENDS[0].losses:
+        pytest.skip("this form does not run this dtype")
+    torch.manual_seed(0)
+    weight, targets = (torch.randn(70_000, 8) * 0.05).half(), torch.randint(70_000, (9,))
+    hidden, bias = (torch.randn(9, 8) * 0.02).half(), torch.zeros(70_000).half()
+    exact = [t.double().requires_grad_() for t in (hidden, weight, bias)]
+    expected = torch.autograd.grad(plain(*exact, targets), exact)
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
+    total, _ = linear_cross_entropy(*inputs, targets)
+    for ours, theirs in zip(torch.autograd.grad(total, inputs), expected, strict=True):
+        assert (ours.double() - theirs).norm() < 2e-3 * theirs.norm()
+
+
 def test_gradcheck():
     hidden, weight, bias, targets = problem(7)
     mask = torch.tensor([True, False, True, True, False, True, True])

@@ -386,6 +386,27 @@ def test_narrow_dtypes_round_inputs_and_outputs_alone(
             torch.testing.assert_close(found[name], rounded[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("layout", [_channels_last, torch.clone])
+@pytest.mark.parametrize("backend", cases.CANDIDATES)
+def test_sums_over_many_equal_values_are_precise(backend: str, layout: Any, channels: int) -> None:
+    """As of a blank image: roundings of one long sum would all go one way."""
+    x = layout(torch.full((1, channels, 512, 512), 0.1)).requires_grad_()
+    norm = rnnorm.OnlineNorm(channels, alpha_fwd=0.5, alpha_bwd=0.5, guard="none", backend=backend)
+    (norm(x) * 0.1).mean().backward()
+    given, y = 0.1 / channels, 0.1 / (1 + 1e-5) ** 0.5  # sums over the channel's values, and each of them
+    for found, exact in (
+        (norm.mean, 0.05),
+        (norm.var, 0.5 + 0.25 * 0.01),
+        (norm.bias.grad, given),
+        (norm.weight.grad, given * y),
+        (norm.u, given / 512**2 / (1 + 1e-5) ** 0.5),
+    ):
+        torch.testing.assert_close(
+            found.double(), torch.full((channels,), exact, dtype=torch.float64), rtol=3e-6, atol=0
+        )
+
+
 def _replayed(norm: rnnorm.OnlineNorm, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
     """What `_run` draws, rounded to a dtype, through a module in float32."""
     generator = torch.Generator().manual_seed(len(shape) + shape[0])

@@ -47,6 +47,17 @@ def test_memory_is_filled() -> None:
     assert torch.empty(3).isnan().all()
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e-5, 1e-2, 0.07, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_small_signals_keep_their_digits(dtype: torch.dtype, scale: float) -> None:
+    layer = rnnorm.RNN(1, 4, norm="none", bias=False, backend="triton").to(dtype)
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(torch.tensor([[0.9], [1.0], [1.1], [-1.0]]))
+        found = layer(torch.full((1, 1, 1), scale, dtype=dtype))[0].flatten().double()
+    exact = (layer.weight_ih_l0.detach().flatten() * torch.tensor(scale, dtype=dtype)).double().tanh()
+    assert ((found - exact).abs() <= 3 * torch.finfo(dtype).eps * exact.abs()).all()
+
+
 @pytest.mark.parametrize("name", cases.CHOSEN)
 def test_equals_reference(name: str) -> None:
     _compare(cases.CHOSEN[name])

@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -107,10 +108,13 @@ class Decoder {
       S* exponentials = data<S>(kept_) + (problem_.keeps() ? (tile.begin - slice_.begin) * width_ : 0);
       problem_.gemm(tile.size(), width_, problem_.gemm.depth(problem_.E), weight_rows(tile), data<T>(columns_), logits, width_,
                     false);
+      const auto first_target = target;
       for (; target != targets_.end() && target->first < tile.end; ++target)
         board_->chosen[target->second] = logits[(target->first - tile.begin) * width_ + target->second] + bias(target->first);
       exponentiate(tile, logits, exponentials);
       if (raise(index > 0)) exponentiate(tile, logits, exponentials);
+      for (auto it = first_target; it != target; ++it)  // in no product: see `of_target`
+        store(T(0), exponentials[(it->first - tile.begin) * width_ + it->second]);
       for (int64_t r = 0; r < width_; ++r) mine.sum[r] += sums_[r];
       if (problem_.keeps()) std::copy_n(mine.reference.data(), width_, references_.data() + index * width_);
       if (problem_.grad_hidden != nullptr) {
@@ -256,6 +260,12 @@ class Decoder {
     return highest + std::log(sum);
   }
 
+  // The gradient of a row's target's logit, the weight times p - 1. It is added by itself and not within products: there the
+  // rounding of p would be greater than p - 1 where p is nearly 1.
+  T of_target(int64_t r, double total) const {
+    return static_cast<T>(std::expm1(board_->chosen[r] - total)) * problem_.weight_of(row(r));
+  }
+
   void finish_row(int64_t r) {
     const int64_t E = problem_.E, row = this->row(r);
     const double total = normalizer(r);
@@ -263,8 +273,8 @@ class Decoder {
     if (problem_.grad_hidden == nullptr) return;
     T* __restrict out = problem_.grad_hidden + row * E;
     const T* chosen = problem_.weight + problem_.targets[row] * E;
-    const T weight = problem_.weight_of(row);
-    for (int64_t e = 0; e < E; ++e) out[e] = -weight * chosen[e];
+    const T weight = problem_.weight_of(row), of_target = this->of_target(r, total);
+    for (int64_t e = 0; e < E; ++e) out[e] = of_target * chosen[e];
     for (int t = 0; t < threads_; ++t) {
       const Report<T>& report = board_->reports[t];
       const T factor = static_cast<T>(std::exp(report.reference[r] - total)) * weight;
@@ -313,12 +323,12 @@ class Decoder {
         }
     }
     for (const auto& [target, r] : targets_) {
-      const T weight = problem_.weight_of(row(r));
-      if (problem_.grad_bias != nullptr) problem_.grad_bias[target] -= weight;
+      const T of_target = this->of_target(r, normalizer(r));
+      if (problem_.grad_bias != nullptr) problem_.grad_bias[target] += of_target;
       if (problem_.grad_weight == nullptr) continue;
       T* __restrict gradient = problem_.grad_weight + target * E;
       const T* from = hidden(r);
-      for (int64_t e = 0; e < E; ++e) gradient[e] -= weight * from[e];
+      for (int64_t e = 0; e < E; ++e) gradient[e] += of_target * from[e];
     }
   }
 

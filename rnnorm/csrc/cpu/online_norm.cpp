@@ -30,6 +30,9 @@ constexpr int64_t line = 16;
 constexpr int64_t together = 64;
 // Values for each additional thread: with fewer, starting it takes longer than it saves.
 constexpr int64_t worthwhile = 16'384;
+// Values that are added up one after another in their own precision; sums of these are of double precision, since the rounding of
+// a long float32 sum of equal values adds up too.
+constexpr int64_t terms = 128;
 // Values of a block of samples that one thread processes before another takes over their channels.
 constexpr int64_t block_values = 131'072;
 
@@ -168,24 +171,31 @@ class Run {
       const X* __restrict x = p_.x + place;
       const X* __restrict grad = with_grad ? p_.grad + place : x;
       const T mu = own_.mean[j], b = own_.bias[j], r = inverse_sqrt(own_.var[j] + p_.constants.eps), a = own_.weight[j] * r;
-      T sum_d = 0, sum_dd = 0, sum_g = 0, sum_gd = 0, squares = 0, products = 0;
-#pragma omp simd reduction(+ : sum_d, sum_dd, sum_g, sum_gd, squares, products)
-      for (int64_t i = 0; i < p_.D; ++i) {
-        const T d = static_cast<T>(x[i]) - mu, z = a * d + b, given = static_cast<T>(grad[i]);
-        sum_d += d;
-        sum_dd += d * d;
-        if constexpr (back) {
-          const T g = of_n.backward(given, z);
-          sum_g += g;
-          sum_gd += g * d;
+      double sum_d = 0, sum_dd = 0, sum_g = 0, sum_gd = 0, squares = 0, products = 0;
+      constexpr int64_t block = terms * LanesOf<T>::count;
+      for (int64_t begin = 0; begin < p_.D; begin += block) {
+        const int64_t end = std::min(begin + block, p_.D);
+        T d_part = 0, dd_part = 0, g_part = 0, gd_part = 0, squares_part = 0, products_part = 0;
+#pragma omp simd reduction(+ : d_part, dd_part, g_part, gd_part, squares_part, products_part)
+        for (int64_t i = begin; i < end; ++i) {
+          const T d = static_cast<T>(x[i]) - mu, z = a * d + b, given = static_cast<T>(grad[i]);
+          d_part += d;
+          dd_part += d * d;
+          if constexpr (back) {
+            const T g = of_n.backward(given, z);
+            g_part += g;
+            gd_part += g * d;
+          }
+          if constexpr (summed) squares_part += z * z;
+          if constexpr (multiplied) products_part += given * z;
         }
-        if constexpr (summed) squares += z * z;
-        if constexpr (multiplied) products += given * z;
+        sum_d += d_part, sum_dd += dd_part, sum_g += g_part, sum_gd += gd_part;
+        squares += squares_part, products += products_part;
       }
       T of_d = 0, shift = 0;
-      move(j, r, a, sum_d, sum_dd, sum_g, sum_gd, of_d, shift);
-      if constexpr (summed) squares_[n * p_.C + range_.begin + j] = squares;
-      if constexpr (multiplied) products_[n * p_.C + range_.begin + j] = products;
+      move(j, r, a, T(sum_d), T(sum_dd), T(sum_g), T(sum_gd), of_d, shift);
+      if constexpr (summed) squares_[n * p_.C + range_.begin + j] = static_cast<T>(squares);
+      if constexpr (multiplied) products_[n * p_.C + range_.begin + j] = static_cast<T>(products);
       if (summed || p_.out == nullptr) continue;
       X* __restrict out = p_.out + place;
 #pragma omp simd
@@ -258,36 +268,44 @@ class Run {
       const int64_t count = std::min(widest, range_.size() - first);
       const int64_t place = n * p_.D * p_.C + range_.begin + first;
       const T *__restrict bias = own_.bias + first, *__restrict weight = own_.weight + first;
-      T mu[widest], r[widest], a[widest], sum_d[widest], sum_dd[widest], sum_g[widest], sum_gd[widest];
-      T of_d[widest], shift[widest], squares[widest], products[widest];
+      T mu[widest], r[widest], a[widest], of_d[widest], shift[widest];
+      enum { ds, dds, gs, gds, zzs, gzs, sums };
+      T part[sums][widest], total[sums][widest];
+      double exact[sums][widest] = {};
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
         mu[j] = own_.mean[first + j];
         r[j] = inverse_sqrt(own_.var[first + j] + p_.constants.eps);
         a[j] = weight[j] * r[j];
-        sum_d[j] = sum_dd[j] = sum_g[j] = sum_gd[j] = squares[j] = products[j] = 0;
       }
-      for (int64_t i = 0; i < p_.D; ++i) {
-        const X* __restrict x = p_.x + place + i * p_.C;
-        const X* __restrict grad = with_grad ? p_.grad + place + i * p_.C : x;
+      for (int64_t begin = 0; begin < p_.D; begin += terms) {
+        for (T (&of)[widest] : part) std::fill_n(of, count, T(0));
+        for (int64_t i = begin; i < std::min(begin + terms, p_.D); ++i) {
+          const X* __restrict x = p_.x + place + i * p_.C;
+          const X* __restrict grad = with_grad ? p_.grad + place + i * p_.C : x;
 #pragma omp simd
-        for (int64_t j = 0; j < count; ++j) {
-          const T d = static_cast<T>(x[j]) - mu[j], z = a[j] * d + bias[j], given = static_cast<T>(grad[j]);
-          sum_d[j] += d;
-          sum_dd[j] += d * d;
-          if constexpr (back) {
-            const T g = of_n.backward(given, z);
-            sum_g[j] += g;
-            sum_gd[j] += g * d;
+          for (int64_t j = 0; j < count; ++j) {
+            const T d = static_cast<T>(x[j]) - mu[j], z = a[j] * d + bias[j], given = static_cast<T>(grad[j]);
+            part[ds][j] += d;
+            part[dds][j] += d * d;
+            if constexpr (back) {
+              const T g = of_n.backward(given, z);
+              part[gs][j] += g;
+              part[gds][j] += g * d;
+            }
+            if constexpr (summed) part[zzs][j] += z * z;
+            if constexpr (multiplied) part[gzs][j] += given * z;
           }
-          if constexpr (summed) squares[j] += z * z;
-          if constexpr (multiplied) products[j] += given * z;
         }
+        for (int k = 0; k < sums; ++k)
+#pragma omp simd
+          for (int64_t j = 0; j < count; ++j) exact[k][j] += part[k][j];
       }
+      for (int k = 0; k < sums; ++k) std::copy_n(exact[k], count, total[k]);
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j)
-        move(first + j, r[j], a[j], sum_d[j], sum_dd[j], sum_g[j], sum_gd[j], of_d[j], shift[j]);
-      if constexpr (summed) report(n, range_.begin + first, count, squares, products);
+        move(first + j, r[j], a[j], total[ds][j], total[dds][j], total[gs][j], total[gds][j], of_d[j], shift[j]);
+      if constexpr (summed) report(n, range_.begin + first, count, total[zzs], total[gzs]);
       if (summed || p_.out == nullptr) continue;
       for (int64_t i = 0; i < p_.D; ++i) {
         const X* __restrict x = p_.x + place + i * p_.C;
@@ -439,10 +457,12 @@ struct Arguments {
     check_channels(this->var, "var");
     if (scale) check_channels(weight = scale->contiguous(), "weight");
     if (shift) check_channels(bias = shift->contiguous(), "bias");
-    channels_last = x.movedim(1, -1).is_contiguous();
+    // Of one channel, or one value per channel, either order is the other; rows are faster, and made for many values.
+    const auto neighbours = [&] { return x.movedim(1, -1).is_contiguous() && (x.size(1) > 1 || x.numel() == x.size(0)); };
+    channels_last = neighbours();
     if (!channels_last) {
       x = x.contiguous();
-      channels_last = x.movedim(1, -1).is_contiguous();  // one value per channel
+      channels_last = neighbours();
     }
   }
 
