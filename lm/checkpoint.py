@@ -8,6 +8,7 @@ resumes needs begin with `training.`. Reading executes no code.
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ VERSION = 3  # 1 and 2 were files of torch.save
 MOST_STEPS = 2**53  # a float represents every integer up to here
 LAST, PREVIOUS, BEST, DAMAGED = (f"{name}.safetensors" for name in ("last", "previous", "best", "damaged"))
 _PREFIX = "training."  # no module has a child of this name: it is an attribute of each
+_READINGS = 10  # of a file that a run which is training replaces between the two that a reading consists of
 _LONGEST_HEADER = 100_000_000  # bytes; the format's limit
 _KEYS = {
     "config": dict,
@@ -248,10 +250,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
     Anything that a file may hold instead is a fault that names it.
     """
     try:
-        with path.open("rb") as file:
-            content, intact = _examined(file, path)
-        with safe_open(path, "pt") as opened:  # refuses sizes and offsets that do not make up the file
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        for _ in range(_READINGS):
+            with path.open("rb") as file:
+                content, intact = _examined(file, path)
+                with safe_open(path, "pt") as opened:  # refuses sizes and offsets that do not make up the file
+                    tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
         _unpacked(content, tensors)
     except FileNotFoundError:
         _refuse_old(path)
@@ -378,7 +383,7 @@ class Checkpoints:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case Validated(best=True):
+            case Validated():  # not the best alone: the file of the best may be lost
                 self.save_best(event.score.nll / event.score.tokens)
             case EndedEarly():
                 self.save_best(event.nats)

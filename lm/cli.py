@@ -175,7 +175,7 @@ def train(
     with _input(data, folder or Path("runs") / f"{_stem(preset)}-input", dry_run) as (kept, lock):
         if kept is not None:
             data, folder = str(kept), kept.parent
-        settings = compose(preset, data, folder, assignments, given)
+        settings = compose(preset, data, folder, assignments, given, begins=overwrite)
         for warning in config.without_effect(settings, config.assigned(assignments)):
             _say(warning)
         folder = folder or Path("runs") / f"{_stem(preset)}-{_name(settings.data.source)}"
@@ -243,15 +243,26 @@ def _standard_input() -> Iterator[bytes]:
 
 
 def compose(
-    preset: str | None, data: str | None, folder: Path | None, assignments: Sequence[str], given: dict[str, Any]
+    preset: str | None,
+    data: str | None,
+    folder: Path | None,
+    assignments: Sequence[str],
+    given: dict[str, Any],
+    begins: bool = False,
 ) -> Config:
     """Returns the settings: of the preset, else of the run that the folder holds, else of the run to begin with, else
     the default ones; changed by the options, and by the assignments last. Those of a tokenizer that is there already
-    are the tokenizer's."""
+    are the tokenizer's. A run that `begins` in the folder of another looks at the run to begin with first."""
     runs = [folder, Path(given["train.init_from"]) if "train.init_from" in given else None]
+    runs = runs[::-1] if begins else runs
     held = next((path for place in runs if place is not None and (path := place / "config.toml").is_file()), None)
     if preset is None and held is not None:
         tables = config.read_toml(held, "a run's configuration")
+        if not {"data", "model", "train"} <= tables.keys():
+            raise UserError(
+                f"a run's configuration must have the tables [data], [model] and [train]; got {held}, which has "
+                f"{', '.join(tables) or 'none'}; restore it, or choose another folder with --run"
+            )
         if held.parent != folder:  # where that run was says nothing of where this one is
             config.put(tables, "train", "device", "auto")
     else:
@@ -268,7 +279,9 @@ def compose(
             chosen.discard("data.tokenizer")
     chosen |= config.assigned(assignments)
     settings = config.build(config.override(tables, assignments))
-    placed = settings.data if folder is None else RunFolder(folder).moved(settings.data)
+    placed = settings.data
+    if held is not None and preset is None and data is None and "data.source" not in chosen:
+        placed = RunFolder(held.parent).moved(placed)
     settings = settings.model_copy(update={"data": config.absolute(placed)})
     return _with_tokenizer(settings, folder, chosen)
 

@@ -69,6 +69,14 @@ class DataConfig(Section):
         """How files are read."""
         return Reading(self.encoding, self.split, self.column)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _measured(cls, values: Any) -> Any:
+        """A corpus by name is trained by the tokens that it is measured by, unless others are named."""
+        if isinstance(values, Mapping) and "tokenizer" not in values and values.get("source") in [*CORPORA]:
+            return {**values, "tokenizer": CORPORA[values["source"]].tokenizer}
+        return values
+
     @field_validator("split")
     @classmethod
     def _shares(cls, value: str) -> str:

@@ -204,9 +204,10 @@ def _text(settings: Config, saved: Mapping[str, Any] | None, start: Mapping[str,
         tokenizer = store.tokenizer(
             data.tokenizer, corpus.splits["train"], data.vocab_size, least, data.tokenizer_sample
         )
-    sha256 = {split: corpus.splits[split].facts.digest(tokenizer.lossless) for split in ("train", "valid")}
-    for split, value in sha256.items():
-        if saved is not None and saved["data_sha256"].get(split) != value:
+    sha256 = {split: text.facts.digest(tokenizer.lossless) for split, text in corpus.splits.items()}
+    before = {} if saved is None else saved["data_sha256"]
+    for split in ("train", "valid"):
+        if saved is not None and before.get(split) != sha256[split]:
             raise UserError(
                 f"a run must be resumed with the text it began with; got another {split} text in {data.source}; "
                 "restore it, or begin another run with --run"
@@ -219,7 +220,8 @@ def _text(settings: Config, saved: Mapping[str, Any] | None, start: Mapping[str,
         )
     if unknown := stream.many_unknown(valid, tokenizer, "valid"):
         say(f"{unknown}; {_OTHER_TEXT if tokenizer_is_given else _OTHER_TOKENS}")
-    return _Text(corpus.name, tokenizer, ids, valid, torch.from_numpy(ids.counts(tokenizer.size)), sha256)
+    counts = torch.from_numpy(ids.counts(tokenizer.size))
+    return _Text(corpus.name, tokenizer, ids, valid, counts, {**sha256, **before})
 
 
 def _tokenizer(data: DataConfig, saved: Mapping[str, Any] | None) -> Tokenizer | None:

@@ -70,14 +70,16 @@ class RunFolder:
         again; in the folder, where that keeps the standard input."""
         if self.config.is_file():
             with suppress(UserError):
-                theirs = config.build(config.read_toml(self.config, "a run's configuration")).data
-                settings = settings.model_copy(update={name: getattr(theirs, name) for name in _PLACES})
+                tables = config.read_toml(self.config, "a run's configuration")
+                theirs = config.build(tables).data
+                written = [name for name in _PLACES if name in tables.get("data", {})]  # a file may be torn
+                settings = settings.model_copy(update={name: getattr(theirs, name) for name in written})
         return self.moved(settings)
 
     def moved(self, settings: DataConfig) -> DataConfig:
         """Returns the section with the text of the standard input where it is after the folder was moved."""
-        own, source = self.path / TEXT, Path(settings.source)
-        if source.name == TEXT and own.is_file() and not source.exists():
+        own = self.path / TEXT  # even where another run's lies in the old place now
+        if Path(settings.source).name == TEXT and own.is_file():
             return settings.model_copy(update={"source": str(own.resolve())})
         return settings
 
@@ -173,7 +175,19 @@ class RunFolder:
                 f"a run must have {self.checkpoints / checkpoint.LAST} to resume from; got {checkpoint.BEST} alone; "
                 "choose another folder with --run"
             )
+        elif self._epochs_logged() > 1:
+            raise UserError(
+                f"a run must have {self.checkpoints / checkpoint.LAST} to resume from; got none, and a log of "
+                f"{self._epochs_logged()} epochs; restore it, or {_WAYS}"
+            )
         return saved
+
+    def _epochs_logged(self) -> int:
+        """How many epochs the log tells of; the first may be there before its checkpoint, where a run was killed."""
+        try:
+            return self.metrics.read_bytes().count(b'"kind": "epoch"')
+        except OSError:
+            return 0
 
     def saved(self, which: Which, say: Say, instead: str = "give --checkpoint last") -> dict[str, Any]:
         """Returns what a checkpoint of the run holds.

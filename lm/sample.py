@@ -12,7 +12,7 @@ from lm.evaluator import evaluating
 from lm.files import utf8
 from lm.model import LanguageModel
 from lm.text import Text
-from lm.tokenizers import Tokenizer
+from lm.tokenizers import UNFINISHED, Tokenizer
 
 LONGEST = 1_000_000  # the whole text is decoded at once, from memory
 
@@ -99,7 +99,7 @@ def texts(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
         else:
             line.append(token)
             text = tokenizer.decode(line)
-            if not text.endswith("\ufffd"):  # bytes of a character may follow
+            if not text.endswith(UNFINISHED):  # more of a character may follow
                 yield text.removeprefix(shown)
                 shown = text
     yield decoder.decode(b"", final=True) if decoder else tokenizer.decode(line).removeprefix(shown)

@@ -413,6 +413,7 @@ def load(path: Path) -> Tokenizer:
 _ESCAPES = str.maketrans({"\x1b": "\x1b0", "\u2581": "\x1b1", "\u2585": "\x1b2", "\0": "\x1b3"})
 _UNESCAPES = {"0": "\x1b", "1": "\u2581", "2": "\u2585", "3": "\0"}
 _ESCAPED = re.compile("\x1b([0-3])")
+UNFINISHED = ("\ufffd", "\x1b")  # how the text of pieces may end whose last character is not whole
 
 
 def _unescaped(text: str) -> str:

@@ -18,7 +18,7 @@ from lm.errors import UserError
 from lm.evaluator import ProtocolName, Score, evaluate, in_bands, of_text, summarize, token_nlls
 from lm.machine import require_backend, require_device
 from lm.model import LanguageModel, sketch
-from lm.run_folder import SCORES, RunFolder, Say, Which
+from lm.run_folder import RunFolder, Say, Which
 from lm.scoring import ScoredLine, Token
 from lm.stream import Stream
 from lm.text import Text
@@ -37,8 +37,8 @@ class TrainedModel:
         tokenizer: its vocabulary.
         model: the network.
         train_counts: [V] int64, how often the training text holds each token.
-        data_sha256: of the run's own texts: those that it was trained and validated on, and of any other split the one
-            that `eval` scored last.
+        data_sha256: of the run's own texts, by split, as it began; of a split that an older run does not tell of, the
+            one that `eval` scored last.
         step: optimizer steps it has taken.
         say: receives warnings of a text that is scored.
 
@@ -287,8 +287,9 @@ class TrainedModel:
         options = settings.reading if data is None or reading is None else reading
         corpus = corpora.load(source, Path(settings.dir), [split], options)
         text = corpus.splits[split]
-        if data is None:
-            self._require_own(split, text)
+        # where one text is split, each part of another one is another: older checkpoints tell of train and valid alone
+        for name in (corpus.splits if corpus.note else [split]) if data is None else ():
+            self._require_own(name, corpus.splits[name])
         ways = checks.Ways("" if data is None else "--encoding ", "")
         for warning in checks.require({split: text}, self.tokenizer.kind, ways):
             self.say(f"warning: {warning}")
@@ -301,16 +302,14 @@ class TrainedModel:
             self.say(f"{unknown}; check that the text, its language and its encoding are those of the training text")
         return text, encoded
 
-    def _require_own(self, split: Split, text: Text) -> None:
+    def _require_own(self, split: str, text: Text) -> None:
         """Raises UserError where the run is known to have had another text."""
         known, source = self.data_sha256.get(split), self.config.data.source
         if known is None or known == text.facts.digest(self.tokenizer.lossless):
             return
-        held = "that it began with" if split in ("train", "valid") else f"that {SCORES} in its folder tells of"
-        also = "" if split in ("train", "valid") else ", or move that file away"
         raise UserError(
-            f"a run must be evaluated with the {split} text {held}; got another in {source}; restore it, score it "
-            f"as another text, by --data {shlex.quote(source)}{also}"
+            f"a run must be evaluated with its own {split} text; got another in {source}; restore that, or score this "
+            f"as another text, by --data {shlex.quote(source)}"
         )
 
     def _score(self, text: Text, encoded: Stream, protocol: ProtocolName, chunk: int, groups: bool = False) -> Score:
@@ -362,8 +361,12 @@ def load(
     texts = {**place.scored_texts(), **saved["data_sha256"]}
     weights = (saved.get("averages") if state.epoch else None) or saved
     with place.fitting("model"):  # before any memory is taken for it
-        checkpoint.require_tensors(weights["model"], sketch(settings.model, tokenizer.size).state_dict())
+        # not torch's default dtype, which a program may have set
+        dtype = (
+            torch.float64 if torch.float64 in {value.dtype for value in weights["model"].values()} else torch.float32
+        )
+        checkpoint.require_tensors(weights["model"], sketch(settings.model, tokenizer.size).to(dtype).state_dict())
     with torch.random.fork_rng(devices=[]):
-        model = LanguageModel(settings.model, tokenizer.size, backend).to(where)
+        model = LanguageModel(settings.model, tokenizer.size, backend).to(where, dtype)
     model.load_state_dict(weights["model"])
     return TrainedModel(settings, tokenizer, model.eval(), torch.tensor(counts), texts, state.step, say)

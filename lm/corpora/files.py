@@ -22,6 +22,7 @@ Split = Literal["train", "valid", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
 FEW_LINES = 100  # a text of fewer is split by characters
 _PIECE = 2**20
+_PACKED = 2**12  # bytes that are unpacked at once: a few may become many
 _UTF8 = ("utf-8", "utf_8", "utf8")
 
 
@@ -215,12 +216,20 @@ def _zstd(path: Path, _: Reading) -> Iterator[bytes]:
             f"reading {path} needs the package zstandard, which is not installed; install it with: "
             "pip install 'rnnorm[lm]'"
         ) from None
+    make = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
+    unpacker = None  # of the frame that has begun
     try:
         with reading(path, "a text"), path.open("rb") as file:
-            unpacker = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(file, read_across_frames=True)
-            yield from _pieces(unpacker)
+            while piece := file.read(_PACKED):
+                while piece:
+                    unpacker = unpacker or make()
+                    if unpacked := unpacker.decompress(piece):
+                        yield unpacked
+                    piece, unpacker = (unpacker.unused_data, None) if unpacker.eof else (b"", unpacker)
     except zstandard.ZstdError as fault:
         raise _damaged(path, str(fault)) from None
+    if unpacker is not None:
+        raise _damaged(path, "it ends within a frame")
 
 
 def _pieces(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:

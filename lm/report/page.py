@@ -7,7 +7,8 @@ import itertools
 import math
 import shlex
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,19 +62,41 @@ def write(sources: Sequence[Source], out: Path) -> Path:
     _require_own(out, sources)
     if not place.exists():  # so that a report that is stopped midway is known as one
         files.write_whole(place, _page("", ["<p>This report is not complete.</p>"]).encode())
-    sections = []
+    sections, written = [], {}
     for source, name in zip(sources, figures.file_names([source.name for source in sources]), strict=True):
         folder = out / name if len(sources) > 1 else out
         with figures.styled():
             made = figures.all_of(source)
+            written[folder] = {*made}
             images = [_image(_save(figure, folder, file), caption) for file, (figure, caption) in made.items()]
         sections.append(_section(source, images))
         files.write_whole(folder / "table.md", markdown(source).encode())
         if source.folder is not None and source.folder.resolve() != folder.resolve():
             for table in _TABLES:
                 shutil.copyfile(source.folder / table, folder / table)
+    _sweep(out, written)
     files.write_whole(place, _page(" and ".join(source.name for source in sources), sections).encode())
     return place
+
+
+def _sweep(out: Path, written: Mapping[Path, Collection[str]]) -> None:
+    """Removes what an earlier report has left in this one's folder: figures and tables of other sources.
+
+    Arguments:
+        written: the names of this report's figures, by folder.
+    """
+    for folder in [out, *(path for path in out.iterdir() if path.is_dir())]:
+        if not (folder / "table.md").is_file():
+            continue
+        for path in [*folder.glob("figures/*.png"), *folder.glob("figures/*.svg")]:
+            if path.stem not in written.get(folder, ()):
+                path.unlink()
+        if folder not in written:
+            for name in ("table.md", *(_TABLES if folder != out else ())):
+                (folder / name).unlink(missing_ok=True)
+            for place in (folder / "figures", folder):
+                with suppress(OSError):  # it is not there, or holds something else
+                    place.rmdir()
 
 
 def _require_own(out: Path, sources: Sequence[Source]) -> None:

@@ -1,6 +1,7 @@
 """The queue of a study: a number of runs at a time, each the ordinary `train` and `eval` in separate processes."""
 
 import fcntl
+import functools
 import json
 import os
 import queue
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from lm import config, corpora, files
+from lm.corpora import Reading
 from lm.errors import UserError
 from lm.machine import require_backend, require_device
 from lm.study import results
@@ -69,6 +71,7 @@ def run(
     whole, done = results.held(study, folder)
     missing = [job for job in wanted if job not in done]
     _check(missing, devices)
+    _require_same_text(done, folder)
     files.write_whole(folder / _PLAN, _described(whole).encode())
     progress = StudyProgress(whole, folder, done, say)
     runs = _Runs(folder, threads, devices, jobs)
@@ -136,6 +139,29 @@ def _check(missing: Sequence[Job], devices: Sequence[str]) -> None:
         there = require_device(device)
         for backend in {each.train.backend for each in settings}:
             require_backend(backend, there)
+
+
+def _require_same_text(done: Mapping[Job, dict[str, Any]], folder: Path) -> None:
+    """Refuses results of other texts than those that the study's arms name now, as far as these are here."""
+
+    @functools.cache
+    def digests(data: tuple[str, str, Reading]) -> Mapping[str, set[str]]:
+        try:
+            splits = corpora.load(data[0], Path(data[1]), (), data[2]).splits
+        except UserError:
+            return {}
+        return {split: {text.facts.digest(lossless) for lossless in (False, True)} for split, text in splits.items()}
+
+    for job, result in done.items():
+        data = job.arm.settings.data
+        now = digests((data.source, data.dir, data.reading))
+        for score in result["scores"]:
+            known, split = score.get("data_sha256"), str(score.get("split"))
+            if known and known not in now.get(split, {known}):
+                raise UserError(
+                    f"a study's text must be that of its results; {folder} holds {job} of another {split} text than "
+                    f"{data.source} is now; restore that, or choose another folder with --run"
+                )
 
 
 def _described(study: Study) -> str:

@@ -478,7 +478,7 @@ def test_which_event_saves_what(tmp_path):
     score = Score("columns", 2.0, 2.0, 3.0, 4)
     cases = [
         (Validated(1, 3, score, best=True), {"best.safetensors"}),
-        (Validated(1, 3, score, best=False), set()),
+        (Validated(1, 3, score, best=False), {"best.safetensors"}),  # what was better is lost
         (Started(1, 0, 5, 100, 0), {"last.safetensors"}),
         (EpochEnded(1, 3, 1.0, 10, 1.0), {"last.safetensors"}),
         (Interrupted(1, 3, "SIGINT"), {"last.safetensors"}),
@@ -493,6 +493,24 @@ def test_which_event_saves_what(tmp_path):
         for file in folder.iterdir():
             kind = "best" if file.name == "best.safetensors" else "all"
             assert checkpoint.load(file)["from"] == kind
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    """As by a run that trains on: never the numbers of one with the weights of the other."""
+    old, new = (
+        {**PAYLOAD, "from": name, "model": {"w": torch.full((3,), v)}} for name, v in (("old", 1.0), ("new", 2.0))
+    )
+    checkpoint.save(tmp_path / "x.safetensors", old)
+    checkpoint.save(tmp_path / "new.safetensors", new)
+
+    def replaced(path, *rest):
+        if (tmp_path / "new.safetensors").exists():
+            (tmp_path / "new.safetensors").replace(path)
+        return safe_open(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "safe_open", replaced)
+    found = checkpoint.load(tmp_path / "x.safetensors")
+    assert (found["from"], found["model"]["w"].tolist()) == ("new", [2.0] * 3)
 
 
 def test_better_weights_are_never_replaced_by_worse(tmp_path):

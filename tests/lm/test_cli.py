@@ -247,6 +247,55 @@ def test_one_file_and_the_standard_input(process, call, corpus, tmp_path, monkey
     assert "resuming after step 4" in call("train", "--run", "moved", "--set", "train.max_steps=6")[1]
 
 
+def test_the_standard_input_of_another_run_in_the_old_place_is_not_read(call, corpus, tmp_path, monkeypatch):
+    def pipe(split):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((corpus / f"{split}.txt").read_bytes() * 3)))
+        call("train", "--data", "-", "--run", "mine", "--set", "train.max_steps=2", *QUICK)
+
+    pipe("train")
+    first = call("eval", "mine", "--split", "test").out
+    (tmp_path / "mine").rename(tmp_path / "old")
+    call("train", "--init-from", "old", "--run", "new", "--set", "train.max_steps=1")
+    assert f'source = "{tmp_path}/old/text.txt"' in (tmp_path / "new/config.toml").read_text()
+    pipe("valid")
+    assert call("eval", "old", "--split", "test").out == first
+    assert "resuming after step 2" in call("train", "--run", "old", "--set", "train.max_steps=3")[1]
+    call("train", "--init-from", "old", "--run", "other", "--set", "train.max_steps=1")
+    assert f'source = "{tmp_path}/old/text.txt"' in (tmp_path / "other/config.toml").read_text()
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_no_part_of_a_split_text_that_has_changed_is_scored(call, corpus, tmp_path, is_old):
+    """A part of it would hold what was trained on."""
+    for number, split in enumerate(("train", "valid", "test")):
+        (tmp_path / f"{number}.txt").write_bytes((corpus / f"{split}.txt").read_bytes())
+    call("train", "--data", "*.txt", "--run", "run", "--set", "train.max_steps=2", *QUICK)
+    if is_old:  # an older version kept no checksum of the test text
+        path = tmp_path / "run/checkpoints/best.safetensors"
+        saved = checkpoint.load(path)
+        del saved["data_sha256"]["test"]
+        checkpoint.save(path, saved)
+    call("eval", "run", "--split", "test")
+    (tmp_path / "run/scores.jsonl").unlink()
+    (tmp_path / "2.txt").unlink()
+    assert "a run must be evaluated with its own " in fault(call, "eval", "run", "--split", "test")
+
+
+def test_an_empty_configuration_is_not_one_of_defaults(call, trained, tmp_path):
+    first = call("eval", trained, "--split", "test").out
+    (trained / "config.toml").write_text("")
+    assert call("eval", trained, "--split", "test").out == first
+    assert "must have the tables [data], [model] and [train]; got " in fault(call, "train", "--run", trained)
+
+
+def test_a_run_over_another_has_the_settings_of_the_one_that_it_begins_with(call, trained, corpus, tmp_path):
+    corpus.rename(tmp_path / "elsewhere")
+    call("train", "--data", "elsewhere", "--run", "b", "--set", "train.max_steps=1", *QUICK, "--set", "train.lr=0.25")
+    call("train", "--run", "run", "--overwrite", "--init-from", "b")
+    made = config.build(config.read_toml(tmp_path / "run/config.toml", "a run"))
+    assert (made.train.lr, made.data.source) == (0.25, str(tmp_path / "elsewhere"))
+
+
 def test_a_run_that_was_told_where_its_text_has_moved_is_evaluated_there(call, trained, corpus, tmp_path):
     first = call("eval", trained, "--split", "test").out
     corpus.rename(tmp_path / "elsewhere")
@@ -435,9 +484,8 @@ def test_a_text_that_was_replaced_is_not_scored_as_the_runs_own(call, trained, c
     kept = (trained / "scores.jsonl").read_text()
     for options in ((), ("--cache",), ("--protocol", "chunk-mean"), ("--checkpoint", "last")):
         err = fault(call, "eval", trained, "--split", split, *options)
-        assert f"a run must be evaluated with the {split} text that " in err
-        assert f"got another in {corpus}; restore it, score it as another text, by --data {corpus}" in err
-        assert ("scores.jsonl" in err) == (split == "test")
+        assert f"a run must be evaluated with its own {split} text; got another in {corpus}; restore that, or " in err
+        assert f"score this as another text, by --data {corpus}" in err
     others = {"train", "valid", "test"} - {split}
     call("eval", trained, *(word for other in others for word in ("--split", other)))
     assert json.loads(call("eval", trained, "--split", split, "--data", corpus, "--json").out) != json.loads(first)

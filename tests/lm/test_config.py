@@ -292,6 +292,16 @@ def test_a_setting_without_effect_is_warned_of_where_it_was_chosen(chosen, witho
     assert not warned(given, {name, "train.lr"}, chosen)
 
 
+@pytest.mark.parametrize(
+    ("source", "kind"), [("text8", "char"), ("ptb-char", "char"), ("enwik8", "byte"), ("ptb", "word")]
+)
+def test_a_corpus_is_trained_by_the_tokens_that_it_is_measured_by(source, kind):
+    assert config.build({"data": {"source": source}}).data.tokenizer == kind
+    named = {"data": {"source": source, "tokenizer": "unigram"}}
+    assert config.build(named).data.tokenizer == "unigram"
+    assert config.build(config.override(config.preset("default"), [f"data.source={source}"])).data.tokenizer == kind
+
+
 def test_units_that_layers_and_embedding_have_of_their_own_are_warned_of():
     sizes = ["model.num_layers=2", "model.layer_sizes=[5, 4]", "model.hidden_size=9"]
     for more, count in (([], 0), (["model.embedding_size=3"], 1)):

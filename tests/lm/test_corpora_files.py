@@ -1,6 +1,7 @@
 """Texts in files of every form: split, joined, unpacked, in other encodings; and what is refused in every split."""
 
 import gzip
+import random
 import re
 from pathlib import Path
 
@@ -165,6 +166,11 @@ def test_what_cannot_be_read_is_said(tmp_path: Path):
         packed.write_bytes(content)
         with pytest.raises(UserError, match=rf"a\.txt\.gz must be a whole file; got one that is damaged \(.*{why}"):
             corpora.load(str(packed), tmp_path)
+    frame = zstandard.compress(random.Random(0).randbytes(300_000).hex().encode())
+    for rest in (5, 9, len(frame) // 2):
+        (tmp_path / "cut.zst").write_bytes(frame + frame[:-rest])
+        with pytest.raises(UserError, match=r"cut\.zst must be a whole file; got one that is damaged \(it ends within"):
+            corpora.load(str(tmp_path / "cut.zst"), tmp_path)
     (tmp_path / "a.zst").write_bytes(b"plain")
     (tmp_path / "a.parquet").write_bytes(b"plain")
     for name in ("a.zst", "a.parquet"):

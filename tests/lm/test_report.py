@@ -421,6 +421,32 @@ def test_studies_of_one_name_lie_apart(folder, tmp_path, monkeypatch):
         report.load([Path("u/S1"), Path("u/S1")])
 
 
+def test_a_report_over_another_leaves_nothing_of_it(folder, tmp_path, monkeypatch):
+    write_run(tmp_path / "one")
+    monkeypatch.setattr(figures, "_MEASURED", None, raising=False)
+    drawn = lambda source: {  # noqa: E731
+        name: (figures.curves(source, "lstm"), "caption") for name in (["a"] if source.folder is None else ["a", "b"])
+    }
+    monkeypatch.setattr(figures, "all_of", drawn)
+    both, one, out = [folder, tmp_path / "one"], [tmp_path / "one"], tmp_path / "out"
+    fresh, seen = tmp_path / "fresh", tmp_path / "fresh-both"
+    page.write(report.load(one), fresh)
+    page.write(report.load(both), seen)
+
+    def names(place):
+        return {path.relative_to(place) for path in place.rglob("*") if path.is_file()}
+
+    page.write(report.load(both), out)
+    page.write(report.load(one), out)
+    assert names(out) == names(fresh)
+    page.write(report.load(both), out)
+    assert names(out) == names(seen)
+    page.write(report.load([folder]), out)
+    (out / "figures/mine.txt").write_text("x")
+    page.write(report.load(one), out)
+    assert names(out) - names(fresh) == {Path(name) for name in ("figures/mine.txt", *page._TABLES)}
+
+
 def test_lines_that_are_torn_are_passed_over(tmp_path):
     write_run(tmp_path / "one")
     (before,) = report.load([tmp_path / "one"])

@@ -1043,3 +1043,19 @@ def test_a_folder_may_be_called_as_tensorboards_own_are(train, tmp_path, name):
     assert places == {Path("tensorboard", name), Path("tensorboard", name, "valid")}
     (tmp_path / name).rename(tmp_path / "other")
     assert RunFolder(tmp_path / "other").events == tmp_path / "other/tensorboard" / name
+
+
+def test_a_run_that_has_lost_its_checkpoints_does_not_begin_again(train, tmp_path):
+    train()
+    log = (tmp_path / "run/metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(UserError, match=r"last\.safetensors to resume from; got none, and a log of 2 epochs; restore"):
+        train()
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == log
+
+
+def test_best_weights_that_are_lost_are_replaced_by_the_next_ones(train, tmp_path):
+    train("train.lr=1e-9")
+    (tmp_path / "run/checkpoints/best.safetensors").unlink()
+    score = train("train.lr=1e-9", "train.epochs=3").score
+    assert score is not None

@@ -127,6 +127,15 @@ def test_what_is_shown_as_it_is_drawn_is_the_text(kind, data):
     assert "".join(shown) == table.decode(ids)
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_character_that_pieces_part_is_shown_once_and_whole(kind):
+    table = tokenizers.train(kind, ["the cat sat on b1 and b2"] * 9)
+    text = "b1 \u2581\u2583 \u2585\x1b\0 b2"
+    shown = [*sampling.texts(table, table.encode(text))]
+    assert "".join(shown) == text
+    assert not any(part.endswith("\x1b") and part != "\x1b" for part in shown)
+
+
 @functools.cache
 def _table(kind):
     return tokenizers.train(kind, ["a\u4f60 b ab <unk> \ufffd a", "b a  b"] * 9, None)

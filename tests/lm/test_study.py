@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -456,7 +457,7 @@ def recorded(monkeypatch):
     return begun
 
 
-SCORE = {"split": "test", "protocol": "exact", "data_sha256": "d", "vocabulary_sha256": "v"}
+SCORE = {"split": "test", "protocol": "exact", "data_sha256": "", "vocabulary_sha256": "v"}
 
 
 def test_fewer_seeds_discard_nothing(read, tmp_path, recorded):
@@ -752,3 +753,21 @@ def test_the_moving_line_says_what_runs_and_fits_the_terminal(read, tmp_path, mo
     progress.finished(first, {"row": {**found["row"], "epochs": 2}, "diverged": None})
     assert said[-1] == "[1/4] good seed 1: best of 2 epochs: valid 10.00, test 10.00 (exact)"
     assert terminal.getvalue().endswith("\r\x1b[K")
+
+
+def test_results_of_another_text_are_not_the_studys(read, corpus, tmp_path):
+    text = SMALL.rpartition("[[arms]]")[0].replace("epochs = 2", "epochs = 1")
+    study.run(read(text, data=str(corpus), seeds=1), tmp_path / "out", say=lambda _: None)
+    other = tmp_path / "other"
+    shutil.copytree(corpus, other)
+    assert study.run(read(text, data=str(other), seeds=1), tmp_path / "out", say=lambda _: None)[1] is None
+    for split in ("valid", "test"):
+        before = (other / f"{split}.txt").read_bytes()
+        (other / f"{split}.txt").write_bytes(before + b"the cat\n")
+        with pytest.raises(
+            UserError, match=f"good seed 1 of another {split} text than .*other is now; restore that, or"
+        ):
+            study.run(read(text, data=str(other), seeds=2), tmp_path / "out", say=lambda _: None)
+        (other / f"{split}.txt").write_bytes(before)
+    shutil.rmtree(other)  # what is done is shown all the same
+    assert study.run(read(text, data=str(other), seeds=1), tmp_path / "out", say=lambda _: None)[1] is None

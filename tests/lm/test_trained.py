@@ -61,6 +61,18 @@ def test_equal_calls_give_equal_results_and_change_nothing(trained):
     assert all(torch.equal(value, before[name]) for name, value in everything(trained).items())
 
 
+def test_torchs_default_dtype_does_not_matter(folder, trained):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = lm.load(folder, backend="reference")
+        assert everything(found).keys() == everything(trained).keys()
+        assert all(torch.equal(value, everything(trained)[name]) for name, value in everything(found).items())
+        assert found.score(LINES) == trained.score(LINES)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_loading_moves_no_random_number(folder):
     before = torch.get_rng_state()
     lm.load(folder)
