@@ -169,7 +169,7 @@ class Recurrent(RecurrentModule):
         data, sizes = packed.data, packed.batch_sizes
         if data.dim() != 2:
             raise ValueError(f"the data of a PackedSequence must have 2 dimensions; got shape {tuple(data.shape)}")
-        N = int(sizes[0])
+        N: Any = sizes[0] if torch.jit.is_tracing() else int(sizes[0])  # a trace is for any number of sequences
         active = torch.arange(N, device=sizes.device)[None, :] < sizes[:, None]  # [T, N]
         rows = active.flatten().nonzero()[:, 0].to(data.device)
         found = active.sum(0)
@@ -275,9 +275,15 @@ class Recurrent(RecurrentModule):
     def to_torch(self) -> nn.RNNBase:
         """Returns torch's layer with copies of the weights; computed weights as in `from_torch`.
 
-        Raises `ValueError` if the norm is not "none".
+        Dropout between layers is kept; `weight_dropout` and `recurrent_dropout`, which act in training mode alone, are
+        not.
+        Raises `ValueError` if the norm is not "none", and for zoneout, which torch's layers do not have.
         """
         self._refuse_special("to_torch")
+        if any((self._mask_rates().zoneout_h, self._mask_rates().zoneout_c)):
+            raise ValueError(
+                f"zoneout must be 0 for to_torch, since it acts in evaluation mode too; got {self.zoneout}; set it to 0"
+            )
         if self.norm.kind != "none":
             raise ValueError(
                 f"norm must be 'none' for to_torch: torch.nn.{self._torch_layer.__name__} has no norms; got {self.norm}"
@@ -309,6 +315,8 @@ def _with_weights_of(layer: Any, kind: type[nn.Module], options: dict[str, Any])
             raise ValueError(
                 f"parameters and buffers of a {type(layer).__name__} must be those of its class; got {name}; remove it"
             )
+    if absent := [name for name, weight in weights.items() if weight is None]:
+        raise ValueError(f"{absent[0]} must be a tensor to be copied; got None; make the layer with bias=False")
     first = next(iter(weights.values()))
     new = kind(**{"device": first.device, "dtype": first.dtype, **options})
     for name, weight in weights.items():

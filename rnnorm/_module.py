@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypedDict
 
@@ -37,9 +37,15 @@ class RunningStatsModule(nn.Module):
 
     def _statistics_by_kind(self) -> dict[str, list[Tensor]]:
         """The module's own running statistics `mean`, `var`, `u`, `v`, in the same order for each."""
+        return self.by_kind(self._buffers)
+
+    @classmethod
+    def by_kind(cls, buffers: Mapping[str, Tensor | None]) -> dict[str, list[Tensor]]:
+        """The running statistics among a module's buffers, as `_statistics_by_kind`."""
         found: dict[str, list[Tensor]] = {kind: [] for kind in STATISTICS}
-        for name, buffer in self._statistic_buffers().items():
-            found[self._statistic_name.sub(r"\1", name)].append(buffer)
+        for name, buffer in buffers.items():
+            if buffer is not None and (match := cls._statistic_name.fullmatch(name)):
+                found[match[1]].append(buffer)
         return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

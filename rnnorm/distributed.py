@@ -1,10 +1,13 @@
 """Online normalization in several processes: each normalizes its own samples, and running statistics are averaged."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rnnorm._module import RunningStatsModule
+from rnnorm._module import STATISTICS, RecurrentModule, RunningStatsModule
+from rnnorm._online_norm import OnlineNorm
 
 
 @torch.no_grad()
@@ -52,10 +55,23 @@ def _running_stats(module: nn.Module) -> dict[str, list[Tensor]]:
     """The module's running statistics by kind, in the same order for each kind."""
     found: dict[str, list[Tensor]] = {"mean": [], "var": [], "u": [], "v": []}
     for part in module.modules():
-        if isinstance(part, RunningStatsModule):
-            for kind, buffers in part._statistics_by_kind().items():
-                found[kind] += buffers
+        for kind, buffers in _of_part(part).items():
+            found[kind] += buffers
     return found
+
+
+def _of_part(part: nn.Module) -> Mapping[str, list[Tensor]]:
+    """The same of one module, which TorchScript may have compiled: it has the buffers then, and not the class."""
+    if isinstance(part, RunningStatsModule):
+        return part._statistics_by_kind()
+    if not isinstance(part, torch.jit.ScriptModule):
+        return {}
+    buffers = dict(part.named_buffers(recurse=False))
+    kinds: list[type[RunningStatsModule]] = [
+        RecurrentModule,
+        *([OnlineNorm] if STATISTICS.keys() <= buffers.keys() else []),
+    ]
+    return next((found for kind in kinds if (found := kind.by_kind(buffers))["mean"]), {})
 
 
 def _flat(buffers: list[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from rnnorm.norms import Constants
 from rnnorm.ops import library
 from rnnorm.ops.backend import Backend
 from rnnorm.ops.call import DIFFERENTIABLE, CallSpec, Operands, Results, Round, mogrifier_rounds, statistics_dtype
+from rnnorm.ops.channels import like
 
 
 class OnlineStep(torch.autograd.Function):
@@ -229,6 +230,7 @@ class Reference(Backend):
         if weight is not None and bias is not None:
             y = y * weight.to(y.dtype)[:, None] + bias.to(y.dtype)[:, None]
         y = _guard(y.reshape(x.size(0), 1, -1), guard, Constants(*constants)).reshape(x.shape).to(x.dtype)
+        y = like(x).copy_(y)
         finite = torch.cat(after).isfinite().all()
         new_mean, new_var = (torch.where(finite, b, a) for a, b in zip((mean, var), after, strict=True))
         return y, new_mean, new_var

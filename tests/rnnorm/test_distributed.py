@@ -40,6 +40,23 @@ def _average() -> Any:
     return _buffers(net)
 
 
+def _average_scripted() -> Any:
+    net = torch.jit.script(_moved(dist.get_rank()))
+    average_running_stats(net)
+    return _buffers(net)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_scripted_modules_are_averaged_as_others_are(tmp_path: Path) -> None:
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "plain").mkdir()
+    scripted = processes.run(2, _average_scripted, tmp_path / "scripted")
+    plain = processes.run(2, _average, tmp_path / "plain")
+    assert scripted[0].keys() == plain[0].keys()
+    for name, value in plain[0].items():
+        assert torch.equal(scripted[0][name], value), name
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_statistics_are_averaged_by_the_definition(count: int, tmp_path: Path) -> None:
     found = processes.run(count, _average, tmp_path)

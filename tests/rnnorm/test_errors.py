@@ -21,6 +21,12 @@ def _lstm(**options: Any) -> Any:
     return rnnorm.LSTM(3, 4, **options)
 
 
+def _without_biases() -> Any:
+    layer = rnnorm.GRU(3, 4, norm="none")
+    layer.bias_ih_l0 = layer.bias_hh_l0 = None
+    return layer
+
+
 def _state(*shape: int, **options: Any) -> Any:
     return torch.zeros(*shape, **options), torch.zeros(*shape, **options)
 
@@ -76,6 +82,12 @@ _CONSTRUCTION: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: rnnorm.OnlineNorm(3, eps=-1), ValueError, "eps must be greater than 0"),
     (lambda: rnnorm.LSTM.from_torch(nn.GRU(3, 4)), TypeError, "layer must be a torch.nn.LSTM for LSTM.*; got GRU"),
     (lambda: rnnorm.RNN.from_torch(nn.Linear(3, 4)), TypeError, "layer must be a torch.nn.RNN for RNN.*; got Linear"),
+    (
+        lambda: _lstm(norm="none", zoneout=(0.0, 0.1)).to_torch(),
+        ValueError,
+        r"zoneout must be 0 for .*; got \(0.0, 0.1\)",
+    ),
+    (lambda: _without_biases().to_torch(), ValueError, "bias_ih_l0 must be a tensor to be copied; got None; make the"),
     (lambda: _lstm().to_torch(), ValueError, "norm must be 'none' for to_torch: torch.nn.LSTM .*; got Online"),
 ]
 _CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [

@@ -357,7 +357,7 @@ def test_negative_views_and_half_an_affine_map() -> None:
 @pytest.mark.parametrize("layout", [_channels_last, _strided])
 @pytest.mark.parametrize("guard", norms.GUARDS)
 @pytest.mark.parametrize("shape", [(5, 3, 7), (3, 16, 2, 2), (4, 70, 5, 3), (2, 3, 2, 3, 4), (9, 4)], ids=str)
-@pytest.mark.parametrize("backend", cases.CANDIDATES)
+@pytest.mark.parametrize("backend", [*cases.CANDIDATES, "reference"])
 def test_orders_in_memory(backend: str, shape: tuple[int, ...], guard: str, layout: Any) -> None:
     cases.skip_unless_runs(backend)
     found = _run(shape, backend, layout=layout, guard=guard)

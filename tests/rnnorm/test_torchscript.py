@@ -224,6 +224,37 @@ def test_reference_is_refused() -> None:
         torch.jit.script(rnnorm.LSTM(3, 4, backend="reference"))
 
 
+@pytest.mark.parametrize("make", [lambda: rnnorm.GRUCell(4, 6), lambda: rnnorm.OnlineNorm(4)])
+def test_a_scripted_module_in_half_precision_does_not_train(make: Any) -> None:
+    """Its statistics were converted too, and would not move."""
+    plain, scripted = make(), torch.jit.script(make()).to(torch.bfloat16)
+    plain.load_state_dict(scripted.state_dict())
+    x = torch.randn(3, 4).bfloat16()
+    with pytest.raises(torch.jit.Error, match="running statistics must be float32 or float64 in training"):
+        scripted(x)
+    plain.bfloat16().eval(), scripted.eval()
+    torch.testing.assert_close(scripted(x), plain(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_trace_of_packed_sequences_is_for_any_number_of_them(bidirectional: bool) -> None:
+    class Packed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = rnnorm.GRU(4, 6, num_layers=2, bidirectional=bidirectional, norm="layer").eval()
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+            return torch.nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0])[0]
+
+    module = Packed()
+    traced = torch.jit.trace(module, (torch.randn(5, 3, 4), torch.tensor([2, 5, 3])), check_trace=False)
+    for lengths in ([5, 1, 3, 5], [4], [7, 2]):
+        x = torch.randn(max(lengths), len(lengths), 4)
+        torch.testing.assert_close(traced(x, torch.tensor(lengths)), module(x, torch.tensor(lengths)))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("kind", ["layer", "norm"])
 def test_reference_is_not_traced(kind: str) -> None:
