@@ -11,7 +11,7 @@ from lm.corpora.folder import Known
 from lm.errors import UserError
 from lm.text import Text
 
-__all__ = ["CORPORA", "SPLITS", "Corpus", "Reading", "Split", "check", "get", "listing", "load"]
+__all__ = ["CORPORA", "SPLITS", "Corpus", "Reading", "Split", "check", "get", "is_here", "listing", "load"]
 
 Splits = Mapping[str, Text]
 CACHE = "cache"  # folder under `data_dir` of what is made from texts
@@ -171,7 +171,7 @@ def check(source: str, data_dir: Path) -> str:
     Raises:
         UserError: it is not here, or is not what it must be.
     """
-    if source in CORPORA and source != "markov" and not _is_here(source, data_dir):
+    if source in CORPORA and source != "markov" and not is_here(source, data_dir):
         raise UserError(
             f"{source} must be in {Path(data_dir) / source} to be checked; got no text there; run `data get {source}`"
         )
@@ -182,12 +182,13 @@ def listing(data_dir: Path) -> str:
     """Says which corpora there are by name, and which are here."""
     width = max(map(len, CORPORA))
     return "\n".join(
-        f"{name:{width}}  {'here' if _is_here(name, data_dir) else '-':4}  {row.description}"
+        f"{name:{width}}  {'here' if is_here(name, data_dir) else '-':4}  {row.description}"
         for name, row in CORPORA.items()
     )
 
 
-def _is_here(name: str, data_dir: Path) -> bool:
+def is_here(name: str, data_dir: Path) -> bool:
+    """Returns whether a corpus of `CORPORA` can be read without being fetched or made."""
     place = Path(data_dir) / name
     if name in ("text8", "enwik8"):
         return folder.find(place, [name]) is not None
