@@ -498,7 +498,7 @@ def test_constants_are_tuned_on_the_runs_own_valid_text(call, trained, corpus):
     with (corpus / "valid.txt").open("a") as file:
         file.write("more\n")
     assert (
-        "with the valid text that it began with; got another"
+        "with its own valid text; got another"
         in call("eval", trained, "--tune", "--split", "test", code=2).err
     )
 
@@ -854,7 +854,7 @@ def test_dynamic_evaluation_needs_the_text_of_training(call, trained, corpus):
     with (corpus / "train.txt").open("a") as file:
         file.write("more\n")
     _, err = call("eval", trained, "--dynamic", code=2)
-    assert "a run must be evaluated with the train text that it began with; got another in " in err
+    assert "a run must be evaluated with its own train text; got another in " in err
 
 
 def test_config_prints_a_preset_that_can_be_given_back(call, corpus, tmp_path):
