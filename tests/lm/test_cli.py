@@ -497,10 +497,7 @@ def test_a_text_that_was_replaced_is_not_scored_as_the_runs_own(call, trained, c
 def test_constants_are_tuned_on_the_runs_own_valid_text(call, trained, corpus):
     with (corpus / "valid.txt").open("a") as file:
         file.write("more\n")
-    assert (
-        "with its own valid text; got another"
-        in call("eval", trained, "--tune", "--split", "test", code=2).err
-    )
+    assert "with its own valid text; got another" in call("eval", trained, "--tune", "--split", "test", code=2).err
 
 
 def test_a_report_shows_scores_of_one_test_text(call, trained, tmp_path):
