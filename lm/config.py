@@ -546,7 +546,7 @@ def _is_table(data: DataConfig) -> bool:
 
 
 def _outlasts(stop: int | None, begin: int | None) -> bool:
-    """Whether a run goes on after the validation that averaging begins with."""
+    """Whether a run trains on after the validation that averaging begins with."""
     return stop is None or begin is None or stop > begin
 
 

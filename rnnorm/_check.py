@@ -42,6 +42,15 @@ def probability(name: str, value: Any) -> float:
     return float(value)
 
 
+def statistics_are_wide(held: Tensor) -> None:
+    """Only a scripted module's may be narrow: torch converts them with it. TorchScript compiles this."""
+    if held.dtype != torch.float32 and held.dtype != torch.float64:
+        raise ValueError(
+            "running statistics must be float32 or float64 in training; got those of a scripted module that was "
+            "converted to half precision; convert the module before torch.jit.script"
+        )
+
+
 def zoneout(value: object, states: Sequence[str]) -> float | tuple[float, float]:
     """The checked rate for all states of the cell, or the rates of h and c."""
     if not isinstance(value, tuple | list):

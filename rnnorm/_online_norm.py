@@ -110,13 +110,11 @@ class OnlineNorm(RunningStatsModule):
         mean, var, weight, bias = self.mean, self.var, self.weight, self.bias
         if input.dim() < 2 or input.size(1) != self.num_features:
             raise ValueError(f"input must have shape (N, C = {self.num_features}, *); got {list(input.shape)}")
-        if torch.jit.is_scripting() and (mean.dtype == torch.float16 or mean.dtype == torch.bfloat16):
+        if torch.jit.is_scripting():
             if self.training:
-                raise ValueError(
-                    "running statistics must be float32 or float64 in training; a scripted module's were converted: "
-                    "convert the module before torch.jit.script"
-                )
-            mean, var = mean.float(), var.float()
+                _check.statistics_are_wide(mean)
+            wide = ops.statistics_dtype(mean.dtype)
+            mean, var = mean.to(wide), var.to(wide)
         if not input.is_floating_point() or ops.statistics_dtype(input.dtype) != mean.dtype:
             raise ValueError(
                 f"input must have a dtype for statistics in {mean.dtype}; got {input.dtype}; "

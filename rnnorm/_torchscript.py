@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from rnnorm import _masks, ops
+from rnnorm import _check, _masks, ops
 from rnnorm._cells import CELLS
 
 
@@ -117,12 +117,7 @@ class _Scriptable(nn.Module):
         for name, buffer in self.named_buffers():
             buffers[name] = buffer
         if self.training and o.norm == "online":
-            held = buffers["norm_var" + suffix]
-            if held.dtype != torch.float32 and held.dtype != torch.float64:
-                raise ValueError(
-                    "running statistics must be float32 or float64 in training; a scripted module's were converted: "
-                    "convert the module before torch.jit.script"
-                )
+            _check.statistics_are_wide(buffers["norm_var" + suffix])
         y, last_h, last_c, mean, var, cell_mean, cell_var = torch.ops.rnnorm.sequence(
             *(x, h, c, w["weight_ih"], weight_hh, w.get("bias_ih"), w.get("bias_hh"), w.get("weight_hr")),
             *(w.get("norm_scale"), w.get("norm_shift"), w.get("cell_norm_scale"), w.get("cell_norm_shift")),
