@@ -175,10 +175,10 @@ class RunFolder:
                 f"a run must have {self.checkpoints / checkpoint.LAST} to resume from; got {checkpoint.BEST} alone; "
                 "choose another folder with --run"
             )
-        elif self._epochs_logged() > 1:
+        elif (epochs := self._epochs_logged()) > 1:
             raise UserError(
-                f"a run must have {self.checkpoints / checkpoint.LAST} to resume from; got none, and a log of "
-                f"{self._epochs_logged()} epochs; restore it, or {_WAYS}"
+                f"a run must have {self.checkpoints / checkpoint.LAST} to resume from; got none, and a log of {epochs} "
+                f"epochs; restore it, or {_WAYS}"
             )
         return saved
 

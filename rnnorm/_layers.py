@@ -280,7 +280,8 @@ class Recurrent(RecurrentModule):
         Raises `ValueError` if the norm is not "none", and for zoneout, which torch's layers do not have.
         """
         self._refuse_special("to_torch")
-        if any((self._mask_rates().zoneout_h, self._mask_rates().zoneout_c)):
+        rates = self._mask_rates()
+        if rates.zoneout_h or rates.zoneout_c:
             raise ValueError(
                 f"zoneout must be 0 for to_torch, since it acts in evaluation mode too; got {self.zoneout}; set it to 0"
             )

@@ -771,3 +771,10 @@ def test_results_of_another_text_are_not_the_studys(read, corpus, tmp_path):
         (other / f"{split}.txt").write_bytes(before)
     shutil.rmtree(other)  # what is done is shown all the same
     assert study.run(read(text, data=str(other), seeds=1), tmp_path / "out", say=lambda _: None)[1] is None
+
+
+def test_a_corpus_that_is_not_here_is_not_made_to_look_at_results(read, tmp_path):
+    plan = read(assignments=[f"data.dir={tmp_path}/kept", "data.source=python-docs"], seeds=1)
+    done = {job: {"scores": [{"split": "test", "data_sha256": "d"}]} for job in plan.jobs()}
+    runner._require_same_text(done, tmp_path)
+    assert not (tmp_path / "kept").exists()
