@@ -19,7 +19,7 @@ from lm.config import TrainConfig
 from lm.distributed import Team
 from lm.evaluator import Score
 from lm.events import Diverged, EndedEarly, EpochEnded, Event, Interrupted, Listener, Started, Stepped, Validated
-from lm.machine import resolve_precision
+from lm.machine import resolve_precision, unfused
 from lm.model import LanguageModel, Objective, State, columns_of, detach, state_of, state_tensors
 from lm.stream import Columns, parts
 
@@ -176,12 +176,13 @@ class Trainer:
         Raises:
             DivergedError: the loss, the gradient or a validation is not finite; the event is emitted before.
         """
-        reason = self._train()
-        if reason in ENDS and self.state.position:
-            with self.averaged():
-                _, nats = self._validated()
-                self._emit(EndedEarly(*self._place(), nats))
-        return reason
+        with unfused(self.device):
+            reason = self._train()
+            if reason in ENDS and self.state.position:
+                with self.averaged():
+                    _, nats = self._validated()
+                    self._emit(EndedEarly(*self._place(), nats))
+            return reason
 
     def _train(self) -> str:
         tokens = self.data.active(0, self.data.steps)

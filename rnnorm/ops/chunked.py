@@ -3,20 +3,27 @@
 import torch
 from torch import Tensor
 
-# The least and the most rows of a chunk, on the CPU and on other devices: enough for the speed of the products.
-_ROWS = {"cpu": (64, 256), "cuda": (32, 1024)}
-# Rows / rows of a chunk. A value of a chunk takes 6 bytes in half precision and one of the logits 2, so that chunks of
-# 1/12 would take a quarter of their memory; it is less from 512 rows on.
+# The least and the most rows of a chunk on the CPU: enough for the speed of the products. Between, rows / rows of a
+# chunk: a value of a chunk takes 6 bytes in half precision and one of the logits 2, so that chunks of 1/12 would take a
+# quarter of their memory; it is less from 512 rows on.
+_ROWS = (64, 256)
 _PART = 16
+# Logits of a chunk on other devices, where a launch costs as much as a product of some hundred rows: 64 MiB in float32;
+# in half precision another 32 MiB, of the rounded ones.
+_LOGITS = 2**24
+_LEAST_ROWS = 32
 
 
 def _place(tensor: Tensor) -> str:
     return "cpu" if tensor.is_cpu else "cuda"
 
 
-def _chunk(rows: int, place: str) -> int:
-    least, most = _ROWS[place]
-    return min(most, max(least, rows // _PART))
+def _chunk(rows: int, classes: int, place: str) -> int:
+    """Rows of a chunk."""
+    if place == "cpu":
+        least, most = _ROWS
+        return min(most, max(least, rows // _PART))
+    return max(_LEAST_ROWS, _LOGITS // classes)
 
 
 def _counted(
@@ -31,6 +38,20 @@ def _counted(
         return hidden[keep], targets[keep], weights[keep], keep
     off = weights == 0
     return hidden.masked_fill(off.unsqueeze(1), 0.0), targets.masked_fill(off, 0), weights, None
+
+
+def _product(one: Tensor, other: Tensor, wide: torch.dtype) -> Tensor:
+    """`one @ other` in `wide`, on CUDA not rounded to a narrower dtype before; elsewhere torch has no such product."""
+    if one.is_cuda and one.dtype != wide and torch.version.hip is None:
+        return torch.mm(one, other, out_dtype=wide)
+    return (one @ other).to(wide)
+
+
+def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
+    if bias is not None and rows.dtype == wide:
+        return torch.addmm(bias.to(wide), rows, weight.t())
+    logits = _product(rows, weight.t(), wide)
+    return logits if bias is None else logits.add_(bias)
 
 
 def linear_cross_entropy(
@@ -54,12 +75,11 @@ def linear_cross_entropy(
     grad_rows = torch.empty_like(rows, dtype=wide) if needs[0] else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else hidden.new_empty(0)
     grad_bias = hidden.new_zeros(len(weight), dtype=wide) if needs[2] else hidden.new_empty(0)
-    chunk = _chunk(len(rows), place)
+    chunk = _chunk(len(rows), len(weight), place)
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
         narrow, index = rows[part].to(dtype), wanted[part, None]
-        logits = narrow @ narrow_weight.t() if bias is None else torch.addmm(bias.to(dtype), narrow, narrow_weight.t())
-        logits = logits.to(wide)
+        logits = _logits(narrow, narrow_weight, bias, wide)
         logits -= logits.amax(1, keepdim=True)
         chosen = logits.gather(1, index)
         sums = logits.exp_().sum(1, keepdim=True)
@@ -72,9 +92,9 @@ def linear_cross_entropy(
             gradient, scale = gradient.div_(sums), factors[part, None]
         rounded = gradient.to(dtype)
         if grad_rows is not None:
-            grad_rows[part] = (rounded @ narrow_weight).to(wide) * scale
+            grad_rows[part] = _product(rounded, narrow_weight, wide) * scale
         if needs[1]:
-            grad_weight += rounded.t() @ (narrow * scale).to(dtype)
+            grad_weight += _product(rounded.t(), (narrow * scale).to(dtype), wide)
         if needs[2]:
             grad_bias.addmv_(gradient.t(), scale.squeeze(1))
         del logits, gradient, rounded  # before the next chunk allocates its own

@@ -91,7 +91,7 @@ def test_a_resumed_run_ends_with_the_same_bits(trainer, case):
 
 def assert_resumed_with_the_same_bits(trainer, case):
     settings, model_settings = CASES[case]
-    settings = {"window": "uniform{2..9}"} | settings
+    settings = {"window": "uniform{2..9}", "log_every": 3} | settings
     model_settings = {"dropout": 0.3, "embedding_dropout": 0.1} | model_settings
     events, kept = [], {}
     whole = trainer([events.append], settings, **model_settings)
@@ -100,14 +100,16 @@ def assert_resumed_with_the_same_bits(trainer, case):
         if isinstance(event, Stepped | EpochEnded):
             file = io.BytesIO()
             torch.save({"model": whole.model.state_dict(), **whole.state_dict()}, file)
-            kept[event.step] = file.getvalue()
+            kept[whole.state.step] = file.getvalue()  # where events are deferred, beyond the event's step
 
     whole.listeners.append(keep)
     whole.fit()
     between = next(event.step for event in events if isinstance(event, EpochEnded))
     assert 3 < between < whole.state.step - 3
     expected = everything(whole)
-    for step in (3, between, between + 3):  # inside the first epoch, between two, inside the last
+    inside = next(step for step in kept if step > between)
+    assert inside < whole.state.step
+    for step in (3, between, inside):  # inside the first epoch, between two, inside the last
         again = []
         resumed = trainer([again.append], settings, seed=99, **model_settings)  # other weights, to be replaced
         torch.manual_seed(step)
@@ -117,6 +119,12 @@ def assert_resumed_with_the_same_bits(trainer, case):
         resumed.fit()
         assert_equal_to_the_bit(everything(resumed), expected)
         assert logged(again) == logged(e for e in events if e.step > step)
+
+
+@pytest.mark.parametrize("case", ["sgd", "asgd", "plateau"])
+def test_a_run_whose_events_are_deferred_resumes_with_the_same_bits(trainer, case):
+    """As on a GPU: the last step of a kept state is one whose events were just emitted."""
+    assert_resumed_with_the_same_bits(lambda *given, **named: deferred(trainer(*given, **named)), case)
 
 
 def logged(events):
@@ -662,6 +670,19 @@ def test_a_step_stays_on_its_device(trainer, monkeypatch, optimizer):
     assert (window.lengths.device.type, window.mask.device.type) == ("cpu", "meta")
     with pytest.raises(RuntimeError, match="meta"):
         run._read_back()
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_torchscript_is_not_fused_while_a_run_trains_on_a_gpu(trainer, where):
+    """Its fused kernels come after some calls: a resumed run would be told apart by them."""
+    flags = lambda: (torch._C._jit_texpr_fuser_enabled(), torch._C._jit_can_fuse_on_gpu())  # noqa: E731
+    before, seen = flags(), set()
+    assert before[0]
+    run = trainer([lambda event: seen.add(flags())], {"epochs": 1})
+    run.device = torch.device(where)
+    run.fit()
+    assert seen == ({(False, False)} if where == "cuda" else {before})
+    assert flags() == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
