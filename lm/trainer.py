@@ -268,7 +268,7 @@ class Trainer:
     def _step(self, start: int, stop: int) -> None:
         began = time.perf_counter()
         config, state = self.config, self.state
-        torch.manual_seed(_derive(config.seed, state.step, self.team.rank))
+        _seed(self.device, _derive(config.seed, state.step, self.team.rank))
         count = self.data.active(start, stop)
         rate = self._rate(start) * stream.policy(config.window).rate_scale(stop - start)
         optim.set_learning_rate(self.optimizer, rate)
@@ -295,8 +295,7 @@ class Trainer:
             return
         weights: list[Tensor] = list(self.model.parameters())
         self._before = self._before or [torch.empty_like(weight) for weight in weights]
-        for before, weight in zip(self._before, weights, strict=True):
-            before.copy_(weight)
+        torch._foreach_copy_(self._before, weights)
         self.optimizer.step()
         # put back rather than multiplied by zero, which would leave NaN, and whatever the optimizer
         self._sound = self._sound & found.isfinite().all()
@@ -409,6 +408,18 @@ def _next_epoch(config: TrainConfig, done: TrainerState, nats: float) -> Trainer
     waited = done.waited + 1
     fall = waited > config.schedule_patience
     return replace(now, stale=done.stale + 1, waited=0 if fall else waited, falls=done.falls + fall)
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seeds what a step draws from. `torch.manual_seed` does so for every kind of device, and for each one that is not
+    in use it keeps how it was called, which costs more than many a kernel."""
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
 
 
 def _derive(seed: int, step: int, rank: int) -> int:

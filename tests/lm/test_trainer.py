@@ -17,7 +17,7 @@ from lm.config import TrainConfig
 from lm.evaluator import Score, evaluate
 from lm.events import Diverged, EndedEarly, EpochEnded, Interrupted, Started, Stepped, Validated
 from lm.model import Objective
-from lm.trainer import DivergedError, Trainer, TrainerState, _next_epoch
+from lm.trainer import DivergedError, Trainer, TrainerState, _next_epoch, _seed
 
 
 @pytest.fixture
@@ -670,6 +670,18 @@ def test_a_step_stays_on_its_device(trainer, monkeypatch, optimizer):
     assert (window.lengths.device.type, window.mask.device.type) == ("cpu", "meta")
     with pytest.raises(RuntimeError, match="meta"):
         run._read_back()
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_step_is_seeded_as_by_torch(where, request):
+    if where == "cuda":
+        request.getfixturevalue("cuda")
+    numbers = []
+    for seed in (torch.manual_seed, lambda value: _seed(torch.device(where), value)):
+        torch.rand(3, device=where)
+        seed(2**64 - 3)
+        numbers.append([torch.rand(5, device=device) for device in {"cpu", where}])
+    assert all(map(torch.equal, *numbers))
 
 
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
