@@ -15,9 +15,8 @@ def linear_cross_entropy(
     `sum_m mask[m] * -log_softmax(hidden[m] @ weight.T + bias)[targets[m]]`, block by block. Gradients are computed in
     the forward pass. On the CPU one C++ operator computes all: from some hundred rows on, its memory beyond inputs and
     gradients stays below an eighth of the logits [M, V], in bfloat16 plus two rounded copies of `weight`. Elsewhere
-    torch's own operators run on chunks of rows: on the CPU in less than a quarter of
-    the logits from 1,000 rows on, on other devices of some 16 million logits each, 64 MiB in float32 and 96 MiB in half
-    precision.
+    torch's own operators run on chunks of rows: on the CPU in less than a quarter of the logits from 1,000 rows on, on
+    other devices of some 32 million logits each, 128 MiB in float32 and 192 MiB in half precision.
 
     Arguments:
         hidden: [M, E].

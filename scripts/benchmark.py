@@ -48,8 +48,13 @@ class Row(NamedTuple):
     goal: float | None = None
 
 
-def _autocast(half: bool) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16, enabled=half)
+def _autocast(half: bool, device: str = "cpu") -> AbstractContextManager[Any]:
+    return torch.autocast(device, torch.bfloat16, enabled=half)
+
+
+def _finish(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _layer_work(layer: nn.Module, T: int, N: int, size: int, half: bool = False, **call: Any) -> Work:
@@ -64,8 +69,7 @@ def _layer_work(layer: nn.Module, T: int, N: int, size: int, half: bool = False,
         with _autocast(half):
             y = layer(x, **call)[0]
         y.backward(grad)
-        if like.is_cuda:
-            torch.cuda.synchronize()
+        _finish(like.device.type)
 
     return work
 
@@ -120,39 +124,44 @@ class TorchLanguageModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), state
 
 
-def _step_work(model: nn.Module, loss: Callable[[], Tensor], half: bool) -> Work:
+def _step_work(model: nn.Module, loss: Callable[[], Tensor], half: bool, device: str) -> Work:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def work() -> None:
         optimizer.zero_grad()
-        with _autocast(half):
+        with _autocast(half, device):
             found = loss()
         found.backward()
         optimizer.step()
+        _finish(device)
 
     return work
 
 
-def _decoder_works(M: int, E: int, V: int, half: bool = False, their_half: bool = False) -> tuple[Work, Work]:
-    hidden = torch.randn(M, E, requires_grad=True)
-    weight = (0.1 * torch.randn(V, E)).requires_grad_()
-    bias = torch.zeros(V, requires_grad=True)
-    targets = torch.randint(V, (M,))
+def _decoder_works(
+    M: int, E: int, V: int, half: bool = False, their_half: bool = False, device: str = "cpu"
+) -> tuple[Work, Work]:
+    hidden = torch.randn(M, E, device=device, requires_grad=True)
+    weight = (0.1 * torch.randn(V, E, device=device)).requires_grad_()
+    bias = torch.zeros(V, device=device, requires_grad=True)
+    targets = torch.randint(V, (M,), device=device)
 
     def fresh() -> None:
         hidden.grad = weight.grad = bias.grad = None
 
     def ours() -> None:
         fresh()
-        with _autocast(half):
+        with _autocast(half, device):
             nats, count = linear_cross_entropy(hidden, weight, bias, targets)
         (nats / count).backward()
+        _finish(device)
 
     def torchs() -> None:
         fresh()
-        with _autocast(their_half):
+        with _autocast(their_half, device):
             loss = F.cross_entropy(F.linear(hidden, weight, bias), targets)
         loss.backward()
+        _finish(device)
 
     return ours, torchs
 
@@ -173,17 +182,21 @@ def _norm_works(shape: tuple[int, ...]) -> tuple[Work, Work]:
 
 
 def _step_works(
-    V: int, size: int, T: int, N: int, half: bool = False, their_half: bool = False, **options: Any
+    V: int, size: int, T: int, N: int, half: bool = False, their_half: bool = False, device: str = "cpu", **options: Any
 ) -> tuple[Work, Work]:
-    inputs, targets = ((V ** torch.rand(T, N)).long() - 1 for _ in range(2))  # as frequent as the words of a text
-    ours = LanguageModel(ModelConfig(hidden_size=size, **options), V)
-    plain = TorchLanguageModel(V, size)
+    # as frequent as the words of a text
+    inputs, targets = ((V ** torch.rand(T, N, device=device)).long() - 1 for _ in range(2))
+    ours = LanguageModel(ModelConfig(hidden_size=size, **options), V).to(device)
+    plain = TorchLanguageModel(V, size).to(device)
 
     def our_loss() -> Tensor:
         nats, count = ours.loss(ours(inputs)[0], targets)
         return nats / count
 
-    return _step_work(ours, our_loss, half), _step_work(plain, lambda: plain.loss(inputs, targets)[0], their_half)
+    def their_loss() -> Tensor:
+        return plain.loss(inputs, targets)[0]
+
+    return _step_work(ours, our_loss, half, device), _step_work(plain, their_loss, their_half, device)
 
 
 def _masked_works(T: int, N: int, H: int) -> tuple[Work, Work]:
@@ -315,6 +328,13 @@ def _device_works(
     return _layer_work(ours, T, N, H), _layer_work(torchs, T, N, H)
 
 
+def _plain_products(works: Callable[..., tuple[Work, Work]], *size: int, **options: Any) -> tuple[Work, Work]:
+    """As a program has it that sets nothing: graphs, and products of float32 without TF32."""
+    os.environ.pop("RNNORM_CUDA_GRAPHS", None)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return works(*size, **options)
+
+
 def device_rows(device: str, tiny: bool) -> Iterator[Row]:
     """Every row for a GPU."""
     sizes = [(2, 2, 5)] if tiny else [(64, 20, 200), (35, 20, 650), (70, 40, 1150)]
@@ -325,6 +345,17 @@ def device_rows(device: str, tiny: bool) -> Iterator[Row]:
                 name = f"{kind} {label}, {precision}, {'graphs' if graphs else 'launches'} / nn.{kind}"
                 works = functools.partial(_device_works, kind, norm, device, precision, graphs, size)
                 yield Row(name, ",".join(map(str, size)), works, DEVICE_GOAL)
+    decoders = [(6, 5, 11)] if tiny else [(1280, 200, 10_000), (2800, 400, 33_278)]
+    steps = [(11, 5, 2, 2)] if tiny else [(10_000, 200, 64, 20), (10_000, 650, 35, 20)]
+    for half in (False, True):
+        options: dict[str, Any] = {"half": half, "their_half": half, "device": device}
+        ours, theirs = ("bfloat16", ", bfloat16") if half else ("float32", "")
+        for size in decoders:
+            works = functools.partial(_plain_products, _decoder_works, *size, **options)
+            yield Row(f"linear_cross_entropy, {ours} / torch's pair{theirs}", ",".join(map(str, size)), works)
+        for V, H, T, N in steps:
+            works = functools.partial(_plain_products, _step_works, V, H, T, N, **options)
+            yield Row(f"training step, online, tied, {ours} / torch's parts{theirs}", f"{T},{N},{H}", works)
 
 
 def measure(row: Row, rounds: int) -> dict[str, Any]:

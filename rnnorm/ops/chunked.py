@@ -8,9 +8,9 @@ from torch import Tensor
 # quarter of their memory; it is less from 512 rows on.
 _ROWS = (64, 256)
 _PART = 16
-# Logits of a chunk on other devices, where a launch costs as much as a product of some hundred rows: 64 MiB in float32;
-# in half precision another 32 MiB, of the rounded ones.
-_LOGITS = 2**24
+# Logits of a chunk on other devices, where a launch costs as much as a product of some hundred rows: 128 MiB in
+# float32, in half precision another 64 MiB, of the rounded ones.
+_LOGITS = 2**25
 _LEAST_ROWS = 32
 
 
@@ -45,6 +45,14 @@ def _product(one: Tensor, other: Tensor, wide: torch.dtype) -> Tensor:
     if one.is_cuda and one.dtype != wide and torch.version.hip is None:
         return torch.mm(one, other, out_dtype=wide)
     return (one @ other).to(wide)
+
+
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """Adds `one @ other` to `total`."""
+    if one.dtype == total.dtype:
+        total.addmm_(one, other)
+    else:
+        total += _product(one, other, total.dtype)
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
@@ -94,7 +102,7 @@ def linear_cross_entropy(
         if grad_rows is not None:
             grad_rows[part] = _product(rounded, narrow_weight, wide) * scale
         if needs[1]:
-            grad_weight += _product(rounded.t(), (narrow * scale).to(dtype), wide)
+            _add_product(grad_weight, rounded.t(), (narrow * scale).to(dtype))
         if needs[2]:
             grad_bias.addmv_(gradient.t(), scale.squeeze(1))
         del logits, gradient, rounded  # before the next chunk allocates its own
