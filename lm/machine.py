@@ -2,8 +2,6 @@
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -49,26 +47,6 @@ def require_device(name: str) -> torch.device:
         why = str(fault).strip().splitlines()[0]
         raise UserError(f"a device must be one that torch can use here; got {name!r} ({why}); use cpu") from None
     return device
-
-
-@contextmanager
-def unfused(device: torch.device) -> Iterator[None]:
-    """Inside, TorchScript runs on a GPU as it is written: to the bit the same at each call.
-
-    Else it replaces a loop's operators after its first calls by fused kernels, which round differently, and a resumed
-    run makes those calls again. (`torch.jit.fuser("none")` does it too, with warnings about fusers that are gone.)
-    """
-    if device.type != "cuda":
-        yield
-        return
-    before = torch._C._jit_texpr_fuser_enabled(), torch._C._jit_can_fuse_on_gpu()
-    try:
-        torch._C._jit_set_texpr_fuser_enabled(False)
-        torch._C._jit_override_can_fuse_on_gpu(False)
-        yield
-    finally:
-        torch._C._jit_set_texpr_fuser_enabled(before[0])
-        torch._C._jit_override_can_fuse_on_gpu(before[1])
 
 
 def require_memory(config: ModelConfig, vocabulary: int) -> None:

@@ -19,7 +19,7 @@ from lm.config import TrainConfig
 from lm.distributed import Team
 from lm.evaluator import Score
 from lm.events import Diverged, EndedEarly, EpochEnded, Event, Interrupted, Listener, Started, Stepped, Validated
-from lm.machine import resolve_precision, unfused
+from lm.machine import resolve_precision
 from lm.model import LanguageModel, Objective, State, columns_of, detach, state_of, state_tensors
 from lm.stream import Columns, parts
 
@@ -176,13 +176,12 @@ class Trainer:
         Raises:
             DivergedError: the loss, the gradient or a validation is not finite; the event is emitted before.
         """
-        with unfused(self.device):
-            reason = self._train()
-            if reason in ENDS and self.state.position:
-                with self.averaged():
-                    _, nats = self._validated()
-                    self._emit(EndedEarly(*self._place(), nats))
-            return reason
+        reason = self._train()
+        if reason in ENDS and self.state.position:
+            with self.averaged():
+                _, nats = self._validated()
+                self._emit(EndedEarly(*self._place(), nats))
+        return reason
 
     def _train(self) -> str:
         tokens = self.data.active(0, self.data.steps)
@@ -295,7 +294,8 @@ class Trainer:
             return
         weights: list[Tensor] = list(self.model.parameters())
         self._before = self._before or [torch.empty_like(weight) for weight in weights]
-        torch._foreach_copy_(self._before, weights)
+        for before, weight in zip(self._before, weights, strict=True):
+            before.copy_(weight)
         self.optimizer.step()
         # put back rather than multiplied by zero, which would leave NaN, and whatever the optimizer
         self._sound = self._sound & found.isfinite().all()

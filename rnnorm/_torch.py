@@ -3,7 +3,9 @@
 Checked on torch 2.11.0, 2.13.0 and 2.14.1.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +35,11 @@ _is_batched = _found("_C._functorch.is_legacy_batchedtensor", lambda tensor: Fal
 may_use_onednn = _found("_C._get_mkldnn_enabled", lambda: True)
 # Raises on the device, without waiting for it; without it the assertions of torch's own indexing remain.
 assert_on_device = _found("_assert_async", lambda condition, message: None)
+# What TorchScript may replace by fused kernels on a GPU: pairs that ask and set; without them it may.
+_FUSERS = [
+    (_found("_C._jit_texpr_fuser_enabled", lambda: True), _found("_C._jit_set_texpr_fuser_enabled", lambda on: None)),
+    (_found("_C._jit_can_fuse_on_gpu", lambda: True), _found("_C._jit_override_can_fuse_on_gpu", lambda on: None)),
+]
 # The level of forward-mode differentiation, below 0 outside of it.
 _forward_ad_level: Callable[[], int] = lambda: getattr(torch.autograd.forward_ad, "_current_level", 0)  # noqa: E731
 
@@ -79,3 +86,39 @@ def scan() -> Any:
 def is_batched(tensors: Sequence[Tensor | None]) -> bool:
     """True if one of the tensors is a batch of gradients."""
     return any(_is_batched(tensor) for tensor in tensors if tensor is not None)
+
+
+class _Unfused:
+    """TorchScript's fusers, off while at least one thread asks for it: they are settings of the process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asking = 0
+        self._before: list[bool] = []
+
+    @contextmanager
+    def __call__(self, device: torch.device) -> Iterator[None]:
+        """Inside, TorchScript runs on a GPU as it is written, and so with the same bits at each call. Else fused
+        kernels, which round differently, replace a function's operators after its first calls."""
+        if device.type != "cuda":
+            yield
+            return
+        with self._lock:
+            if self._asking == 0:
+                self._before = [is_on() for is_on, _ in _FUSERS]
+                self._switch([False] * len(_FUSERS))
+            self._asking += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asking -= 1
+                if self._asking == 0:
+                    self._switch(self._before)
+
+    def _switch(self, wanted: Sequence[bool]) -> None:
+        for (_, switch), on in zip(_FUSERS, wanted, strict=True):
+            switch(on)
+
+
+unfused = _Unfused()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rnnorm._torch import unfused
 from rnnorm.norms import Constants
 from rnnorm.ops import channels, chunked
 from rnnorm.ops.backend import Backend
@@ -548,6 +549,11 @@ def _compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.jit.script(function)
 
 
+def _run(function: Callable[..., Any], device: torch.device, *arguments: Any) -> Any:
+    with unfused(device):
+        return _compiled(function)(*arguments)
+
+
 def _walk(o: Operands, spec: CallSpec, save: bool) -> tuple[Steps, Tensor | None]:
     """The steps in processing order, and the rows of the padded [T*N] samples that are real (None: all)."""
     T, N, _ = o.x.shape
@@ -746,7 +752,9 @@ class Scripted(Backend):
             _input_part(samples, o, spec, out=saved[0][:S])
         in_place = real is None and results.y.dtype == wide
         y = results.y.view(S, o.h.size(1)) if in_place else saved[0].new_empty(S, o.h.size(1))
-        last = _compiled(_LOOPS[spec.cell][0])(
+        last = _run(
+            _LOOPS[spec.cell][0],
+            o.x.device,
             [state.to(wide) for state in (o.h, o.c) if state is not None],
             _recurrence(o, spec, mogrifier),
             _by_part(spec, norms, _narrow_norm),
@@ -794,7 +802,9 @@ class Scripted(Backend):
         samples = _real_rows(o.x, real)
         mogrifier = _mogrifier(o, spec, samples, list(saved[10:]), backward=True)
         hidden_part = trace.gates.new_empty((S, P) if o.weight_hr is not None else (0,))
-        first = _compiled(_LOOPS[spec.cell][1])(
+        first = _run(
+            _LOOPS[spec.cell][1],
+            o.x.device,
             grad_y,
             [widened(grad, like) for grad, like in zip(grads[1:], (o.h, o.c), strict=True) if like is not None],
             _recurrence(o, spec, mogrifier),

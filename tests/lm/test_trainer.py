@@ -684,19 +684,6 @@ def test_a_step_is_seeded_as_by_torch(where, request):
     assert all(map(torch.equal, *numbers))
 
 
-@pytest.mark.parametrize("where", ["cpu", "cuda"])
-def test_torchscript_is_not_fused_while_a_run_trains_on_a_gpu(trainer, where):
-    """Its fused kernels come after some calls: a resumed run would be told apart by them."""
-    flags = lambda: (torch._C._jit_texpr_fuser_enabled(), torch._C._jit_can_fuse_on_gpu())  # noqa: E731
-    before, seen = flags(), set()
-    assert before[0]
-    run = trainer([lambda event: seen.add(flags())], {"epochs": 1})
-    run.device = torch.device(where)
-    run.fit()
-    assert seen == ({(False, False)} if where == "cuda" else {before})
-    assert flags() == before
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # On a GPU.
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import rnnorm
+from rnnorm._torch import unfused
 from rnnorm.ops import BackendUnavailable, scripted
 
 pytestmark = [
@@ -326,3 +328,44 @@ def test_threads_compile_a_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(call, range(4)))) == 4
     assert len(calls) == 1
+
+
+def _fusers() -> tuple[bool, bool]:
+    return torch._C._jit_texpr_fuser_enabled(), torch._C._jit_can_fuse_on_gpu()
+
+
+def test_nothing_is_fused_on_a_gpu_while_a_thread_runs_a_loop() -> None:
+    """The fusers are settings of the process, so the last thread that leaves restores them."""
+    before, gpu = _fusers(), torch.device("cuda")
+    assert before[0]
+    with unfused(torch.device("cpu")):
+        assert _fusers() == before
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with unfused(gpu):
+            entered.set()
+            assert left.wait(10)
+            assert _fusers() == (False, False)
+
+    with ThreadPoolExecutor(1) as pool:
+        with suppress(ZeroDivisionError), unfused(gpu):
+            done = pool.submit(other)
+            assert entered.wait(10)
+            assert _fusers() == (False, False)
+            raise ZeroDivisionError
+        left.set()
+        done.result()
+    assert _fusers() == before
+
+
+def test_both_loops_run_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+
+    def noted(device: torch.device) -> Any:
+        found.append(device.type)
+        return unfused(device)
+
+    monkeypatch.setattr(scripted, "unfused", noted)
+    rnnorm.LSTM(3, 4, backend="scripted")(torch.randn(2, 2, 3))[0].sum().backward()
+    assert found == ["cpu", "cpu"]
