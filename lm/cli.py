@@ -180,7 +180,7 @@ def train(
             _say(warning)
         folder = folder or Path("runs") / f"{_stem(preset)}-{_name(settings.data.source)}"
         if dry_run:
-            run.rehearse(settings, say=click.echo)
+            run.rehearse(settings, None if overwrite else folder, say=click.echo)
             return 0
         outcome = run.train(settings, folder, resume=resume, overwrite=overwrite, lock=lock, say=_say)
     if outcome.reason not in ENDS:
@@ -661,7 +661,8 @@ def export_model(folder: Path, file: Path, to: str, which: Which) -> None:
     \b
     torchscript, torch-export and onnx hold one function, in evaluation mode:
       (tokens [T, B] int64, h [L, B, H], and for an LSTM c [L, B, H]) -> (log-probabilities [T, B, V], h, c)
-    T and B are free. The file is run in a fresh process and compared before it gets its name.
+    T and B are free; where layers differ in size, each has its h and c. The file is run in a fresh process and
+    compared before it gets its name.
 
     safetensors holds the weights under the model's names, with settings and tokenizer as metadata; embeddings is
     the text format of word2vec, a line for each token of the vocabulary.

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lm import stream, tokenizers
 from lm.corpora import CORPORA, Reading
-from lm.corpora.files import is_pattern, known_encoding, shares
+from lm.corpora.files import is_pattern, known_encoding, refuse_pipe, shares
 from lm.errors import UserError
 from lm.files import read_text
 from rnnorm import norms
@@ -297,7 +297,9 @@ class CheckpointConfig(Section):
 
 class EvalConfig(Section):
     protocol: Literal["exact", "chunk-mean"] = Field(default="exact", description="evaluation protocol of `eval`")
-    chunk: Count = Field(default=1024, description="steps evaluated at once; the exact result does not depend on it")
+    chunk: Annotated[int, Field(ge=1, lt=10**9)] = Field(
+        default=1024, description="steps evaluated at once; the exact result does not depend on it"
+    )
     dynamic_lr: Positive = Field(default=5e-5, description="eval --dynamic: learning rate")
     dynamic_decay: Weight = Field(default=0.002, description="eval --dynamic: pull towards the trained weights")
     dynamic_eps: Positive = Field(default=2e-5, description="eval --dynamic: added to the root mean square gradient")
@@ -476,11 +478,7 @@ def absolute(data: DataConfig) -> DataConfig:
         raise UserError("data.dir, data.source and data.tokenizer_file must not hold the character NUL; remove it")
     changed: dict[str, str] = {"dir": str(Path(data.dir).resolve())}
     if data.source and data.source not in CORPORA:  # an empty path is the working folder
-        if Path(data.source).is_fifo():
-            raise UserError(
-                f"data must be files, which are read more than once; got {data.source}, a pipe; give --data - and pipe "
-                "the text in"
-            )
+        refuse_pipe(Path(data.source), "give --data - and pipe the text in")
         if Path(data.source).exists():
             changed["source"] = str(Path(data.source).resolve())
         elif is_pattern(data.source):

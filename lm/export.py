@@ -2,8 +2,9 @@
 as safetensors, and its embeddings as text.
 
 A file to run holds one function, in evaluation mode: tokens [T, B] int64 and the state [L, B, H] (`h`; for an LSTM `h`
-and `c`; zeros at the start) give log-probabilities [T, B, V] and the state after. T and B are free, from 1 on. The
-tokenizer goes with it, as JSON.
+and `c`; zeros at the start) give log-probabilities [T, B, V] and the state after. Where layers differ in size, the
+state is that of the first layer, then of the second, ..., [1, B, H] each. T and B are free, from 1 on. The tokenizer
+goes with it, as JSON.
 """
 
 import copy
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,14 @@ TOLERANCE = 1e-3  # of log-probabilities, in nats; formats differ in the order o
 _TOKENIZER = "tokenizer.json"
 
 
+def _stacked(model: LanguageModel, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The state of a model as its file has it: where all layers are of one size, one tensor for each name."""
+    names = len(rnnorm.CELLS[model.recurrent[0].cell].states)
+    if len({layer.hidden_size for layer in model.recurrent}) > 1:
+        return (*states,)
+    return tuple(torch.cat([*states[name::names]]) for name in range(names))
+
+
 class _Function(nn.Module):
     """The language model from ordinary operators."""
 
@@ -43,14 +52,22 @@ class _Function(nn.Module):
         super().__init__()
         self.embedding, self.decoder = model.embedding, model.decoder
         self.layers = nn.ModuleList(layer.to_plain(**options) for layer in model.recurrent)
+        self.depths = [layer.num_layers for layer in model.recurrent]
+        self.names = len(rnnorm.CELLS[model.recurrent[0].cell].states)
 
     def forward(self, tokens: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        hidden, each = self.embedding(tokens), len(states) // len(self.layers)
-        after: list[Tensor] = []
-        for number, layer in enumerate(self.layers):
-            hidden, *last = layer(hidden, *states[number * each :][:each])
-            after += last
-        return self.decoder.log_probs(hidden), *after
+        hidden, stacked = self.embedding(tokens), len(states) == self.names
+        if stacked:
+            given = list(zip(*(state.split(self.depths) for state in states), strict=True))
+        else:
+            given = [states[first : first + self.names] for first in range(0, len(states), self.names)]
+        after: list[list[Tensor]] = []
+        for layer, own in zip(self.layers, given, strict=True):
+            hidden, *last = layer(hidden, *own)
+            after.append(last)
+        if stacked:
+            return self.decoder.log_probs(hidden), *(torch.cat(of_name) for of_name in zip(*after, strict=True))
+        return self.decoder.log_probs(hidden), *(state for last in after for state in last)
 
 
 class _Steps(nn.Module):
@@ -99,7 +116,7 @@ def _torch_export(model: LanguageModel, example: tuple[Tensor, ...], tokenizer: 
 
 def _onnx(model: LanguageModel, example: tuple[Tensor, ...], tokenizer: str) -> bytes:
     names = rnnorm.CELLS[model.recurrent[0].cell].states
-    own = ["", *(f"_l{layer}" for layer in range(1, len(model.recurrent)))]
+    own = ["", *(f"_l{layer}" for layer in range(1, (len(example) - 1) // len(names)))]
     states = [f"{name}{layer}" for layer in own for name in names]
     program = torch.onnx.export(
         _Function(model),
@@ -164,11 +181,12 @@ def _safetensors(trained: TrainedModel) -> bytes:
 
 
 def _embeddings(trained: TrainedModel) -> bytes:
-    """word2vec's text format: V and E, then a line for each token; white space in a token is written as `<0x20>`."""
+    """word2vec's text format: V and E, then a line for each token; white space in a token is written as `<U+0020>`
+    (`<0x20>` is a byte of tokens from sentencepiece)."""
     weight = trained.model.embedding.weight.detach().cpu().float()
     lines = [f"{len(weight)} {weight.size(1)}\n"]
     for token, vector in enumerate(weight.tolist()):
-        piece = re.sub(r"\s", lambda found: f"<0x{ord(found[0]):02X}>", trained.tokenizer.piece(token))
+        piece = re.sub(r"\s", lambda found: f"<U+{ord(found[0]):04X}>", trained.tokenizer.piece(token))
         lines.append(f"{piece} {' '.join(f'{value:.9g}' for value in vector)}\n")
     return "".join(lines).encode()
 
@@ -240,7 +258,8 @@ def _checked(trained: TrainedModel, form: Format) -> tuple[bytes, float | None]:
         layer.backend = "auto"  # the one that was asked for may not run on the CPU
     tokenizer = json.dumps(trained.tokenizer.state())
     with evaluating(model), _quietly():
-        example = (torch.zeros(3, 2, dtype=torch.int64), *state_tensors(model(torch.zeros(3, 2).long())[1]))
+        tokens = torch.zeros(3, 2, dtype=torch.int64)
+        example = (tokens, *_stacked(model, state_tensors(model(tokens)[1])))
         content = form.content(model, example, tokenizer)
     worst = _worst(model, form, content)
     if worst is not None and not worst <= TOLERANCE:
@@ -260,7 +279,8 @@ def _worst(model: LanguageModel, form: Format, content: bytes) -> float | None:
             tokens = torch.randint(model.embedding.num_embeddings, (steps, columns), generator=generator)
             _, first = model(torch.randint(model.embedding.num_embeddings, (9, columns), generator=generator))
             hidden, last = model(tokens, state_of(state_tensors(first)))
-            cases.append(([tokens, *state_tensors(first)], [model.log_probs(hidden), *state_tensors(last)]))
+            states, after = (_stacked(model, state_tensors(state)) for state in (first, last))
+            cases.append(([tokens, *states], [model.log_probs(hidden), *after]))
     given = io.BytesIO()
     torch.save(cases, given)
     with tempfile.TemporaryDirectory() as folder:

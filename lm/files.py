@@ -1,7 +1,12 @@
 """Files read with a clear fault, and files written whole or not at all."""
 
+import atexit
+import functools
 import glob
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -123,6 +128,32 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as fault:
         raise UserError(f"{path} must be writable; {fault.strerror}; check the path and its folder") from None
+
+
+def cache_file(folder: Path, name: str) -> Path:
+    """Returns the path of a file that only saves time: in `folder`, or where it is not there and cannot be written, in
+    a temporary folder that lives as long as this process."""
+    path = folder / name
+    return path if path.exists() or _can_write(folder) else _instead(folder) / name
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether files can be written there, once the folder is made."""
+    while not folder.exists() and not folder.is_symlink() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+@functools.cache
+def _instead(folder: Path) -> Path:
+    made = Path(tempfile.mkdtemp(prefix="rnnlm-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    print(
+        f"warning: {folder} cannot be written; what is made of large texts is kept in {made} until this process ends",
+        file=sys.stderr,
+        flush=True,
+    )
+    return made
 
 
 def remove_leftovers(path: Path) -> None:

@@ -46,7 +46,6 @@ class Outcome:
     speed: str
 
 
-_END_OF = {"epochs": "all epochs", "max_steps": "train.max_steps", "patience": "train.patience"}
 _OTHER_TOKENS = (
     "lower data.min_count, raise data.vocab_size, or use --set data.tokenizer=bpe (or char; a text that puts no spaces "
     "between words needs one of these)"
@@ -133,12 +132,21 @@ def train(
         where = f"resuming after step {trainer.state.step}" if saved else "a new run"
         where += "" if start is None else f", from the best weights of {settings.train.init_from}"
         if saved and (ended := trainer.ended()):
-            more = f"begin another run with its weights: {shlex.join(['--init-from', str(folder)])}"
-            if ended == "patience" or settings.train.schedule != "cosine":  # which is planned for so many epochs
-                more = f"raise what ended it, as by --set train.epochs=N, or {more}"
-            where = f"finished after step {trainer.state.step} ({_END_OF[ended]}): nothing is left to train; {more}"
+            where = f"finished after step {trainer.state.step} ({_finished(trainer, ended, folder)}"
         say(f"run folder {folder}: {where}" + (f", {team.size} processes" if team.size > 1 else ""))
         return _run(trainer, settings, folder, text)
+
+
+def _finished(trainer: Trainer, ended: str, folder: RunFolder) -> str:
+    """What ended a run for good, and what can be done to train on."""
+    options = trainer.config
+    if ended == "patience" and (options.patience is None or trainer.state.stale < options.patience):
+        ended = "stop_patience"
+    shown = "all epochs" if ended == "epochs" else f"train.{ended}={getattr(options, ended)}"
+    more = f"begin another run with its weights: {shlex.join(['--init-from', str(folder)])}"
+    if ended.endswith("patience") or options.schedule != "cosine":  # which is planned for so many epochs
+        more = f"raise what ended it, as by --set train.{ended}=N, or {more}"
+    return f"{shown}): nothing is left to train; {more}"
 
 
 def _placed(settings: Config, saved: Mapping[str, Any] | None, team: Team, say: Say) -> Config:
@@ -376,8 +384,9 @@ _OF_SCHEDULERS = (signal.SIGHUP, signal.SIGUSR1)
 _STOPPING = (signal.SIGINT, signal.SIGTERM, *_OF_SCHEDULERS)
 
 
-def rehearse(settings: Config, say: Say = print) -> None:
-    """Says what `train` would train, and how large and fast it is by one timed step. No run is written, none resumed.
+def rehearse(settings: Config, folder: str | Path | None = None, say: Say = print) -> None:
+    """Says what `train` would train, and how large and fast it is by one timed step. No run is written, none resumed;
+    the tokenizer is that of `folder` where a run is there.
 
     The step is the second, the first one compiles and allocates; on a GPU the fifth, whose loops are graphs by then.
 
@@ -387,7 +396,7 @@ def rehearse(settings: Config, say: Say = print) -> None:
     _require(settings, Team())
     settings = _placed(settings, None, Team(), say)
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"log_every": 1})})
-    text = _text(settings, None, _start(settings.train, say), say)
+    text = _text(settings, None, _rehearsed(settings, folder, say), say)
     require_memory(settings.model, text.tokenizer.size)
     torch.manual_seed(settings.train.seed)
     device = require_device(settings.train.device)
@@ -411,11 +420,22 @@ def rehearse(settings: Config, say: Say = print) -> None:
     last, options = steps[-1], settings.train
     rate = last.tokens / last.seconds
     epoch = trainer.data.active(0, trainer.data.steps)
+    steps_of_epoch = len(stream.plan(options.window, trainer.data.steps, options.seed, 0))
+    epochs, named = float(options.epochs), f"{options.epochs} epochs"
+    if options.max_steps is not None and options.max_steps < options.epochs * steps_of_epoch:
+        epochs, named = options.max_steps / steps_of_epoch, f"{options.max_steps:,} steps"
     say(
         f"one step: {last.seconds:.3f} s for {last.tokens:,} tokens, {rate:,.0f} tokens/s; an epoch of {epoch:,} "
-        f"tokens takes about {_duration(epoch / rate)}, {options.epochs} epochs "
-        f"{_duration(options.epochs * epoch / rate)}, validations not counted"
+        f"tokens takes about {_duration(epoch / rate)}, {named} {_duration(epochs * epoch / rate)}, validations not "
+        "counted"
     )
+
+
+def _rehearsed(settings: Config, folder: str | Path | None, say: Say) -> Mapping[str, Any] | None:
+    """What holds the tokenizer of the run that is rehearsed, where it is made already."""
+    if folder is not None and (kept := RunFolder(Path(folder)).tokenizer).is_file():
+        return {"tokenizer": tokenizers.load(kept).state()}
+    return _start(settings.train, say)
 
 
 def _used(device: torch.device) -> str:

@@ -72,13 +72,14 @@ def draw(model: LanguageModel, tokenizer: Tokenizer, prefix: list[int], length: 
 def _drawn(model: LanguageModel, tokenizer: Tokenizer, prefix: list[int], length: int, law: Law) -> Iterator[int]:
     generator = torch.Generator().manual_seed(law.seed)
     device = next(model.parameters()).device
-    state, tokens = None, [tokenizer.eos, *prefix]
+    state, tokens, never = None, [tokenizer.eos, *prefix], [*tokenizer.unused]
+    if law.no_unk and tokenizer.unk is not None:
+        never.append(tokenizer.unk)
     for _ in range(length):
         with evaluating(model):
             hidden, state = model(torch.tensor(tokens, device=device)[:, None], state)
             log_probs = model.log_probs(hidden[-1, 0]).cpu()
-        if law.no_unk and tokenizer.unk is not None:
-            log_probs[tokenizer.unk] = -torch.inf
+        log_probs[never] = -torch.inf
         tokens = [_draw(log_probs, law.temperature, law.top_k, law.top_p, generator)]
         yield tokens[0]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lm import stream, tokenizers
-from lm.files import write_chunks
+from lm.files import cache_file, write_chunks
 from lm.stream import Stream
 from lm.text import BLOCK, Text, watched
 from lm.tokenizers import Tokenizer
@@ -73,4 +73,4 @@ def _place(text: Text, what: str, key: Any, suffix: str) -> Path | None:
     if key is None or text.cache is None:
         return None
     name = hashlib.sha256(json.dumps([_FORM, key]).encode()).hexdigest()[:32]
-    return text.cache / f"{what}-{name}{suffix}"
+    return cache_file(text.cache, f"{what}-{name}{suffix}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lm.errors import UserError
-from lm.files import reading, utf8, write_whole
+from lm.files import cache_file, reading, utf8, write_whole
 
 BLOCK = 2**22  # bytes
 LARGE = 2**24  # bytes of a text from which on what is made of it is kept in files
@@ -75,7 +75,8 @@ class Text:
     stop: int | None = None
     cache: Path | None = field(default=None, compare=False)
     watch: Callable[[int], None] | None = field(default=None, compare=False)  # gets the number of bytes read
-    files: Callable[[], Iterable[tuple[str, int]]] | None = field(default=None, compare=False)  # joined: names, sizes
+    joined: tuple[str, ...] = field(default=(), compare=False)  # names of the files that it was joined from
+    files: Callable[[], Iterable[tuple[str, int]]] | None = field(default=None, compare=False)  # and their sizes
 
     @classmethod
     def of(cls, lines: "Iterable[str] | Text", name: str = "the text") -> "Text":
@@ -177,13 +178,13 @@ class Text:
         with reading(self.content, "a text"):
             known = self.content.stat()
         key = [_FORM, str(self.content.resolve()), known.st_size, known.st_mtime_ns, self.start, self.size]
-        kept = self.cache / f"facts-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
-        if kept.exists():
+        place = cache_file(self.cache, f"facts-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json")
+        if place.exists():
             with suppress(ValueError, TypeError, RecursionError):  # of another version
-                return Facts(**json.loads(kept.read_bytes()))
+                return Facts(**json.loads(place.read_bytes()))
         with watched(self, "reading") as text:
             found = _examine(text)
-        write_whole(kept, json.dumps(asdict(found)).encode())
+        write_whole(place, json.dumps(asdict(found)).encode())
         return found
 
     def place(self, offset: int) -> str:

@@ -52,6 +52,10 @@ class Tokenizer(Protocol):
     @property
     def sha256(self) -> str: ...
     @property
+    def unused(self) -> tuple[int, ...]:
+        """Ids that no text is encoded to."""
+
+    @property
     def lossless(self) -> bool:
         """Whether the ids of a text are the whole text."""
 
@@ -90,6 +94,10 @@ class _Base:
     @property
     def eos(self) -> int:
         raise NotImplementedError
+
+    @property
+    def unused(self) -> tuple[int, ...]:
+        return ()
 
     @property
     def unit(self) -> Unit:
@@ -448,6 +456,10 @@ class Pieces(_Base):
     @cached_property
     def unk(self) -> int:
         return int(self._processor.PieceToId(UNK))
+
+    @property
+    def unused(self) -> tuple[int, ...]:
+        return (int(self._processor.unk_id()),)  # bytes stand in for it
 
     def encode(self, line: str) -> list[int]:
         return list(self._processor.EncodeAsIds(line.translate(_ESCAPES)))

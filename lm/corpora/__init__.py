@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lm.corpora import characters, checks, folder, hub, markov, python_docs
-from lm.corpora.files import PLAIN, SPLITS, Reading, Split, divide, is_pattern, join, open_text, shares
+from lm.corpora.files import PLAIN, SPLITS, Reading, Split, divide, is_pattern, join, open_text, refuse_pipe, shares
 from lm.corpora.folder import Known
 from lm.errors import UserError
 from lm.text import Text
@@ -118,6 +118,7 @@ def _open(source: str, data_dir: Path, needed: tuple[str, ...], options: Reading
         splits = folder.read(place, needed, options, cache)
         return Corpus(_published(splits) or place.resolve().name, splits)
     if source and place.exists():
+        refuse_pipe(place, "write the text to a file first")
         return _split(place.name.partition(".")[0], open_text(place, options, cache), needed, options)
     if is_pattern(source):
         name = Path(re.split(r"[*?\[]", source)[0]).name or "text"

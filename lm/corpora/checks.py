@@ -41,10 +41,12 @@ def require(splits: Mapping[str, Text], kind: str, ways: Ways = OF_TRAINING) -> 
         UserError: text that is not UTF-8 or holds NUL; for words, the word `<eos>`, or lines that end with carriage
             returns alone.
     """
-    if kind == "byte":
-        return []
-    found = [warning for split, text in splits.items() for warning in _checked(split, text, kind, ways)]
-    found += [_AS_IT_IS.format(text.name) for text in splits.values() if _MARKED_UP.search(text.name)]
+    found = []
+    if kind != "byte":
+        found += [warning for split, text in splits.items() for warning in _checked(split, text, kind, ways)]
+    for text in splits.values():
+        marked_up = [name for name in text.joined or (text.name,) if _MARKED_UP.search(name)]
+        found += [_AS_IT_IS.format(name) for name in marked_up[:1]]
     return [*dict.fromkeys(found)]  # of one file that is split: once
 
 
@@ -92,12 +94,19 @@ def _checked_words(split: str, text: Text, ways: Ways) -> list[str]:
         )
     if "cr" in found and not text.facts.line_feeds:
         raise UserError(
-            f"the lines of the {split} split must end with line feeds; got carriage returns alone in {text.name}; "
-            "convert it, as by tr '\\r' '\\n'"
+            f"the lines of the {split} split must end with line feeds; got carriage returns alone in "
+            f"{text.place(found['cr'])}; convert it, as by tr '\\r' '\\n'"
+        )
+    warnings = []
+    if "cr" in found:
+        warnings.append(
+            f"{text.place(found['cr'])} holds a carriage return that no line feed follows: it is white space, and ends "
+            "no line; where lines end so, convert the file, as by tr '\\r' '\\n'"
         )
     if "bom" in found:
-        return [f"{text.place(found['bom'])} holds U+FEFF, a byte order mark inside the text: it is part of its word"]
-    return []
+        place = text.place(found["bom"])
+        warnings.append(f"{place} holds U+FEFF, a byte order mark inside the text: it is part of its word")
+    return warnings
 
 
 def _head(text: Text) -> bytes:

@@ -15,7 +15,7 @@ from typing import IO, Any, Literal, get_args
 
 from lm import text as texts
 from lm.errors import UserError
-from lm.files import reading, write_chunks
+from lm.files import cache_file, reading, write_chunks
 from lm.text import SPACES, Text
 
 Split = Literal["train", "valid", "test"]
@@ -93,6 +93,12 @@ def find(folder: Path, stems: Iterable[str]) -> Path | None:
     return None
 
 
+def refuse_pipe(path: Path, instead: str) -> None:
+    """Raises UserError if the path is a pipe, as of a shell's <(command)."""
+    if path.is_fifo():
+        raise UserError(f"data must be files, which are read more than once; got {path}, a pipe; {instead}")
+
+
 def open_text(path: Path, options: Reading, cache: Path) -> Text:
     """Returns the text of a file as UTF-8: of `.gz`, `.zst` and `.parquet` files too, and of other encodings.
 
@@ -136,7 +142,7 @@ def join(pattern: str, options: Reading, cache: Path) -> Text:
     key = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)]
     key.append([options.encoding, options.column])
     found = kept(lambda: _joined(paths, options), key, cache, pattern)
-    return replace(found, files=functools.partial(_sizes, paths, options))
+    return replace(found, joined=tuple(map(str, paths)), files=functools.partial(_sizes, paths, options))
 
 
 def _sizes(paths: Iterable[Path], options: Reading) -> Iterator[tuple[str, int]]:
@@ -156,7 +162,7 @@ def _joined(paths: Iterable[Path], options: Reading) -> Iterator[bytes]:
 def kept(chunks: Callable[[], Iterator[bytes]], key: Any, cache: Path, name: str) -> Text:
     """Returns bytes as a text: in memory where they are few, else in a file of the cache, which is used again for an
     equal key."""
-    place = cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.txt"
+    place = cache_file(cache, f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.txt")
     if place.exists():
         return Text(place, name, cache=cache)
     first, size, made = [], 0, chunks()

@@ -357,6 +357,8 @@ def test_a_run_that_is_moved_aside_leaves_its_standard_input(call, corpus, tmp_p
 def test_a_pipe_is_scored_and_not_trained_on(call, trained, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert "got pipe, a pipe; give --data - and pipe the text in" in fault(call, "train", "--data", "pipe", *QUICK)
+    for command in (["data", "stats", "pipe"], ["tokenizer", "train", "--data", "pipe", "--out", "new.json"]):
+        assert "got pipe, a pipe; write the text to a file first" in fault(call, *command)
     writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("the cat\n",))
     writer.start()
     assert json.loads(call("score", trained, "pipe", "--json")[0].splitlines()[0])["count"] == 3

@@ -3,7 +3,7 @@ import tomllib
 
 import pytest
 
-from lm import config
+from lm import config, stream
 from lm.errors import UserError
 
 
@@ -412,3 +412,10 @@ def test_what_tells_runs_apart():
     found = config.telling(config.build(config.override(config.preset("default"), given)))
     assert {*found} == {*config._LEADING, "train.epochs"}
     assert (found["model.cell"], found["train.epochs"], found["train.lr"]) == ("gru", 9, 0.004)
+
+
+def test_the_steps_of_an_evaluation_are_those_of_a_window():
+    """A window has nine digits at most."""
+    assert stream.policy(str(config.build({"eval": {"chunk": 10**9 - 1}}).eval.chunk))
+    with pytest.raises(UserError, match=r"eval\.chunk must .*; got 1000000000"):
+        config.build({"eval": {"chunk": 10**9}})

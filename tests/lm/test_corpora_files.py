@@ -203,6 +203,18 @@ def test_markup_that_is_taken_as_text_is_warned_of(tmp_path: Path):
     write(tmp_path / "rows.jsonl", b'{"text": "a"}\n' * 200)
     (warning,) = corpora.load(str(tmp_path / "rows.jsonl"), tmp_path).require("word")
     assert "rows.jsonl is read as plain text, its markup too; to read one column of it, write that column" in warning
+    assert corpora.load(str(tmp_path / "rows.jsonl"), tmp_path).require("byte") == [warning]
+    write(tmp_path / "before.txt", b"a\n")
+    assert corpora.load(str(tmp_path / "*"), tmp_path).require("word") == [warning]
+
+
+def test_a_carriage_return_between_line_feeds_is_warned_of(tmp_path: Path):
+    write(tmp_path / "a.txt", b"a b\n" * 50 + b"c\rd\n")
+    for number in range(3):
+        write(tmp_path / f"b{number}.txt", b"a\r" * 50)
+    found = corpora.load(str(tmp_path / "*.txt"), tmp_path, ("train",), Reading(split="100/0/0"))
+    (warning,) = found.require("word")
+    assert re.search(r"a\.txt, line 51 holds a carriage return that no line feed follows: it is white space", warning)
 
 
 def test_a_packed_file_under_its_own_name_is_to_be_unpacked(tmp_path: Path):
@@ -256,7 +268,7 @@ FAULTS = {
     ),
     b"ok\nab\0c\n": ("must be text; got a NUL in .*line 2, as in UTF-16", {"word", "char", "bpe", "unigram"}),
     b"ok\na <eos> c\n": ("must not hold the word <eos>.*; got it in .*line 2; replace", {"word"}),
-    b"ok\rab\rc\r": ("must end with line feeds; got carriage returns alone in ", {"word"}),
+    b"ok\rab\rc\r": ("must end with line feeds; got carriage returns alone in .*line 1; convert", {"word"}),
 }
 
 

@@ -75,6 +75,27 @@ def _tokenizer(to, path):
     return found["tokenizer.json"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "shapes"),
+    [
+        ({"num_layers": 2}, [(2, 3, 12)] * 2),
+        ({"num_layers": 2, "locked_dropout": True}, [(2, 3, 12)] * 2),
+        ({"num_layers": 2, "locked_dropout": True, "cell": "gru"}, [(2, 3, 12)]),
+        ({"num_layers": 2, "layer_sizes": [7, 9]}, [(1, 3, 7), (1, 3, 7), (1, 3, 9), (1, 3, 9)]),
+    ],
+)
+def test_the_state_of_a_file_is_the_documented_one(trained, settings, shapes):
+    net = trained(**settings).model.eval()
+    states, tokens = [torch.randn(shape) for shape in shapes], torch.randint(9, (4, 3))
+    function = export._Function(net, make_loop=export._Steps)
+    with torch.no_grad():
+        scores, *after = function(tokens, *states)
+        _, *between = function(tokens[:3], *states)
+        last, *_ = function(tokens[3:], *between)
+    assert [tuple(state.shape) for state in after] == shapes
+    torch.testing.assert_close(last, scores[3:])
+
+
 @pytest.mark.parametrize("fault", ["junk", "another"])
 def test_a_file_that_is_wrong_gets_no_name(trained, tmp_path, monkeypatch, fault):
     form = export.FORMATS["torchscript"]
@@ -180,8 +201,20 @@ def test_embeddings_are_word2vec_s_text(trained, tmp_path):
     characters = replace(source, tokenizer=tokenizers.train("char", ["a b\t\u00a0cdefg"]))
     export.export(characters, "embeddings", tmp_path / "characters.txt")
     rows = (tmp_path / "characters.txt").read_text().split("\n")[1:-1]
-    assert {"<0x20>", "<0x09>", "<0xA0>"} <= {row.split(" ")[0] for row in rows}
+    assert {"<U+0020>", "<U+0009>", "<U+00A0>"} <= {row.split(" ")[0] for row in rows}
     assert {len(row.split()) for row in rows} == {13}
+
+
+def test_no_two_embeddings_have_one_name(trained, tmp_path):
+    """A byte of a token from sentencepiece is named as `<0x09>` is."""
+    source = trained()
+    source = replace(source, model=LanguageModel(source.config.model, 270))
+    pieces = tokenizers.train("bpe", ["if x:\t\ta\u00a0b" * 3, "a\tb\tc\u00a0d"] * 40, 270)
+    assert pieces.size == 270
+    export.export(replace(source, tokenizer=pieces), "embeddings", tmp_path / "pieces.txt")
+    names = [row.split(" ")[0] for row in (tmp_path / "pieces.txt").read_text().split("\n")[1:-1]]
+    assert len(names) == len({*names}) == 270
+    assert {"<0x09>", "<U+0009>"} <= {*names}
 
 
 @pytest.mark.slow

@@ -398,6 +398,17 @@ def test_a_best_checkpoint_that_is_of_no_use_gives_way(train, tmp_path, validati
     assert checkpoint.load(best)["trainer"]["step"] == 4
 
 
+@pytest.mark.parametrize("name", ["patience", "stop_patience"])
+def test_a_finished_run_names_the_setting_that_ended_it(train, validations, name):
+    validations(1.0, 2.0, 3.0)
+    train("train.epochs=30", f"train.{name}=1")
+    said = []
+    train("train.epochs=30", f"train.{name}=1", say=said.append)
+    assert (
+        f" (train.{name}=1): nothing is left to train; raise what ended it, as by --set train.{name}=N, or" in said[-1]
+    )
+
+
 def test_a_finished_run_only_scores_again_and_says_so(train, tmp_path):
     first = train()
     before = checkpoint.load(tmp_path / "run/checkpoints/last.safetensors")
@@ -986,6 +997,15 @@ def test_a_rehearsal_writes_nothing(settings, tmp_path):
         r"one step: [\d.]+ s for \d+ tokens, .*; an epoch of [34]\d\d tokens takes about .*, 2 epochs ", said[3]
     )
     run.rehearse(settings("train.max_steps=1", "train.optimizer=adam"), say=said.append)
+    assert re.search(r" tokens takes about .*, 1 steps 0 s, validations not counted", said[7])
+
+
+def test_a_rehearsal_of_a_run_has_its_tokenizer(train, settings, tmp_path):
+    train("train.max_steps=2", "data.min_count=1")
+    said = []
+    run.rehearse(settings("data.tokenizer_file=gone.json"), tmp_path / "run", said.append)
+    size = tokenizers.load(tmp_path / "run/tokenizer.json").size
+    assert f"word vocabulary of {size}" in said[0]
 
 
 def test_a_rehearsal_times_one_step(settings, monkeypatch):

@@ -149,6 +149,14 @@ def test_unk_is_never_drawn_where_it_is_not_wanted(model, tokenizer):
     assert ["<unk>" in text for text in drawn] == [True, False]
 
 
+def test_a_token_that_no_text_holds_is_never_drawn(model):
+    pieces = _table("bpe")
+    net = model(vocabulary=pieces.size)
+    with torch.no_grad():
+        net.decoder.bias[pieces.unused] = 9.0
+    assert "\u2047" not in sample(net, pieces, length=60)
+
+
 def test_what_a_vocabulary_lacks():
     words, characters = _table("word"), _table("char")
     assert words.unknown("a zebra\nab zebra <unk>\u00a0x") == ["zebra", "<unk>\u00a0x"]

@@ -1,6 +1,8 @@
 """Large texts: what is kept is what a small text gives, is used again, and is made anew where the text changes."""
 
 import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +135,17 @@ def test_what_is_kept_is_of_its_text_and_tokenizer(tmp_path: Path, large):
     ]
     for table in tables:
         assert np.array_equal(store.encoded(text, table).ids, stream.encode(text, table).ids)
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(tmp_path: Path, large, capsys):
+    (tmp_path / "book.txt").write_bytes(LINES.encode())
+    expected = store.encoded(text := opened(tmp_path), table := tokenizers.train("word", text)).ids
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "data").symlink_to(tmp_path / "away/gone")  # where nobody can make a folder, root included
+    again = opened(tmp_path)
+    assert np.array_equal(store.encoded(again, table).ids, expected)
+    assert np.array_equal(store.encoded(opened(tmp_path), table).ids, expected)
+    said = capsys.readouterr().err
+    assert said.count("data/cache cannot be written; what is made of large texts is kept in ") == 1
+    kept = Path(re.search(r"is kept in (\S+) until", said)[1])
+    assert {path.name.partition("-")[0] for path in kept.iterdir()} == {"facts", "ids"}
