@@ -158,6 +158,7 @@ class Trainer:
             AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError: it is of another model or run.
         """
         self.state = TrainerState(**saved["trainer"])
+        self._unread, self._sound = [], torch.ones_like(self._sound)
         self._check()
         optim.load(self.optimizer, saved["optimizer"])
         self.averages = Averages(self.model) if optim.averaging(self.config, self.state.valid) else None
@@ -349,10 +350,10 @@ class Trainer:
                 window, carried = data.window(start, stop), columns_of(self.carried, *cut)
                 loss, summed, state = self.objective(window, carried, per_change)
                 # the team averages over its processes what is here a sum over them
-                (loss * self.team.size / count).backward()
+                loss.backward(torch.full_like(loss, self.team.size / count))
             nats.append(summed.double())
             states.append(state_tensors(detach(state)))
-        own = [torch.cat(tensors, 1) for tensors in zip(*states, strict=True)]
+        own = states[0] if len(states) == 1 else [torch.cat(tensors, 1) for tensors in zip(*states, strict=True)]
         return sum(nats[1:], nats[0]), state_of([self.team.join(tensor, 1, self.config.batch_size) for tensor in own])
 
     def _end_epoch(self, seconds: float) -> None:

@@ -16,7 +16,8 @@ def linear_cross_entropy(
     the forward pass. On the CPU one C++ operator computes all: from some hundred rows on, its memory beyond inputs and
     gradients stays below an eighth of the logits [M, V], in bfloat16 plus two rounded copies of `weight`. Elsewhere
     torch's own operators run on chunks of rows: on the CPU in less than a quarter of the logits from 1,000 rows on, on
-    other devices of some 32 million logits each, 128 MiB in float32 and 192 MiB in half precision.
+    other devices of some 32 million logits each, 128 MiB in float32 and 192 MiB in half precision, where `weight` takes
+    its size again, and twice as much in float32 for its gradient from the second chunk on.
 
     Arguments:
         hidden: [M, E].
@@ -34,7 +35,8 @@ def linear_cross_entropy(
     scale multiplies them: keep the rows' weights near 1, and divide the sum instead.
 
     Raises:
-        ValueError: wrong shape or dtype, or the target of a counted row outside 0 … V - 1.
+        ValueError: wrong shape or dtype, or the target of a counted row outside 0 … V - 1. On a GPU, where looking
+            would wait for it, the device asserts that instead, as in torch's own loss.
         RuntimeError: backward with create_graph=True.
     """
     total = summed_nll(hidden, weight, bias, targets, mask)

@@ -3,7 +3,7 @@
 from rnnorm.ops import sequence
 from rnnorm.ops.call import DIFFERENTIABLE, HELD, CallSpec, Operands, Results, mogrifier_shapes, statistics_dtype
 from rnnorm.ops.library import refuse_recomputation, refuse_transforms, without_autocast
-from rnnorm.ops.linear_cross_entropy import linear_cross_entropy
+from rnnorm.ops.linear_cross_entropy import run as linear_cross_entropy
 from rnnorm.ops.online_norm import run_online_norm
 from rnnorm.ops.reference import normalizer
 from rnnorm.ops.reference import run as watched

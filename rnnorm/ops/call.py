@@ -47,14 +47,15 @@ class Operands(NamedTuple):
 
     def in_product_dtype(self) -> "Operands":
         """The same with weights and biases in the dtype of x, which is that of products."""
+        dtype = self.x.dtype
+        given = {name: getattr(self, name) for name in _OF_PRODUCTS}
         changed: dict[str, Any] = {
-            name: value.to(self.x.dtype)
-            for name, value in self._asdict().items()
-            if name.startswith(("weight", "bias")) and value is not None
+            name: value.to(dtype) for name, value in given.items() if value is not None and value.dtype != dtype
         }
-        return self._replace(**changed)
+        return self._replace(**changed) if changed else self
 
 
+_OF_PRODUCTS = tuple(name for name in Operands._fields if name.startswith(("weight", "bias")))
 DIFFERENTIABLE = Operands._fields[: Operands._fields.index("lengths")]
 SAVED = Operands._fields[: Operands._fields.index("norm_mean")]
 HELD = DIFFERENTIABLE[3:] + Operands._fields[len(SAVED) :]  # the tensors that a module holds, under these names

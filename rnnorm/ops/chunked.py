@@ -47,12 +47,11 @@ def _product(one: Tensor, other: Tensor, wide: torch.dtype) -> Tensor:
     return (one @ other).to(wide)
 
 
-def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """Adds `one @ other` to `total`."""
-    if one.dtype == total.dtype:
-        total.addmm_(one, other)
-    else:
-        total += _product(one, other, total.dtype)
+def _plus(total: Tensor | None, one: Tensor, other: Tensor, wide: torch.dtype) -> Tensor:
+    """`total + one @ other` in `wide`, the total changed in place."""
+    if total is None:
+        return _product(one, other, wide)
+    return total.addmm_(one, other) if one.dtype == wide else total.add_(_product(one, other, wide))
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
@@ -81,7 +80,7 @@ def linear_cross_entropy(
     narrow_weight = weight.to(dtype)
     counted = hidden.new_empty(len(rows), dtype=torch.float64)
     grad_rows = torch.empty_like(rows, dtype=wide) if needs[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else hidden.new_empty(0)
+    grad_weight = torch.zeros_like(weight, dtype=wide) if needs[1] and not len(rows) else hidden.new_empty(0)
     grad_bias = hidden.new_zeros(len(weight), dtype=wide) if needs[2] else hidden.new_empty(0)
     chunk = _chunk(len(rows), len(weight), place)
     for start in range(0, len(rows), chunk):
@@ -102,7 +101,7 @@ def linear_cross_entropy(
         if grad_rows is not None:
             grad_rows[part] = _product(rounded, narrow_weight, wide) * scale
         if needs[1]:
-            _add_product(grad_weight, rounded.t(), (narrow * scale).to(dtype))
+            grad_weight = _plus(grad_weight if start else None, rounded.t(), (narrow * scale).to(dtype), wide)
         if needs[2]:
             grad_bias.addmv_(gradient.t(), scale.squeeze(1))
         del logits, gradient, rounded  # before the next chunk allocates its own

@@ -16,7 +16,7 @@ import torch
 Launch = Callable[[], object]
 Held = TypeVar("Held")
 
-SIZES = (32, 8, 1)  # steps of a graph
+SIZES = (64, 32, 16, 8, 4, 2, 1)  # steps of a graph: as few replays as possible for any number
 BOUND = 32  # loops that are kept
 
 

@@ -82,8 +82,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         tensors = args[:3]
         needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
-        with _torch.below_autograd():
-            total, nats, *grads = linear_cross_entropy_saving(*args, *needs)
+        if library.is_unobserved(args[:5]):
+            total, nats, *grads = _saving(*args, *needs)
+        else:
+            with _torch.below_autograd():
+                total, nats, *grads = linear_cross_entropy_saving(*args, *needs)
         ctx.needs, ctx.inputs, ctx.spent = needs, len(args), False
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(nats)
@@ -129,3 +132,11 @@ linear_cross_entropy = library.operator(
     _plain_fake,
     _recorded,
 )
+
+
+def run(*args: Any) -> Any:
+    """Call `rnnorm::linear_cross_entropy`, without the dispatcher if nothing observes the call."""
+    if not library.is_unobserved(args[:5]):
+        return linear_cross_entropy(*args)
+    library.refuse_transforms(args[:5])
+    return _LinearCrossEntropy.apply(*args) if library.needs_gradient(args[:3]) else _plain(*args)

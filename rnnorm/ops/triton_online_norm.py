@@ -51,8 +51,9 @@ def _place(n, c, d, C, D, K: tl.constexpr):
 @triton.jit
 def _of_tile(C, CHANNELS: tl.constexpr):
     """The sample, the channels [channels, 1], which of them exist, and their places in [N, C] of a program."""
-    n = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    tiles = tl.cdiv(C, CHANNELS)
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    c = (tl.program_id(0) % tiles).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
     return n, c, c < C, n * C + c
 
 
@@ -342,8 +343,8 @@ class _Call:
         )
 
     @property
-    def tiles(self) -> tuple[int, int]:
-        return self.N, triton.cdiv(self.C, self.tile[0])
+    def tiles(self) -> tuple[int]:
+        return (self.N * triton.cdiv(self.C, self.tile[0]),)  # along the one axis of a grid that may exceed 65,535
 
     @property
     def walks(self) -> tuple[int]:
@@ -405,7 +406,10 @@ def online_norm_backward(
     g, gd, of_d, shift = (call.made() for _ in range(4))
     sums[call.tiles](*given, g, gd, call.C, call.D, call.code, *call.tile)
     of_weight, of_bias = (mean.new_empty(0 if weight is None else call.C) for _ in range(2))
-    moved = (u, v) if need_input else (u.clone(), v.clone())
+    moved = [
+        value if need_input and value.is_contiguous() else value.clone(memory_format=torch.contiguous_format)
+        for value in (u, v)
+    ]
     with library.kept_finite(moved):
         control[call.walks](
             *(call.m, call.w, call.before, call.rstd, call.affine[0], g, gd, *moved, of_d, shift, of_weight, of_bias),
@@ -413,6 +417,9 @@ def online_norm_backward(
         )
     if not need_input:
         return x.new_empty(0), of_weight, of_bias
+    for value, new in zip((u, v), moved, strict=True):
+        if new is not value:
+            value.copy_(new)
     dx = like(call.x)
     gradient[call.tiles](
         *(call.x, grad, dx, *given[2:], of_d, shift, call.C, call.D, call.code, *call.tile),

@@ -427,10 +427,12 @@ def _shared(o: Operands) -> dict[int, Tensor | None]:
 def _input_part(o: Operands, spec: CallSpec, out: Tensor) -> None:
     """Write `x @ W + b` [T*N, C] to `out`, plus the recurrent bias of gates without a separate recurrent part."""
     samples, weight, C = o.x.flatten(0, 1), o.weight_ih.t(), out.size(1)
-    bias = out.new_zeros(C) if o.bias_ih is None else o.bias_ih.to(out.dtype, copy=True)
-    if o.bias_hh is not None:
-        joined = spec.declared.together[0][1] * (C // spec.gates)
-        bias[:joined] += o.bias_hh[:joined]
+    bias = out.new_zeros(C) if o.bias_ih is None else o.bias_ih.to(out.dtype)
+    joined = spec.declared.together[0][1] * (C // spec.gates)
+    if o.bias_hh is not None and joined == C:
+        bias = bias + o.bias_hh
+    elif o.bias_hh is not None:
+        bias = torch.cat((bias[:joined] + o.bias_hh[:joined], bias[joined:]))
     if samples.dtype == out.dtype:
         torch.addmm(bias, samples, weight, out=out)
     else:

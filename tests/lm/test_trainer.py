@@ -477,7 +477,7 @@ def test_what_is_not_finite_stops_the_run_before_the_weights_move(trainer, where
 
 
 def poison(model):
-    model.embedding.weight.register_hook(lambda grad: grad * math.inf)
+    return model.embedding.weight.register_hook(lambda grad: grad * math.inf)
 
 
 def test_listeners_see_the_weights_that_were_scored(trainer):
@@ -579,6 +579,21 @@ class Poisoned(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad * math.inf
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_run_that_diverged_trains_on_from_a_state_before(trainer, later):
+    run = trainer((), {"epochs": 1, "lr": 0.1})
+    run.deferred = later
+    kept = copy.deepcopy({"model": run.model.state_dict(), **run.state_dict()})
+    hook = poison(run.model)
+    with pytest.raises(DivergedError):
+        run.fit()
+    hook.remove()
+    run.model.load_state_dict(kept["model"])
+    run.load_state_dict(kept)
+    assert run.fit() == "epochs"
+    assert not torch.equal(run.model.embedding.weight, kept["model"]["embedding.weight"])
 
 
 def test_what_is_asked_of_a_run_is_read_back_first(trainer):

@@ -564,6 +564,25 @@ def test_a_broken_backend_is_found(monkeypatch: pytest.MonkeyPatch, backend: str
         _assert_close(_run((6, 4, 3), backend, **options), expected, 1e-11)
 
 
+@pytest.mark.parametrize("backend", cases.CANDIDATES)
+def test_statistics_may_be_columns_of_a_table(backend: str) -> None:
+    """A row of the table for each channel, as `load_state_dict(..., assign=True)` leaves it."""
+    cases.skip_unless_runs(backend)
+    torch.manual_seed(1)
+    x, found = torch.randn(4, 3), []
+    for name, tabled in (("reference", False), (backend, True)):
+        norm = rnnorm.OnlineNorm(3, guard="none", backend=name)
+        table = torch.zeros(3, 4)
+        table[:, 1] = 1
+        held = dict(zip(("mean", "var", "u", "v"), table.unbind(1), strict=True))
+        if tabled:
+            norm.load_state_dict({**norm.state_dict(), **held}, assign=True)
+            assert norm.v.stride() == (4,)
+        norm(x.clone().requires_grad_()).square().sum().backward()
+        found.append({key: getattr(norm, key).clone() for key in held})
+    _assert_close(found[1], found[0], 1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
