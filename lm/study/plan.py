@@ -81,7 +81,7 @@ def read(path: Path, *, seeds: int | None = None, data: str | None = None, assig
 
     Raises:
         UserError: a key that is not known, a value of another type, a name used twice, an arm whose settings cannot
-            be, or a setting of `train.seed`.
+            be, a setting of `train.seed`, or `data` or an assignment for a key of the grid.
     """
     tables = config.read_tables(path, "a study")
     _known(tables, _STUDY_KEYS, f"{path}")
@@ -98,6 +98,12 @@ def read(path: Path, *, seeds: int | None = None, data: str | None = None, assig
     if not (isinstance(count, int) and not isinstance(count, bool) and count >= 1):
         raise UserError(f"seeds must be a whole number from 1 on; got {count!r}; say how many runs an arm has")
     last = ([] if data is None else [config.assignment("data.source", data)]) + list(assignments)
+    varied = {key.strip() for key in grid}
+    if fixed := [given for given in last if config.assigned([given]) & varied]:  # the arms' names would be false
+        raise UserError(
+            f"--set and --data must not set what [grid] varies; got {', '.join(fixed)} with a grid of "
+            f"{', '.join(sorted(varied))} in {path}; leave the option out, or take the key out of [grid]"
+        )
     arms = tuple(arm for row in rows for arm in _arms(tables, row, grid, last, path))
     names = [arm.name for arm in arms]
     if doubles := {name for name in names if names.count(name) > 1}:

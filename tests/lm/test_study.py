@@ -197,6 +197,25 @@ def test_the_last_assignment_of_a_key_is_the_one_that_runs(read):
     assert [word for word in arm.command(1, "there") if "train.lr" in word] == [" train.lr=3"]
 
 
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({"assignments": ["train.lr=7", "train.clip=1"]}, "train.lr=7"),
+        ({"assignments": [" train.lr = 7"]}, " train.lr = 7"),
+        ({"data": "markov"}, "data.source=markov"),
+        ({"data": "markov", "assignments": ["train.lr=7"]}, "data.source=markov, train.lr=7"),
+    ],
+)
+def test_what_the_grid_varies_is_no_option(read, options, got):
+    text = '[grid]\n"train.lr" = [1, 2]\n" data.source" = ["markov", "python-docs"]\n[[arms]]\nname = "a"\n'
+    message = (
+        f"must not set what \\[grid\\] varies; got {got} with a grid of data.source, train.lr in .*; leave the option"
+    )
+    with pytest.raises(UserError, match=message):
+        read(text, **options)
+    assert len(read(text, assignments=["train.clip=1"]).arms) == 4
+
+
 @pytest.mark.parametrize("data", ["1984", "2024-01-01", "true"])
 def test_data_is_text_whatever_it_looks_like(read, data):
     arm = read(data=data).arms[0]
