@@ -137,8 +137,8 @@ def _study(folder: Path, say: Say) -> Source:
 
 
 def _runs(folders: Sequence[Path], say: Say) -> list[Source]:
-    """Each run as a separate arm; runs on other texts, or with perplexities per another unit, apart."""
-    found: dict[tuple[str, str], list[tuple[Arm, Entry]]] = {}
+    """Each run as a separate arm; runs on other texts, or with perplexities that do not compare, apart."""
+    found: dict[tuple[str, ...], list[tuple[Arm, Entry]]] = {}
     for folder, name in zip(folders, _names(folders) if folders else (), strict=True):
         settings = config.build(config.read_toml(folder / "config.toml", "a run's configuration"))
         arm = Arm(name, name, f"{folder}/config.toml", (), None, settings)
@@ -149,7 +149,7 @@ def _runs(folders: Sequence[Path], say: Say) -> list[Source]:
         scores = [score for key, score in own.items() if key in _REPORTED]
         gathered = results.gather(Job(arm, settings.train.seed), log, scores, diverged)
         valid = next((row for row in log if row["kind"] in ("final", "valid")), None) or _begun(folder)
-        key = str(valid.get("data_sha256", settings.data.source)), str(valid.get("unit", "word"))
+        key = str(valid.get("data_sha256", settings.data.source)), *statistics.per(valid)
         entry = Entry({**gathered, "versions": provenance.versions(settings.train.device)}, _internals(log))
         found.setdefault(key, []).append((arm, entry))
     names = [Path(pairs[0][0].settings.data.source).name or "text" for pairs in found.values()]
@@ -162,7 +162,9 @@ def _begun(folder: Path) -> dict[str, str]:
     """What the last checkpoint tells of the valid text, for a run that was not validated yet."""
     with suppress(UserError, KeyError):
         saved = checkpoint.load(folder / "checkpoints" / checkpoint.LAST)
-        return {"data_sha256": saved["data_sha256"]["valid"], "unit": tokenizers.from_state(saved["tokenizer"]).unit}
+        tokenizer = tokenizers.from_state(saved["tokenizer"])
+        told = {"unit": tokenizer.unit, "vocabulary_sha256": tokenizer.sha256}
+        return {"data_sha256": saved["data_sha256"]["valid"], **told}
     return {}
 
 

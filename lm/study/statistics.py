@@ -30,6 +30,13 @@ def sign_test(first: Mapping[int, float], second: Mapping[int, float]) -> dict[s
     return {"lower": lower, "higher": higher, "ties": len(pairs) - n, "p": min(1.0, 2 * tail)}
 
 
+def per(score: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns what the perplexities of a score or a log's line are per: the unit, and of pieces the vocabulary.
+    Perplexities compare only where both are equal."""
+    unit = str(score.get("unit", "word"))  # older versions have words alone
+    return unit, str(score.get("vocabulary_sha256", "")) if unit == "token" else ""
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     """Returns a quantile by linear interpolation (numpy's default); infinities are values like others."""
     ordered = sorted(values)

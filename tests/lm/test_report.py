@@ -546,15 +546,16 @@ def test_every_norm_has_a_color_and_every_cell_a_label():
     assert {*figures._CELLS} == {*rnnorm.CELLS}
 
 
-def run_of(place, name, epochs=2, text="book", unit="word", *assignments):
+def run_of(place, name, epochs=2, text="book", unit="word", *assignments, vocabulary="v"):
     """A run's folder with a log that is written here."""
     folder = place / name
     folder.mkdir()
     settings = config.override(config.preset("default"), [f"data.source=/texts/{text}", *assignments])
     (folder / "config.toml").write_text(config.to_toml(config.build(settings)))
     arm = study.Arm(name, name, "default", (), None, config.build(settings))
-    rows = [row | ({"unit": unit} if row["kind"] == "valid" else {}) for row in lines_of(arm, 1, epochs)]
-    score = {"protocol": "exact", "ppl": 50.0, "unit": unit, "data_sha256": text, "vocabulary_sha256": "v"}
+    told = {"unit": unit, "data_sha256": text, "vocabulary_sha256": vocabulary}
+    rows = [row | (told if row["kind"] == "valid" else {}) for row in lines_of(arm, 1, epochs)]
+    score = {"protocol": "exact", "ppl": 50.0, **told}
     bits = {"bits_per_character": 1.25, "bits_per_byte": 1.5}
     if epochs:
         rows.append({"kind": "final", "split": "valid", "step": 10 * epochs, "epoch": epochs, **score, **bits})
@@ -575,6 +576,13 @@ def test_runs_on_different_texts_share_no_axis(tmp_path):
     for told in ("Perplexity per character;", "bits per character", "1.250 (valid)", "1.500 (valid)", "texts/chinese"):
         assert told in text
     assert report.load([one])[0].name == "runs"
+
+
+def test_runs_with_different_vocabularies_of_pieces_share_no_axis(tmp_path):
+    kinds = {"a": ("token", "p"), "b": ("token", "q"), "c": ("token", "p"), "d": ("word", "v"), "e": ("word", "w")}
+    runs = [run_of(tmp_path, name, 2, "book", unit, vocabulary=v)[0] for name, (unit, v) in kinds.items()]
+    found = [[arm["arm"] for arm in source.selected] for source in report.load(runs)]
+    assert found == [["a", "c"], ["b"], ["d", "e"]]
 
 
 def test_a_run_has_its_training_curve_settings_text_and_test_column(tmp_path):
@@ -685,15 +693,15 @@ def test_a_run_beyond_what_exp_can_hold_counts_as_diverged(tmp_path):
 
 def test_a_run_without_a_validation_is_among_those_of_its_text(tmp_path, monkeypatch):
     first, _ = run_of(tmp_path, "one")
-    rows = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
-    told = [row | ({"data_sha256": "book"} if row["kind"] == "valid" else {}) for row in rows]
-    (first / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
     young, _ = run_of(tmp_path, "young", 0)
+    pieces, _ = run_of(tmp_path, "pieces", 2, "book", "token", vocabulary="p")
     saved = {"data_sha256": {"valid": "book"}, "tokenizer": {}, "trainer": {"step": 0}}
     monkeypatch.setattr(sources.checkpoint, "load", lambda path: saved)
-    monkeypatch.setattr(sources.tokenizers, "from_state", lambda state: types.SimpleNamespace(unit="word"))
-    (source,) = report.load([first, young])
-    assert [entry.arm for entry in source.entries] == ["one", "young"]
+    for tokenizer, among in (("word", "v"), ["one", "young"]), (("token", "p"), ["pieces", "young"]):
+        named = types.SimpleNamespace(unit=tokenizer[0], sha256=tokenizer[1])
+        monkeypatch.setattr(sources.tokenizers, "from_state", lambda state, named=named: named)
+        found = report.load([first, pieces, young])
+        assert among in [[entry.arm for entry in source.entries] for source in found]
 
 
 def test_eight_runs_of_one_norm_have_lines_of_their_own(tmp_path):
