@@ -22,7 +22,7 @@ _CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN, rel
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _OPEN = "Open points: runs in which the authors' program stops with an overflow."
 _CURVES = (
-    "perplexity on the validation text after each epoch (in columns). Median over seeds, band from the lower to the "
+    "{} on the validation text after each epoch (in columns). Median over seeds, band from the lower to the "
     "upper quartile; a cross is a run that diverged, at its last epoch: from then on it counts as infinitely bad."
 )
 _OF_RUNS = (
@@ -30,7 +30,7 @@ _OF_RUNS = (
     "over the epoch in training mode. A cross is a run that diverged, at its last epoch."
 )
 _FIRST_WINDOWS = (
-    "perplexity at the best checkpoint against T0, the length of the run's first window; each run a point, arms "
+    "{} at the best checkpoint against T0, the length of the run's first window; each run a point, arms "
     "side by side. "
     f"{_OPEN} Points on the upper edge lie beyond it; a cross there is a run that diverged."
 )
@@ -39,6 +39,10 @@ _FINALS = {
     f"point, boxes are quartiles, diamonds the published medians. {_OPEN}",
     "valid_exact": "Exact perplexity on the validation text, at the best checkpoint.",
     "test_exact": "Exact perplexity on the test text, scored once, at the checkpoint that is best on validation.",
+}
+_FINALS_BY_BITS = {
+    "valid_bits_per_byte": "Bits per byte of the validation text (exact), at the best checkpoint.",
+    "test_bits_per_byte": "Bits per byte of the test text (exact), scored once, at the checkpoint best on validation.",
 }
 _BANDS = {"by_frequency": "how often the training text holds the word", "by_position": "place in the line"}
 _STATISTICS = (
@@ -80,12 +84,14 @@ def all_of(source: Source) -> dict[str, tuple["Figure", str]]:
     found: dict[str, tuple[Figure | None, str]] = {}
     cells = list(dict.fromkeys(arm["cell"] for arm in source.selected))
     for cell in cells:
-        found[f"curves-{cell}"] = curves(source, cell), f"{_CELLS[cell]}: {_CURVES if source.folder else _OF_RUNS}"
-    for measure, caption in _FINALS.items():
+        caption = _CURVES.format(source.quantity) if source.folder else _OF_RUNS
+        found[f"curves-{cell}"] = curves(source, cell), f"{_CELLS[cell]}: {caption}"
+    for measure, caption in (_FINALS_BY_BITS if source.by_bits else _FINALS).items():
         found[measure.replace("_", "-")] = finals(source, measure), caption
     for cell in cells:
-        found[f"first-window-{cell}"] = first_windows(source, cell), f"{_CELLS[cell]}: {_FIRST_WINDOWS}"
-    for name, what in _BANDS.items():
+        caption = f"{_CELLS[cell]}: {_FIRST_WINDOWS.format(source.quantity)}"
+        found[f"first-window-{cell}"] = first_windows(source, cell), caption
+    for name, what in () if source.by_bits else _BANDS.items():  # a band is of tokens, which are not the same then
         caption = f"Exact perplexity by {what}; median over seeds."
         found[name.replace("_", "-")] = bands(source, name), caption
     names = file_names([arm["arm"] for arm in source.selected])
@@ -112,7 +118,8 @@ def curves(source: Source, cell: str) -> "Figure | None":
     """Validation perplexity against epoch, for the arms of a cell."""
     figure, axes = _figure(3.0)
     arms = [arm for arm in source.selected if arm["cell"] == cell]
-    lines = [(arm, _by_epoch(source.of(arm))) for arm in arms]
+    name = "valid_bits_per_byte" if source.by_bits else "valid_ppl"
+    lines = [(arm, _by_epoch(source.of(arm), name)) for arm in arms]
     lines = [(arm, quartiles) for arm, quartiles in lines if quartiles or arm["diverged"]]
     if not lines:
         return None
@@ -132,11 +139,11 @@ def curves(source: Source, cell: str) -> "Figure | None":
     for arm in arms:
         for entry in source.of(arm):
             if entry.result["row"]["diverged"]:
-                epoch, ppl = max(_validated(entry).items(), default=(0, top))
+                epoch, ppl = max(_validated(entry, name).items(), default=(0, top))
                 look = {"marker": "x", "ms": 7, "mew": 2, "color": _color(arm), "ls": ""}
                 axes.plot([epoch], [min(ppl, top)], **look, clip_on=False, zorder=5)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("perplexity, validation" if source.folder else "perplexity")
+    axes.set_ylabel(f"{source.quantity}, validation" if source.folder else "perplexity")
     _whole(axes)
     figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     return figure
@@ -148,9 +155,9 @@ def _trained(source: Source, arm: Mapping[str, Any]) -> dict[int, float]:
     return {row["epoch"]: row["train_ppl"] for row in rows if row["train_ppl"] is not None}
 
 
-def _by_epoch(entries: Sequence[Entry]) -> dict[int, list[float]]:
-    """The quartiles of validation perplexity after each epoch; a run that diverged counts as infinity from then on."""
-    runs = [(entry.result["row"]["diverged"], _validated(entry)) for entry in entries]
+def _by_epoch(entries: Sequence[Entry], name: str) -> dict[int, list[float]]:
+    """The quartiles of a measure after each epoch; a run that diverged counts as infinity from then on."""
+    runs = [(entry.result["row"]["diverged"], _validated(entry, name)) for entry in entries]
     found: dict[int, list[float]] = {}
     for epoch in sorted({epoch for _, by_epoch in runs for epoch in by_epoch}):
         reached = [by_epoch.get(epoch, math.inf) for diverged, by_epoch in runs if diverged or epoch in by_epoch]
@@ -158,9 +165,9 @@ def _by_epoch(entries: Sequence[Entry]) -> dict[int, list[float]]:
     return found
 
 
-def _validated(entry: Entry) -> dict[int, float]:
-    """A run's validation perplexity by epoch; infinity where it is beyond what exp can hold."""
-    by_epoch = {row["epoch"]: row["valid_ppl"] for row in entry.result["epochs"] if "valid_ppl" in row}
+def _validated(entry: Entry, name: str) -> dict[int, float]:
+    """A run's validations by epoch; infinity where the perplexity is beyond what exp can hold."""
+    by_epoch = {row["epoch"]: row[name] for row in entry.result["epochs"] if name in row}
     return {epoch: math.inf if ppl is None else ppl for epoch, ppl in by_epoch.items()}
 
 
@@ -204,7 +211,7 @@ def finals(source: Source, measure: str) -> "Figure | None":
     axes.set_yticks(range(len(arms)), [arm["arm"] for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("perplexity")
+    axes.set_xlabel(source.quantity)
     if any(published):
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles[:1], labels[:1], loc="outside upper right", fontsize=8)
@@ -212,8 +219,9 @@ def finals(source: Source, measure: str) -> "Figure | None":
 
 
 def first_windows(source: Source, cell: str) -> "Figure | None":
-    """Final perplexity against the length of the first window, a point for each run of the arms of a cell."""
+    """The final measure against the length of the first window, a point for each run of the arms of a cell."""
     measure = "valid_chunk_mean" if any(arm["published"] for arm in source.selected) else "valid_exact"
+    measure = "valid_bits_per_byte" if source.by_bits else measure
     arms = [arm for arm in source.selected if arm["cell"] == cell]
     runs = [[entry.result["row"] for entry in source.of(arm)] for arm in arms]
     runs = [[row for row in rows if row["diverged"] or row[measure] is not None] for rows in runs]
@@ -239,7 +247,8 @@ def first_windows(source: Source, cell: str) -> "Figure | None":
     if any(row["diverged"] for row in every):
         axes.plot([], [], "x", color="black", label="diverged")
     axes.set_xlabel("T0, steps of the first window")
-    axes.set_ylabel(f"perplexity, {measure.replace('_', ', ', 1).replace('_', '-')}")
+    shown_measure = "valid" if source.by_bits else measure.replace("_", ", ", 1).replace("_", "-")
+    axes.set_ylabel(f"{source.quantity}, {shown_measure}")
     figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     return figure
 
@@ -389,7 +398,7 @@ def _scale(axes: "Axes", name: str, values: Sequence[float], widest: float = 8.0
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    least = min((value for value in values if math.isfinite(value)), default=1.0)
+    least = min((value for value in values if 0 < value < math.inf), default=1.0)
     most = max((value for value in values if value <= widest * least), default=least)
     margin = (most / least) ** 0.06 if most > least else 1.02
     low, high = least / margin, most * margin

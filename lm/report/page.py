@@ -16,7 +16,7 @@ from lm import config, files
 from lm.errors import UserError
 from lm.report import figures
 from lm.report.sources import Source, in_order
-from lm.study.statistics import shown, shown_finishing, shown_median
+from lm.study.statistics import BITS, BY_BITS, digits, shown, shown_finishing, shown_median
 from lm.tracking import LARGEST_EXPONENT, START
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ pre { font-size: .8rem; background: #f5f5f5; padding: .75rem; white-space: pre-w
 }
 """
 _MEASURES = {"test": "test_exact", "valid": "valid_exact", "valid, chunk-mean": "valid_chunk_mean"}
+_MEASURES_BY_BITS = {"test, bits per byte": "test_bits_per_byte", "valid, bits per byte": "valid_bits_per_byte"}
 _BITS = {"bits per character": "bits_per_character", "bits per byte": "bits_per_byte"}
 _TABLES = ("runs.csv", "arms.csv", "epochs.csv", "summary.json")
 _MARK = '<meta name="generator" content="rnnorm report">'
@@ -149,7 +150,7 @@ def _section(source: Source, images: Sequence[str]) -> str:
         parts.append("<p><strong>No epoch has ended yet: there is nothing to draw.</strong></p>")
     if images:
         parts += ["<h2>Figures</h2>", '<div class="figures">', *images, "</div>"]
-    parts += [*_settings(source), *_sign_tests(summary), *_runs(source), *_bands(source), *_provenance(source)]
+    parts += [*_settings(source), *_sign_tests(source), *_runs(source), *_bands(source), *_provenance(source)]
     return "\n".join(parts)
 
 
@@ -158,7 +159,8 @@ def _note(source: Source) -> str:
     arms = source.summary["arms"]
     said = [f"Perplexity per {source.unit}; test is what eval --split test has scored of the best checkpoint."]
     if source.folder is not None:
-        said = [f"Medians over seeds, quartiles in brackets; per {source.unit}."]
+        per = f". {BY_BITS}" if source.by_bits else f"; per {source.unit}."
+        said = [f"Medians over seeds, quartiles in brackets{per}"]
     if any(arm["diverged"] for arm in arms):
         said.append(
             "A run whose loss, gradient or validation was not finite, or whose perplexity is beyond e^700, diverged: "
@@ -191,8 +193,9 @@ def _results(source: Source) -> tuple[list[str], list[list[str]]]:
     """The heads and rows of the table of arms."""
     arms = source.summary["arms"]
     always = () if source.folder else ("test_exact",)
+    all_measures = _MEASURES_BY_BITS if source.by_bits else _MEASURES
     measures = {
-        head: name for head, name in _MEASURES.items() if name in always or any(arm[name]["median"] for arm in arms)
+        head: name for head, name in all_measures.items() if name in always or any(arm[name]["median"] for arm in arms)
     }
     published, compared = any(arm["published"] for arm in arms), _compared(arms)
     grid = any(not arm["selected"] for arm in arms)
@@ -262,7 +265,8 @@ def _spread(arm: Mapping[str, Any], measure: str) -> str:
     if arm["runs"] < 2 or found["median"] is None:
         return text
     low, high = (math.inf if found[name] is None else found[name] for name in ("q1", "q3"))
-    return f"{text} [{', '.join('∞' if math.isinf(ppl) else shown(ppl, 1) for ppl in (low, high))}]"
+    places = digits(measure) if measure in BITS else 1
+    return f"{text} [{', '.join('∞' if math.isinf(each) else shown(each, places) for each in (low, high))}]"
 
 
 def markdown(source: Source) -> str:
@@ -290,7 +294,8 @@ def _image(content: bytes, caption: str) -> str:
     return f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
-def _sign_tests(summary: Mapping[str, Any]) -> list[str]:
+def _sign_tests(source: Source) -> list[str]:
+    summary = source.summary
     cells = {arm["arm"]: arm["cell"] for arm in summary["arms"]}
     pairs = [
         p
@@ -305,8 +310,8 @@ def _sign_tests(summary: Mapping[str, Any]) -> list[str]:
     ]
     explanation = (
         "Exact two-sided sign test over the seeds that both arms have: on how many the first arm has the lower exact "
-        "test perplexity, on how many the higher; arms of one cell (summary.json has all). With n seeds, p is at least "
-        "2 / 2^n."
+        f"{source.quantity} of the test text, on how many the higher; arms of one cell (summary.json has all). With n "
+        "seeds, p is at least 2 / 2^n."
     )
     return [
         "<h2>Paired sign tests</h2>",
@@ -320,6 +325,7 @@ def _runs(source: Source) -> list[str]:
     found = [entry.result for entry in source.entries]
     if not found:
         return []
+    measures = _MEASURES_BY_BITS if source.by_bits else _MEASURES
     heads = {
         "arm": [result["row"]["arm"] for result in found],
         "seed": [str(result["row"]["seed"]) for result in found],
@@ -329,7 +335,7 @@ def _runs(source: Source) -> list[str]:
         "‖W_hh‖": _column(found, "recurrent_norm", ".4g"),
         "overflow at step": _column(found, "overflowed_at", ",d"),
         "best epoch": [_ended(result) for result in found],
-        **{head: [shown(result["row"][name]) for result in found] for head, name in _MEASURES.items()},
+        **{head: [shown(result["row"][name], digits(name)) for result in found] for head, name in measures.items()},
     }
     shown_heads = {head: column for head, column in heads.items() if {*column} - {"", "-"}}
     explanation = (

@@ -68,6 +68,16 @@ class Source:
         return " or ".join(sorted(found)) or "word"
 
     @property
+    def by_bits(self) -> bool:
+        """Whether bits per byte are shown, since the perplexities of a study's arms do not compare."""
+        return statistics.by_bits(self.summary)
+
+    @property
+    def quantity(self) -> str:
+        """What is shown of its arms."""
+        return "bits per byte" if self.by_bits else "perplexity"
+
+    @property
     def selected(self) -> list[Mapping[str, Any]]:
         """The arms that are compared: of each base, the one that is best on valid."""
         return [arm for arm in self.summary["arms"] if arm["selected"]]

@@ -42,7 +42,8 @@ class StudyProgress:
         outcome = f"diverged ({result['diverged']})" if row["diverged"] else f"best of {row['epochs']} epochs"
         reached = ", ".join(f"{split} {shown(row[f'{split}_exact'])}" for split in ("valid", "test"))
         self.diverged += row["diverged"]
-        self.line(f"[{len(self.done)}/{len(self.jobs)}] {job}: {outcome}: {reached} (exact)")
+        unit = "" if row["unit"] in (None, "word") else f", per {row['unit']}"
+        self.line(f"[{len(self.done)}/{len(self.jobs)}] {job}: {outcome}: {reached} (exact{unit})")
 
     def line(self, text: str) -> None:
         """Says a line above the moving one; one that cannot be said stops no run."""

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from lm.errors import UserError
 from lm.evaluator import finite
 from lm.study import provenance
 from lm.study.plan import Job, Study
-from lm.study.statistics import MEASURES, Row, summarize
+from lm.study.statistics import BITS, MEASURES, Row, by_bits, per, summarize
 
 SUMMARY = "summary.json"
 # Where a run may be done, not what it is.
@@ -192,7 +193,8 @@ def read(path: Path) -> dict[str, Any]:
     result = read_whole(path, "a result", _RESULT)
     if lost := [name for name in _ROW if name not in result["row"]]:
         raise UserError(f"a result must have {', '.join(lost)} in its row; {path} has not; {_AGAIN}")
-    return result | {"row": result["row"] | {name: result["row"].get(name) for name in _START}}
+    started = {name: result["row"].get(name) for name in _START}
+    return result | {"row": result["row"] | started | _of_text(result["scores"])}
 
 
 def read_whole(path: Path, what: str, keys: Mapping[str, type]) -> dict[str, Any]:
@@ -249,6 +251,7 @@ def gather(job: Job, log: Sequence[Row], scores: Sequence[Mapping[str, Any]], di
         "seconds": sum(row["seconds"] for row in epochs) if epochs else None,
         "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
         **_start(log),
+        **_of_text(scores),
     }
     return {
         "row": row,
@@ -257,6 +260,13 @@ def gather(job: Job, log: Sequence[Row], scores: Sequence[Mapping[str, Any]], di
         "scores": list(scores),
         "epochs": _epochs(job, log),
     }
+
+
+def _of_text(scores: Sequence[Mapping[str, Any]]) -> Row:
+    """What the perplexities are per, and the exact bits per byte, which compare whatever that is."""
+    exact = [score for score in scores if score.get("protocol") == "exact"]
+    bits = {f"{score['split']}_bits_per_byte": score.get("bits_per_byte") for score in exact}
+    return {"unit": next((per(score)[0] for score in scores), None), **dict.fromkeys(BITS), **bits}
 
 
 def _start(log: Sequence[Row]) -> Row:
@@ -338,11 +348,12 @@ def _settings(job: Job) -> dict[str, Any]:
 def _epochs(job: Job, log: Iterable[Row]) -> list[Row]:
     """One row for each epoch: perplexities as training saw them (validation in columns)."""
     rows: dict[int, Row] = {}
-    names = {"valid": {"ppl": "valid_ppl"}, "epoch": {"ppl": "train_ppl", "seconds": "seconds"}}
+    valid = {"ppl": "valid_ppl", "bits_per_byte": "valid_bits_per_byte"}
+    names = {"valid": valid, "epoch": {"ppl": "train_ppl", "seconds": "seconds"}}
     for line in log:
         if line["kind"] in names:
             row = rows.setdefault(line["epoch"], {"arm": job.arm.name, "seed": job.seed, "epoch": line["epoch"]})
-            row.update({ours: line[theirs] for theirs, ours in names[line["kind"]].items()})
+            row.update({ours: line[theirs] for theirs, ours in names[line["kind"]].items() if theirs in line})
     return [{"train_ppl": None, "seconds": None, **row} for row in rows.values()]
 
 
@@ -361,7 +372,7 @@ def write(folder: Path, study: Study, results: Sequence[dict[str, Any]]) -> dict
             | {"finishing": arm["finishing"]["runs"], "finishing_unknown": arm["finishing"]["unknown"]}
             | {f"finishing_{statistic}": found for statistic, found in arm["finishing"][name].items()}
             for arm in summary["arms"]
-            for name in MEASURES
+            for name in (*MEASURES, *(BITS if by_bits(summary) else ()))
         ],
     }
     for name, rows in tables.items():
@@ -375,7 +386,8 @@ def to_csv(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    heads = dict.fromkeys(itertools.chain(*rows))  # results of older versions lack some
+    writer = csv.DictWriter(text, [*heads], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -11,6 +11,12 @@ from lm.study import provenance
 from lm.study.plan import Arm, Study
 
 MEASURES = ("valid_exact", "valid_chunk_mean", "test_exact", "test_chunk_mean")
+BITS = ("valid_bits_per_byte", "test_bits_per_byte")  # measures too, of arms whose perplexities do not compare
+BY_BITS = (
+    "Perplexities of these arms are per different units, or per pieces of different vocabularies, and do not compare: "
+    "the arms are compared by bits per byte of the text. (Words that are read as <unk> need not be spelled, which "
+    "lowers the bits of a tokenizer of words.)"
+)
 Row = dict[str, Any]
 
 
@@ -46,7 +52,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def value(row: Mapping[str, Any], measure: str) -> float:
-    """Returns a perplexity of a run: infinity where it diverged, whatever it reached before."""
+    """Returns a measure of a run: infinity where it diverged, whatever it reached before."""
     found = row[measure]
     return math.inf if row["diverged"] or found is None else found
 
@@ -67,14 +73,18 @@ def summarize(study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]
     """Returns what the results so far say, as JSON can hold it: null for the infinity of a diverged run.
 
     Among arms of one base (which differ by the grid), the one of the lowest median valid perplexity
-    (`exact`) is `selected`; sign tests are between selected arms, on the test perplexity (`exact`). An arm's
+    (`exact`) is `selected`; sign tests are between selected arms, on the test perplexity (`exact`). Where perplexities
+    are not `per` the same, both are by `BITS`, and arms have these measures too. An arm's
     `finishing` holds the same measures over the runs that the authors' program would have finished, see `finishes`.
     """
     rows = [result["row"] for result in results]
     by_arm = {arm.name: [row for row in rows if row["arm"] == arm.name] for arm in study.arms}
-    arms = [_arm(arm, by_arm[arm.name]) for arm in study.arms if by_arm[arm.name]]
-    selected = set(_selected(arms))
-    seeds = {name: {row["seed"]: value(row, "test_exact") for row in by_arm[name]} for name in selected}
+    alike = len({per(score) for result in results for score in result["scores"]}) < 2
+    valid, test = ("valid_exact", "test_exact") if alike else BITS
+    measures = MEASURES if alike else (*MEASURES, *BITS)
+    arms = [_arm(arm, by_arm[arm.name], measures) for arm in study.arms if by_arm[arm.name]]
+    selected = set(_selected(arms, valid))
+    seeds = {name: {row["seed"]: value(row, test) for row in by_arm[name]} for name in selected}
     tests = [
         {"first": first, "second": second, **sign_test(seeds[first], seeds[second])}
         for first, second in itertools.combinations([arm["arm"] for arm in arms if arm["arm"] in selected], 2)
@@ -87,12 +97,17 @@ def summarize(study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]
         "runs": len(rows),
         "runs_planned": len(study.jobs()),
         "arms": finite_arms,
-        "sign_tests": {"measure": "test_exact", "pairs": tests},
+        "sign_tests": {"measure": test, "pairs": tests},
         **provenance.collect(results),
     }
 
 
-def _arm(arm: Arm, rows: list[Row]) -> dict[str, Any]:
+def by_bits(summary: Mapping[str, Any]) -> bool:
+    """Returns whether the arms of a summary are compared by bits per byte: their perplexities do not compare."""
+    return bool(summary["sign_tests"].get("measure") == BITS[1])
+
+
+def _arm(arm: Arm, rows: list[Row], measures: Sequence[str]) -> dict[str, Any]:
     speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"]]
     return {
         "arm": arm.name,
@@ -103,25 +118,25 @@ def _arm(arm: Arm, rows: list[Row]) -> dict[str, Any]:
         "runs": len(rows),
         "diverged": sum(row["diverged"] for row in rows),
         "published": arm.published,
-        **_measures(rows),
-        "finishing": finishing(rows),
+        **_measures(rows, measures),
+        "finishing": finishing(rows, measures),
         "tokens_per_second": quantile(speeds, 0.5) if speeds else None,
         "command": _anywhere(arm.command("SEED", f"runs/{arm.name}/seed-SEED")),
     }
 
 
-def finishing(rows: Sequence[Row]) -> dict[str, Any]:
+def finishing(rows: Sequence[Row], measures: Sequence[str] = MEASURES) -> dict[str, Any]:
     """Returns the measures over those of an arm's runs that the authors' program would have finished, how many they
     are, and of how many it is unknown."""
     known = [finishes(row) for row in rows]
     inside = [row for row, finished in zip(rows, known, strict=True) if finished]
-    return _finite_measures({"runs": len(inside), "unknown": known.count(None), **_measures(inside)})
+    return _finite_measures({"runs": len(inside), "unknown": known.count(None), **_measures(inside, measures)})
 
 
-def _measures(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
+def _measures(rows: Sequence[Row], measures: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """Quartiles and extremes of each measure over runs; None where there is no run."""
     shares = {"median": 0.5, "q1": 0.25, "q3": 0.75, "min": 0.0, "max": 1.0}
-    values = {name: [value(row, name) for row in rows] for name in MEASURES}
+    values = {name: [value(row, name) for row in rows] for name in measures}
     return {
         name: {label: quantile(found, share) if found else None for label, share in shares.items()}
         for name, found in values.items()
@@ -129,7 +144,7 @@ def _measures(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
 
 
 def _finite_measures(arm: Mapping[str, Any]) -> dict[str, Any]:
-    return {**arm, **{name: finite(arm[name]) for name in MEASURES}}
+    return {**arm, **{name: finite(arm[name]) for name in (*MEASURES, *BITS) if name in arm}}
 
 
 def _anywhere(command: Sequence[str]) -> list[str]:
@@ -137,31 +152,34 @@ def _anywhere(command: Sequence[str]) -> list[str]:
     return ["data.source=FOLDER" if word.startswith("data.source=") and os.sep in word else word for word in command]
 
 
-def _selected(arms: Sequence[Mapping[str, Any]]) -> list[str]:
+def _selected(arms: Sequence[Mapping[str, Any]], measure: str) -> list[str]:
     """The best arm of each base."""
     best: dict[str, Mapping[str, Any]] = {}
     for arm in arms:
         held = best.setdefault(arm["base"], arm)
-        if arm["valid_exact"]["median"] < held["valid_exact"]["median"]:
+        if arm[measure]["median"] < held[measure]["median"]:
             best[arm["base"]] = arm
     return [arm["arm"] for arm in best.values()]
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """Returns the arms as a table for a person: medians over seeds; where one is published to compare with, also how
-    many runs the authors' program would have finished, with the median of those, and the published one."""
-    heads, names = ["valid", "test", "valid chunk-mean"], ("valid_exact", "test_exact", "valid_chunk_mean")
+    many runs the authors' program would have finished, with the median of those, and the published one. Bits per byte
+    where the arms are compared by these."""
+    names = {"valid": "valid_exact", "test": "test_exact", "valid chunk-mean": "valid_chunk_mean"}
+    if by_bits(summary):
+        names = dict(zip(("valid bits/byte", "test bits/byte"), BITS, strict=True))
     compared = any(arm["published"] for arm in summary["arms"])
-    heads += ["finishing runs", "their chunk-mean", "published"] if compared else []
+    heads = [*names, *(["finishing runs", "their chunk-mean", "published"] if compared else [])]
     width = max([3, *(len(arm["arm"]) for arm in summary["arms"])])
     lines = [f"{'arm':{width}} {'runs':>5} {'diverged':>8}" + "".join(f" {head:>16}" for head in heads)]
     for arm in summary["arms"]:
-        shown = [shown_median(arm, name) for name in names]
+        shown = [shown_median(arm, name) for name in names.values()]
         if compared:
             finishing = arm["finishing"]
             shown += [shown_finishing(arm), shown_median(finishing, "valid_chunk_mean"), f"{arm['published'] or '-'}"]
         lines.append(f"{arm['arm']:{width}} {arm['runs']:5} {arm['diverged']:8}" + "".join(f" {s:>16}" for s in shown))
-    return "\n".join(lines)
+    return "\n".join([*lines, *([BY_BITS] if by_bits(summary) else [])])
 
 
 def shown_finishing(arm: Mapping[str, Any]) -> str:
@@ -174,7 +192,12 @@ def shown_finishing(arm: Mapping[str, Any]) -> str:
 def shown_median(arm: Mapping[str, Any], measure: str) -> str:
     """Returns an arm's median as text: `diverged` where a diverged run decides it, `-` without a measurement."""
     median = arm[measure]["median"]
-    return "diverged" if median is None and arm.get("diverged") else shown(median)
+    return "diverged" if median is None and arm.get("diverged") else shown(median, digits(measure))
+
+
+def digits(measure: str) -> int:
+    """Returns how many decimal places of a measure are shown."""
+    return 3 if measure in BITS else 2
 
 
 def shown(ppl: float | None, digits: int = 2) -> str:

@@ -585,6 +585,46 @@ def test_runs_with_different_vocabularies_of_pieces_share_no_axis(tmp_path):
     assert found == [["a", "c"], ["b"], ["d", "e"]]
 
 
+def test_a_study_of_different_units_is_shown_by_bits_per_byte(tmp_path):
+    """Words have the greater perplexity and the fewer bits."""
+    text = 'seeds = 2\n[grid]\n"data.tokenizer" = ["word", "char"]\n[[arms]]\nname = "a"\n'
+    (tmp_path / "units.toml").write_text(text + '[[arms]]\nname = "b"\nmodel.norm = "none"\n')
+    plan, found = study.read(tmp_path / "units.toml"), []
+    for job in plan.jobs():
+        unit, ppl, bits = ("word", 50.0, 1.25) if "word" in job.arm.name else ("character", 5.0, 2.5)
+        bits += job.seed / 8 + 0.5 * job.arm.name.startswith("b")
+        start = {"kind": "start", "step": 1, "epoch": 1, "position": 9 * job.seed, "loss": 9.0, "grad_norm": 1.0}
+        rows = [
+            start,
+            *(row | ({"bits_per_byte": bits} if row["kind"] == "valid" else {}) for row in lines_of(job.arm, 1)),
+        ]
+        run = results.run_folder(tmp_path / "study", job)
+        run.mkdir(parents=True)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        scores = [score | {"unit": unit, "bits_per_byte": bits} for score in scores_of(ppl)]
+        found.append(results.save(tmp_path / "study", job, scores, None))
+    results.write(tmp_path / "study", plan, found)
+    (source,) = report.load([tmp_path / "study"])
+    assert [arm["arm"] for arm in source.selected] == ["a_tokenizer=word", "b_tokenizer=word"]
+    heads, rows = page._results(source)
+    assert heads[3:5] == ["test, bits per byte", "valid, bits per byte"]
+    assert rows[0][:4] == ["a_tokenizer=word *", "2", "0", "1.438 [1.406, 1.469]"]
+    assert not any(head in ("test", "valid") for head in heads)
+    with figures.styled():
+        made = figures.all_of(source)
+    assert {name for name in made if not name.startswith(("statistics", "gates"))} == {
+        *("curves-lstm", "valid-bits-per-byte", "test-bits-per-byte", "first-window-lstm", "speed")
+    }
+    for name, label in (("curves-lstm", 1), ("first-window-lstm", 1), ("valid-bits-per-byte", 0)):
+        axes = made[name][0].axes[0]
+        assert "bits per byte" in (axes.get_xlabel(), axes.get_ylabel())[label]
+        assert "perplexity" not in made[name][1]
+    assert list(made["curves-lstm"][0].axes[0].lines[0].get_ydata()) == [1.4375] * 3
+    text = report.write([source], tmp_path / "page").read_text()
+    assert "compared by bits per byte of the text" in text
+    assert "the lower exact bits per byte of the test text" in text
+
+
 def test_a_run_has_its_training_curve_settings_text_and_test_column(tmp_path):
     folder, score = run_of(tmp_path, "one", 2, "book", "word", "train.lr=0.5")
     (source,) = report.load([folder])

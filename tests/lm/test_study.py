@@ -256,6 +256,7 @@ def test_quartiles_are_numpys_and_know_infinity():
 
 def row(arm, seed, ppl, diverged=False, **start):
     shown = {"arm": arm.name, "base": arm.base, "seed": seed, "diverged": diverged, "tokens_per_second": 10.0}
+    shown["unit"] = None
     return {
         "row": {**shown, **dict.fromkeys(statistics.MEASURES, ppl), **dict.fromkeys(results._START), **start},
         "scores": [{"split": "test", "data_sha256": "d", "vocabulary_sha256": "v"}],
@@ -378,6 +379,80 @@ def test_the_best_of_a_grid_is_selected(read):
     summary = study.summarize(plan, found)
     assert [arm["arm"] for arm in summary["arms"] if arm["selected"]] == ["a_lr=2", "b_lr=1"]
     assert [(pair["first"], pair["second"]) for pair in summary["sign_tests"]["pairs"]] == [("a_lr=2", "b_lr=1")]
+
+
+# By arm: unit, vocabulary, perplexity and bits per byte of valid; those of test are greater by 1.
+UNITS = {
+    "a_tokenizer=word": ("word", "w", 11.3, 1.2),
+    "a_tokenizer=char": ("character", "c", 3.9, 2.0),
+    "b_tokenizer=word": ("word", "w", 12.0, 1.5),
+    "b_tokenizer=char": ("character", "c", 3.0, 1.1),
+}
+PIECES = {
+    "a_vocab_size=100": ("token", "small", 5.0, 2.0),
+    "a_vocab_size=200": ("token", "large", 9.0, 1.5),
+}
+
+
+def grid_of(read, key, values, bases):
+    return read(f'[grid]\n"{key}" = {values}\n' + "".join(f'[[arms]]\nname = "{name}"\n' for name in bases))
+
+
+def save_scored(folder, plan, of, seeds=(1, 2)):
+    """Writes results of runs whose scores are those of their arms, in bits and in perplexity."""
+    for job in plan.jobs():
+        if job.arm.name in of and job.seed in seeds:
+            unit, vocabulary, ppl, bits = of[job.arm.name]
+            shared = {"protocol": "exact", "unit": unit, "vocabulary_sha256": vocabulary, "data_sha256": "d"}
+            valid = {**shared, "split": "valid", "ppl": ppl, "bits_per_byte": bits}
+            test = {**shared, "split": "test", "ppl": ppl + 1, "bits_per_byte": bits + 1}
+            yield results.save(folder, job, [valid, test], None)
+
+
+def test_arms_of_different_units_are_compared_by_bits_per_byte(read, tmp_path):
+    plan = grid_of(read, "data.tokenizer", ["word", "char"], "ab")
+    summary = study.summarize(plan, [*save_scored(tmp_path, plan, UNITS)])
+    assert [arm["arm"] for arm in summary["arms"] if arm["selected"]] == ["a_tokenizer=word", "b_tokenizer=char"]
+    assert summary["sign_tests"]["measure"] == "test_bits_per_byte"
+    assert summary["sign_tests"]["pairs"][0].items() >= {"lower": 0, "higher": 1}.items()
+    assert [arm["valid_bits_per_byte"]["median"] for arm in summary["arms"]] == [1.2, 2.0, 1.5, 1.1]
+    head, first, *_, said = study.table(summary).splitlines()
+    assert head.split()[-4:] == ["valid", "bits/byte", "test", "bits/byte"]
+    assert first.split() == ["a_tokenizer=word", "1", "0", "1.200", "2.200"]
+    assert "compared by bits per byte of the text" in said
+    words = study.summarize(plan, [*save_scored(tmp_path, plan, dict.fromkeys(UNITS, UNITS["a_tokenizer=word"]))])
+    assert (words["sign_tests"]["measure"], "valid_bits_per_byte" in words["arms"][0]) == ("test_exact", False)
+    assert "bits" not in study.table(words)
+
+
+def test_arms_with_different_vocabularies_of_pieces_are_compared_by_bits_per_byte(read, tmp_path):
+    plan = grid_of(read, "data.vocab_size", [100, 200], "a")
+    found = [*save_scored(tmp_path, plan, PIECES)]
+    summary = study.summarize(plan, found)
+    assert [arm["selected"] for arm in summary["arms"]] == [False, True]
+    results.write(tmp_path, plan, found)
+    arms = {
+        (row["arm"], row["measure"]): row for row in csv.DictReader((tmp_path / "arms.csv").read_text().splitlines())
+    }
+    assert (len(arms), arms["a_vocab_size=200", "test_bits_per_byte"]["median"]) == (12, "2.5")
+    runs = {row["arm"]: row for row in csv.DictReader((tmp_path / "runs.csv").read_text().splitlines())}
+    assert (runs["a_vocab_size=100"]["unit"], runs["a_vocab_size=100"]["valid_bits_per_byte"]) == ("token", "2.0")
+
+
+def test_the_bits_of_a_result_of_an_older_version_are_those_of_its_scores(read, tmp_path):
+    plan = grid_of(read, "data.vocab_size", [100, 200], "a")
+    new = [*save_scored(tmp_path, plan, PIECES)]
+    path = results.path_of(tmp_path, plan.jobs()[0])
+    old = json.loads(path.read_text())
+    for name in ("unit", *statistics.BITS):
+        del old["row"][name]
+    path.write_text(json.dumps(old))
+    found = results.read(path)
+    assert found["row"] == new[0]["row"]
+    results.write(
+        tmp_path, plan, [found | {"epochs": [{"epoch": 1}]}, new[1] | {"epochs": [{"epoch": 1, "bits": 2.0}]}]
+    )
+    assert (tmp_path / "epochs.csv").read_text() == "epoch,bits\n1,\n1,2.0\n"
 
 
 @pytest.mark.slow
@@ -771,6 +846,8 @@ def test_the_moving_line_says_what_runs_and_fits_the_terminal(read, tmp_path, mo
     found = row(first.arm, 1, 10.0)
     progress.finished(first, {"row": {**found["row"], "epochs": 2}, "diverged": None})
     assert said[-1] == "[1/4] good seed 1: best of 2 epochs: valid 10.00, test 10.00 (exact)"
+    progress.finished(other, {"row": {**found["row"], "epochs": 2, "unit": "byte"}, "diverged": None})
+    assert said[-1].endswith("test 10.00 (exact, per byte)")
     assert terminal.getvalue().endswith("\r\x1b[K")
 
 
