@@ -401,8 +401,9 @@ def _provenance(source: Source) -> list[str]:
     note = "The same settings again, in another folder:"
     if source.folder is not None:
         note = "The study, then each of its runs; SEED and FOLDER stand for the seed and for the folder of the text."
-        data = ["--data", "FOLDER"] if any("data.source=FOLDER" in arm["command"] for arm in summary["arms"]) else []
-        words = ["study", f"{summary['study']}.toml", "--seeds", str(summary["seeds"]), *data]
+        placed = any("data.source=FOLDER" in arm["command"] for arm in summary["arms"])
+        options = summary.get("options", ["--data", "FOLDER"] if placed else [])  # older versions kept none
+        words = ["study", f"{summary['study']}.toml", "--seeds", str(summary["seeds"]), *options]
         commands.insert(0, "python -m lm " + shlex.join(words))
     return [
         "<h2>Commands</h2>",

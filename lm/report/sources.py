@@ -181,9 +181,15 @@ def _begun(folder: Path) -> dict[str, str]:
 def _of_one_text(name: str, pairs: Sequence[tuple[Arm, Entry]]) -> Source:
     arms, entries = [arm for arm, _ in pairs], tuple(entry for _, entry in pairs)
     summary = summarize(Study(name, "", tuple(arms), 1), [dict(entry.result) for entry in entries])
-    again = [["train", "--preset", arm.preset, "--run", "ANOTHER"] for arm in arms]
-    summary["arms"] = [{**arm, "command": command} for arm, command in zip(summary["arms"], again, strict=True)]
+    summary["arms"] = [{**arm, "command": _again(of)} for arm, of in zip(summary["arms"], arms, strict=True)]
     return Source(name, None, summary, entries, {arm.name: config.flatten(arm.settings) for arm in arms})
+
+
+def _again(arm: Arm) -> list[str]:
+    """The command that trains as a run did; it names a text that is kept in the run's folder and was moved with it."""
+    place = RunFolder(Path(arm.preset).parent).moved(arm.settings.data).source
+    data = [] if place == arm.settings.data.source else ["--data", place]
+    return ["train", "--preset", arm.preset, *data, "--run", "ANOTHER"]
 
 
 def _evaluated(folder: Path, log: Sequence[Mapping[str, Any]], say: Say) -> list[dict[str, Any]]:

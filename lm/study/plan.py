@@ -55,12 +55,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Study:
-    """Arms times seeds; seeds count from 1."""
+    """Arms times seeds; seeds count from 1. `options` are those of the command that every arm was given."""
 
     name: str
     description: str
     arms: tuple[Arm, ...]
     seeds: int
+    options: tuple[str, ...] = ()
 
     def jobs(self) -> list[Job]:
         """Returns every run, all arms of a seed before the next seed: a study cut short is balanced."""
@@ -108,7 +109,11 @@ def read(path: Path, *, seeds: int | None = None, data: str | None = None, assig
     names = [arm.name for arm in arms]
     if doubles := {name for name in names if names.count(name) > 1}:
         raise UserError(f"names of arms must be unique; {path} has {', '.join(sorted(doubles))} twice; rename")
-    return Study(path.stem, tables.get("description", ""), arms, count)
+    options = [
+        *([] if data is None else ["--data", data]),
+        *(word for given in assignments for word in ("--set", given)),
+    ]
+    return Study(path.stem, tables.get("description", ""), arms, count, tuple(options))
 
 
 def _arms(

@@ -94,6 +94,7 @@ def summarize(study: Study, results: Sequence[dict[str, Any]]) -> dict[str, Any]
         "study": study.name,
         "description": study.description,
         "seeds": study.seeds,
+        "options": _anywhere(study.options),
         "runs": len(rows),
         "runs_planned": len(study.jobs()),
         "arms": finite_arms,
@@ -149,7 +150,15 @@ def _finite_measures(arm: Mapping[str, Any]) -> dict[str, Any]:
 
 def _anywhere(command: Sequence[str]) -> list[str]:
     """The command without this machine's path of the text."""
-    return ["data.source=FOLDER" if word.startswith("data.source=") and os.sep in word else word for word in command]
+
+    def is_place(before: str, word: str) -> bool:
+        names_text = before == "--data" or word.strip().startswith("data.source=")
+        return names_text and os.sep in word and "hf:" not in word  # a data set of the hub is the same anywhere
+
+    return [
+        ("FOLDER" if before == "--data" else "data.source=FOLDER") if is_place(before, word) else word
+        for before, word in zip(["", *command], command, strict=False)
+    ]
 
 
 def _selected(arms: Sequence[Mapping[str, Any]], measure: str) -> list[str]:

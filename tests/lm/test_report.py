@@ -5,6 +5,7 @@ import html
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import types
@@ -395,6 +396,29 @@ def test_file_names_are_their_own():
         "a-b-4",
         "lr=0.5_x",
     ]
+
+
+@pytest.mark.parametrize("options", [["--data", "FOLDER", "--set", "train.lr=0.5 "], [], None])
+def test_the_command_of_a_study_has_its_options(folder, tmp_path, options):
+    shutil.copytree(folder, tmp_path / "study")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary.pop("options") == ["--data", "FOLDER"]
+    told = summary if options is None else summary | {"options": options}
+    (tmp_path / "study/summary.json").write_text(json.dumps(told))
+    commands = "".join(page._provenance(report.load([tmp_path / "study"])[0])).partition("<pre>")[2]
+    expected = ["--data", "FOLDER"] if options is None else options  # as an older version did, which kept none
+    words = ["python", "-m", "lm", "study", "paper.toml", "--seeds", "3", *expected]
+    assert shlex.split(html.unescape(commands.partition("\n")[0])) == words
+
+
+def test_the_command_of_a_run_names_its_own_text_where_it_is_now(tmp_path):
+    """That of the standard input is kept in the folder, which was moved since."""
+    folder, _ = run_of(tmp_path, "one", 1, "text.txt")
+    command = ["train", "--preset", f"{folder}/config.toml", "--run", "ANOTHER"]
+    assert report.load([folder])[0].summary["arms"][0]["command"] == command, "a text that lies elsewhere"
+    (folder / "text.txt").write_text("the cat\n")
+    (arm,) = report.load([folder])[0].summary["arms"]
+    assert arm["command"] == [*command[:3], "--data", f"{folder}/text.txt", *command[3:]]
 
 
 def test_studies_of_one_name_lie_apart(folder, tmp_path, monkeypatch):

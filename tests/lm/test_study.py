@@ -216,6 +216,25 @@ def test_what_the_grid_varies_is_no_option(read, options, got):
     assert len(read(text, assignments=["train.clip=1"]).arms) == 4
 
 
+@pytest.mark.parametrize(
+    ("data", "assignments", "kept"),
+    [
+        ("markov", [], ["--data", "markov"]),
+        (None, ["train.lr=2", "train.epochs=1"], ["--set", "train.lr=2", "--set", "train.epochs=1"]),
+        ("/texts/it's", ["train.lr=2"], ["--data", "FOLDER", "--set", "train.lr=2"]),
+        ("hf:one/two", [], ["--data", "hf:one/two"]),
+        (None, [' data.source="/texts/a"'], ["--set", "data.source=FOLDER"]),
+    ],
+)
+def test_a_summary_keeps_the_options_of_the_study(read, data, assignments, kept):
+    plan = read(data=data, assignments=assignments)
+    summary = study.summarize(plan, [row(plan.arms[0], 1, 10.0)])
+    assert summary["options"] == kept
+    command = summary["arms"][0]["command"]
+    assert ("data.source=FOLDER" in command) == any("FOLDER" in word for word in kept)
+    assert "/texts" not in " ".join(command)
+
+
 @pytest.mark.parametrize("data", ["1984", "2024-01-01", "true"])
 def test_data_is_text_whatever_it_looks_like(read, data):
     arm = read(data=data).arms[0]
