@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import rnnorm
-from lm import checkpoint, config, corpora, distributed, files, store, stream, tokenizers
+from lm import checkpoint, config, corpora, distributed, files, provenance, store, stream, tokenizers
 from lm.checkpoint import Checkpoints
 from lm.config import Config, DataConfig, TrainConfig
 from lm.corpora.checks import Ways
@@ -293,7 +293,8 @@ def _run(trainer: Trainer, settings: Config, folder: RunFolder, text: _Text) -> 
     shared = (step, options.log_every)
     columns = stream.columns(text.valid.ids, _valid_width(settings, text), text.tokenizer.eos)
     internals = Internals(trainer.model, columns.gather(0, min(STEPS, columns.steps))[0])
-    json_lines = JsonLines(folder.metrics, *shared, text.tokens_per_unit, internals)
+    versions = provenance.versions(settings.train.device)
+    json_lines = JsonLines(folder.metrics, *shared, text.tokens_per_unit, internals, versions)
     tensorboard = TensorBoard(
         folder.events,
         *shared,

@@ -14,7 +14,7 @@ from typing import Any
 
 from lm import files
 from lm.evaluator import finite, perplexity, record
-from lm.events import Diverged, EpochEnded, Event, Scored, Stepped, Validated
+from lm.events import Diverged, EpochEnded, Event, Scored, Started, Stepped, Validated
 from lm.internals import Internals, buffers
 from lm.model import LanguageModel, by_layer
 from lm.sample import sample
@@ -31,15 +31,16 @@ _BINS = [*(-edge for edge in reversed(_POWERS)), 0.0, *_POWERS]
 class JsonLines:
     """Appends one JSON object a line: `kind`, `step`, `epoch`, and what was measured.
 
-    The kinds are `start` (each of the first `START` steps), `train` (each `log_every` steps), `overflow` (the first
-    step whose loss is above `LARGEST_EXPONENT`), `valid`, `internals` (with each validation), `epoch`, `diverged` and
-    `final`.
+    The kinds are `versions` (where the run begins, and where it is resumed with others), `start` (each of the first
+    `START` steps), `train` (each `log_every` steps), `overflow` (the first step whose loss is above
+    `LARGEST_EXPONENT`), `valid`, `internals` (with each validation), `epoch`, `diverged` and `final`.
 
     Arguments:
         path: the file; what it holds of steps after `step`, or of the kind `final`, is dropped first.
         step: where the run stands; 0 for a new one.
         tokens_per_unit: of the training text, so that its perplexity is per unit as the validation's is.
         internals: inspects the model at each validation; not if None.
+        versions: see `lm.provenance.versions`; not logged if None.
     """
 
     def __init__(
@@ -49,11 +50,14 @@ class JsonLines:
         log_every: int,
         tokens_per_unit: float = 1.0,
         internals: Internals | None = None,
+        versions: Mapping[str, str] | None = None,
     ) -> None:
         self.path, self.log_every, self.tokens_per_unit = path, log_every, tokens_per_unit
-        self.internals = internals
+        self.internals, self.versions = internals, versions
         kept = [line for line in _lines(path) if _is_before(line, step)]
-        self._overflowed = any(json.loads(line)["kind"] == "overflow" for line in kept)
+        rows = [json.loads(line) for line in kept]
+        self._overflowed = any(row["kind"] == "overflow" for row in rows)
+        self._logged = next((row.get("versions") for row in reversed(rows) if row["kind"] == "versions"), None)
         files.write_whole(path, "".join(f"{line}\n" for line in kept).encode())
 
     def __call__(self, event: Event) -> None:
@@ -69,6 +73,9 @@ class JsonLines:
 
     def _rows(self, event: Event) -> Iterator[tuple[str, dict[str, Any]]]:
         match event:
+            case Started() if self.versions not in (None, self._logged):
+                self._logged = self.versions
+                yield "versions", {"versions": self.versions}
             case Stepped():
                 if event.step <= START:
                     yield "start", {"position": event.position, "loss": event.nll, "grad_norm": event.grad_norm}
@@ -95,9 +102,12 @@ def _lines(path: Path) -> list[str]:
 
 
 def _is_before(line: str, step: int) -> bool:
-    """Whether a line belongs to what a run at this step has logged; a torn line does not."""
+    """Whether a line belongs to what a run at this step has logged; a torn line does not, nor do versions with which
+    no step was taken."""
     try:
         row = json.loads(line)
+        if row["kind"] == "versions":
+            return row["step"] < step
         return row["kind"] in _KEPT and row["step"] <= step and step > 0
     except (ValueError, KeyError, TypeError, RecursionError):
         return False

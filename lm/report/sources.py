@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lm import checkpoint, config, tokenizers
+from lm import checkpoint, config, provenance, tokenizers
 from lm.errors import UserError
 from lm.run_folder import SCORES, RunFolder, Say
-from lm.study import SUMMARY, Arm, Job, Study, provenance, results, statistics, summarize
+from lm.study import SUMMARY, Arm, Job, Study, results, statistics, summarize
 from lm.tokenizers import EOS
 
 _REPORTED = {*itertools.product(("valid", "test"), ("exact", "chunk-mean"))}  # scores by split and protocol
@@ -160,12 +160,20 @@ def _runs(folders: Sequence[Path], say: Say) -> list[Source]:
         gathered = results.gather(Job(arm, settings.train.seed), log, scores, diverged)
         valid = next((row for row in log if row["kind"] in ("final", "valid")), None) or _begun(folder)
         key = str(valid.get("data_sha256", settings.data.source)), *statistics.per(valid)
-        entry = Entry({**gathered, "versions": provenance.versions(settings.train.device)}, _internals(log))
+        entry = Entry({**gathered, "versions": _versions(log)}, _internals(log))
         found.setdefault(key, []).append((arm, entry))
     names = [Path(pairs[0][0].settings.data.source).name or "text" for pairs in found.values()]
     labels = [f"runs on {name}" for name in names] if len(found) > 1 else ["runs"]
     labels = [name if labels.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(labels, 1)]
     return [_of_one_text(name, pairs) for name, pairs in zip(labels, found.values(), strict=True)] if folders else []
+
+
+def _versions(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """With what a run was trained, where it was resumed with others one after another; unknown of older versions."""
+    rows = [row for row in log if row["kind"] == "versions"]
+    found = [*([] if rows and rows[0]["step"] == 0 else [{}]), *(row["versions"] for row in rows)]
+    names = provenance.versions()
+    return {name: ", then ".join(dict.fromkeys(each.get(name, "unknown") for each in found)) for name in names}
 
 
 def _begun(folder: Path) -> dict[str, str]:

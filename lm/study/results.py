@@ -13,10 +13,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from lm import config, files
+from lm import config, files, provenance
 from lm.errors import UserError
 from lm.evaluator import finite
-from lm.study import provenance
 from lm.study.plan import Job, Study
 from lm.study.statistics import BITS, MEASURES, Row, by_bits, per, summarize
 
@@ -53,6 +52,10 @@ class _Line(_Written):
 
 class _Stepped(_Line):
     step: _Count
+
+
+class _Versions(_Stepped):
+    versions: dict[str, str]
 
 
 class _Start(_Stepped):
@@ -110,6 +113,7 @@ class _Final(_Line, Scored):
 
 
 _KINDS: dict[str, type[_Line]] = {
+    "versions": _Versions,
     "start": _Start,
     "overflow": _Stepped,
     "train": _Train,

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lm import provenance
 from lm.evaluator import finite
-from lm.study import provenance
 from lm.study.plan import Arm, Study
 
 MEASURES = ("valid_exact", "valid_chunk_mean", "test_exact", "test_chunk_mean")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import rnnorm
-from lm import config, report, study
+from lm import config, provenance, report, study
 from lm.cli import main
 from lm.errors import UserError
 from lm.report import figures, page, sources
@@ -647,6 +647,31 @@ def test_a_study_of_different_units_is_shown_by_bits_per_byte(tmp_path):
     text = report.write([source], tmp_path / "page").read_text()
     assert "compared by bits per byte of the text" in text
     assert "the lower exact bits per byte of the test text" in text
+
+
+def test_the_versions_are_those_that_trained_the_run(tmp_path):
+    here = provenance.versions()
+    logs = {
+        "old": [],
+        "one": [(0, {**here, "torch": "1.0"})],
+        "two": [(0, {**here, "torch": "1.0"}), (10, {**here, "torch": "2.0"})],
+        "since": [(10, here)],
+    }
+    for name, logged in logs.items():
+        folder, _ = run_of(tmp_path, name)
+        lines = [{"kind": "versions", "step": step, "epoch": 1, "versions": found} for step, found in logged]
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def shown(*names):
+        (source,) = report.load([tmp_path / name for name in names])
+        return source.summary["versions"]
+
+    assert shown("old") == {name: ["unknown"] for name in here}
+    assert shown("one", "old")["torch"] == ["1.0", "unknown"]
+    assert shown("two")["torch"] == ["1.0, then 2.0"]
+    assert shown("two")["python"] == [here["python"]]
+    assert shown("since")["torch"] == [f"unknown, then {here['torch']}"]
 
 
 def test_a_run_has_its_training_curve_settings_text_and_test_column(tmp_path):

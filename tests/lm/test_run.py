@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, load_model
 
-from lm import checkpoint, config, run, stream, tokenizers
+from lm import checkpoint, config, provenance, run, stream, tokenizers
 from lm.errors import UserError
 from lm.evaluator import evaluate
 from lm.events import Stepped
@@ -239,6 +239,7 @@ def test_a_backend_must_run_on_the_device_of_the_run(monkeypatch):
 def test_a_run_keeps_its_device_and_says_when_it_moves(train, tmp_path, monkeypatch):
     """The GPU is the CPU here, under another name."""
     monkeypatch.setattr(run, "require_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda name: name)
 
     def resumed(there, steps, *assignments):
         said = []
@@ -1079,3 +1080,17 @@ def test_best_weights_that_are_lost_are_replaced_by_the_next_ones(train, tmp_pat
     (tmp_path / "run/checkpoints/best.safetensors").unlink()
     score = train("train.lr=1e-9", "train.epochs=3").score
     assert score is not None
+
+
+def test_a_run_keeps_its_versions_and_those_that_it_is_resumed_with(train, tmp_path, monkeypatch):
+    here = provenance.versions()
+    train("train.epochs=1")
+    train("train.epochs=2")
+    once = measured(tmp_path / "run")
+    assert once[0] == {"kind": "versions", "step": 0, "epoch": 1, "versions": here}
+    assert [row["kind"] for row in once].count("versions") == 1
+    monkeypatch.setattr(provenance, "versions", lambda device: {**here, "torch": "9.9"})
+    train("train.epochs=3")
+    found = [row for row in measured(tmp_path / "run") if row["kind"] == "versions"]
+    saved = next(row["step"] for row in once if row["kind"] == "final")
+    assert [(row["step"], row["versions"]["torch"]) for row in found] == [(0, here["torch"]), (saved, "9.9")]

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm import config, stream, study
+from lm import config, provenance, stream, study
 from lm.cli import main
 from lm.errors import UserError
-from lm.study import provenance, results, runner, statistics
+from lm.study import results, runner, statistics
 from lm.study.progress import StudyProgress
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import torch
 from tensorboard.util import tensor_util
 
 from lm.evaluator import Score
-from lm.events import Diverged, EpochEnded, Scored, Stepped, Validated
+from lm.events import Diverged, EpochEnded, Scored, Started, Stepped, Validated
 from lm.internals import Internals
 from lm.tracking import JsonLines, TensorBoard
 
@@ -121,6 +121,25 @@ def test_a_new_log_drops_what_an_unsaved_run_left(tmp_path):
     JsonLines(path, 0, log_every=1)(stepped(1))
     JsonLines(path, 0, log_every=1)
     assert path.read_text() == ""
+
+
+def test_versions_are_logged_where_a_run_begins_and_where_they_change(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+
+    def trained(start, stop, torch):
+        log = JsonLines(path, start, log_every=1, versions={"torch": torch})
+        for event in [Started(1, start, 2, 50, 0), *map(stepped, range(start + 1, stop + 1))]:
+            log(event)
+        assert [row["step"] for row in rows(path) if row["kind"] == "train"] == list(range(1, stop + 1))
+        return [(row["step"], row["versions"]["torch"]) for row in rows(path) if row["kind"] == "versions"]
+
+    assert trained(0, 2, "2.11") == [(0, "2.11")]
+    assert trained(2, 4, "2.11") == [(0, "2.11")]
+    assert trained(4, 5, "2.12") == [(0, "2.11"), (4, "2.12")]
+    assert trained(4, 6, "2.11") == [(0, "2.11")], "what 2.12 has trained was not saved"
+    assert trained(6, 8, "2.12") == [(0, "2.11"), (6, "2.12")]
+    assert trained(7, 8, "2.12") == [(0, "2.11"), (6, "2.12")]
+    assert trained(0, 1, "2.12") == [(0, "2.12")]
 
 
 @pytest.fixture
