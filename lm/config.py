@@ -297,7 +297,7 @@ class CheckpointConfig(Section):
 
 class EvalConfig(Section):
     protocol: Literal["exact", "chunk-mean"] = Field(default="exact", description="evaluation protocol of `eval`")
-    chunk: Annotated[int, Field(ge=1, lt=10**9)] = Field(
+    chunk: Annotated[int, Field(ge=1, le=10**9 - 1)] = Field(
         default=1024, description="steps evaluated at once; the exact result does not depend on it"
     )
     dynamic_lr: Positive = Field(default=5e-5, description="eval --dynamic: learning rate")
