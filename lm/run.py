@@ -132,7 +132,7 @@ def train(
         where = f"resuming after step {trainer.state.step}" if saved else "a new run"
         where += "" if start is None else f", from the best weights of {settings.train.init_from}"
         if saved and (ended := trainer.ended()):
-            where = f"finished after step {trainer.state.step} ({_finished(trainer, ended, folder)}"
+            where = f"finished after step {trainer.state.step} {_finished(trainer, ended, folder)}"
         say(f"run folder {folder}: {where}" + (f", {team.size} processes" if team.size > 1 else ""))
         return _run(trainer, settings, folder, text)
 
@@ -146,7 +146,7 @@ def _finished(trainer: Trainer, ended: str, folder: RunFolder) -> str:
     more = f"begin another run with its weights: {shlex.join(['--init-from', str(folder)])}"
     if ended.endswith("patience") or options.schedule != "cosine":  # which is planned for so many epochs
         more = f"raise what ended it, as by --set train.{ended}=N, or {more}"
-    return f"{shown}): nothing is left to train; {more}"
+    return f"({shown}): nothing is left to train; {more}"
 
 
 def _placed(settings: Config, saved: Mapping[str, Any] | None, team: Team, say: Say) -> Config:
