@@ -11,28 +11,33 @@ import torch
 
 import rnnorm
 
+NAMES = ("rnnorm", "commit", "python", "torch", "machine", "processor", "gpu")
+
 
 def versions(device: str = "cpu") -> dict[str, str]:
     """Returns what a result depends on beside its settings and data; `device`: where the run was."""
     gpu = device if device.startswith("cuda") else "none"
-    return {
-        "rnnorm": rnnorm.__version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "processor": _processor(),
-        "gpu": torch.cuda.get_device_name(gpu) if gpu != "none" and torch.cuda.is_available() else gpu,
-    }
+    found = (
+        *(rnnorm.__version__, _commit(), platform.python_version(), torch.__version__),
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        _processor(),
+        torch.cuda.get_device_name(gpu) if gpu != "none" and torch.cuda.is_available() else gpu,
+    )
+    return dict(zip(NAMES, found, strict=True))
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+def _commit(source: Path = Path(__file__)) -> str:
+    """The commit that holds a file; none where its folder is in a repository that does not, as an environment's is."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(source.parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
     try:
-        printed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        held = git("ls-files", "--", source.name)
+        return (git("describe", "--always", "--dirty", "--abbrev=12") if held else "") or "none"
     except OSError:  # no git here
         return "none"
-    return printed.strip() or "none"
 
 
 def _processor() -> str:

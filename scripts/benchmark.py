@@ -345,7 +345,8 @@ def device_rows(device: str, tiny: bool) -> Iterator[Row]:
                 name = f"{kind} {label}, {precision}, {'graphs' if graphs else 'launches'} / nn.{kind}"
                 works = functools.partial(_device_works, kind, norm, device, precision, graphs, size)
                 yield Row(name, ",".join(map(str, size)), works, DEVICE_GOAL)
-    decoders = [(6, 5, 11)] if tiny else [(1280, 200, 10_000), (2800, 400, 33_278)]
+    used = [(1280, 200, 10_000), (700, 650, 10_000), (2800, 400, 33_278), (4200, 1500, 50_257)]
+    decoders = [(6, 5, 11)] if tiny else used
     steps = [(11, 5, 2, 2)] if tiny else [(10_000, 200, 64, 20), (10_000, 650, 35, 20)]
     for half in (False, True):
         options: dict[str, Any] = {"half": half, "their_half": half, "device": device}

@@ -172,8 +172,9 @@ def _versions(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """With what a run was trained, where it was resumed with others one after another; unknown of older versions."""
     rows = [row for row in log if row["kind"] == "versions"]
     found = [*([] if rows and rows[0]["step"] == 0 else [{}]), *(row["versions"] for row in rows)]
-    names = provenance.versions()
-    return {name: ", then ".join(dict.fromkeys(each.get(name, "unknown") for each in found)) for name in names}
+    return {
+        name: ", then ".join(dict.fromkeys(each.get(name, "unknown") for each in found)) for name in provenance.NAMES
+    }
 
 
 def _begun(folder: Path) -> dict[str, str]:
@@ -181,8 +182,8 @@ def _begun(folder: Path) -> dict[str, str]:
     with suppress(UserError, KeyError):
         saved = checkpoint.load(folder / "checkpoints" / checkpoint.LAST)
         tokenizer = tokenizers.from_state(saved["tokenizer"])
-        told = {"unit": tokenizer.unit, "vocabulary_sha256": tokenizer.sha256}
-        return {"data_sha256": saved["data_sha256"]["valid"], **told}
+        text = {"data_sha256": saved["data_sha256"]["valid"]}
+        return text | {"unit": tokenizer.unit, "vocabulary_sha256": tokenizer.sha256}
     return {}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm import config, provenance, stream, study
+from lm import config, stream, study
 from lm.cli import main
 from lm.errors import UserError
 from lm.study import results, runner, statistics
@@ -659,14 +659,6 @@ def test_a_log_of_an_older_version_is_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(old) + "\n")
     new = {"kind": "internals", "epoch": 1, "statistics": {"norm_mean_l0": [0.0] * 5}, "gates": {}}
     assert results.metrics(tmp_path) == [new]
-
-
-def test_a_result_needs_no_git(monkeypatch):
-    def missing(*_, **__):
-        raise FileNotFoundError("git")
-
-    monkeypatch.setattr(subprocess, "run", missing)
-    assert provenance.versions()["commit"] == "none"
 
 
 def test_the_output_of_a_failed_run_is_reported(read, tmp_path, monkeypatch):
